@@ -1,0 +1,26 @@
+"""What can go wrong with a store, as types. The caller's own mistakes are ValueErrors, not these.
+
+Every message says what, where (store, layer, expert), expected, got, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class StoreError(Exception):
+    """The world's fault: a store that cannot be read, reached or trusted."""
+
+
+class StoreFormatError(StoreError):
+    """The store's files do not follow the format: missing, malformed, or of a newer version."""
+
+
+class CorruptRecordError(StoreError):
+    """A record's bytes do not match their checksum."""
+
+
+class ExpertUnavailableError(StoreError):
+    """No live copy of a record could be read before the deadline."""
+
+
+class CheckpointError(StoreError):
+    """The source checkpoint is unusable: unknown family, missing expert, NaN, unreachable hub."""

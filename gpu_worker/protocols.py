@@ -1,0 +1,56 @@
+"""What a step needs from outside: a source of expert records, and somebody who runs experts near them.
+
+The composition root passes in what satisfies these; this room does not know who they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+import torch
+
+from expert_store.types import ExpertTokens, Manifest, RecordRequest
+
+
+class ExpertSource(Protocol):
+    """Reads records from a tier. Thread-safe; blocks; bounded by its own deadline."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def tier(self) -> str:
+        """Where the bytes come from, for the counters: "disk", "object_store" or "grpc"."""
+        ...
+
+    def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
+        """The records' bytes in request order, each a flat uint8 CPU tensor (maybe a read-only view).
+
+        Raises ExpertUnavailableError, CorruptRecordError or StoreFormatError, never returns less.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class NearData(Protocol):
+    """Runs low-bit experts where their bytes are. Thread-safe; does not block."""
+
+    def submit(
+        self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
+    ) -> Future[torch.Tensor]:
+        """Start one layer's batch: output rows [sum of token_rows, H], in the order of `work`.
+
+        Outputs are not yet weighted by the router. dtype is that of `hidden_TH`, device CPU.
+        The future raises a StoreError when the worker is lost.
+        """
+        ...
+
+    @property
+    def bytes_moved(self) -> tuple[int, int]:
+        """Bytes (sent, received) on the wire since the start, counted by the transport."""
+        ...
+
+    def close(self) -> None: ...
