@@ -24,7 +24,8 @@ RecordKind = Literal["codes", "factors"]
 
 @dataclass(frozen=True, slots=True, order=True)
 class ExpertKey:
-    """One routed expert: `layer` is the decoder layer's index in the model, `expert` its index there."""
+    """One routed expert: `layer` is the decoder layer's index in the model, `expert` its index
+    there."""
 
     layer: int
     expert: int
@@ -109,8 +110,10 @@ class RecordInfo:
 class ExpertInfo:
     """What the manifest knows of one expert.
 
-    `blocks` names the projection each rank block of the factors record belongs to, in record order, which
-    is falling order of what it repairs. `kurtosis` is of the original weights (a Gaussian has 3), `error`
+    `blocks` names the projection each rank block of the factors record belongs to, in record
+    order, which
+    is falling order of what it repairs. `kurtosis` is of the original weights (a Gaussian has 3),
+    `error`
     the relative Frobenius error of the codes alone, `restored_error` with the whole compensator.
     """
 
@@ -168,6 +171,7 @@ class Manifest:
     dense_files: Mapping[str, str]  # file name -> sha256
 
     def record(self, request: RecordRequest) -> RecordInfo | None:
-        """Info of the whole record asked for; None when the expert has no factors. KeyError if unknown."""
+        """Info of the whole record asked for; None when the expert has no factors. KeyError if
+        unknown."""
         info = self.experts[request.key]
         return info.codes if request.kind == "codes" else info.factors

@@ -1,4 +1,5 @@
-"""What a step needs from outside: a source of expert records, and somebody who runs experts near them.
+"""What a step needs from outside: a source of expert records, and somebody who runs experts near
+them.
 
 The composition root passes in what satisfies these; this room does not know who they are.
 """
@@ -26,7 +27,8 @@ class ExpertSource(Protocol):
         ...
 
     def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
-        """The records' bytes in request order, each a flat uint8 CPU tensor (maybe a read-only view).
+        """The records' bytes in request order, each a flat uint8 CPU tensor (maybe a read-only
+        view).
 
         Raises ExpertUnavailableError, CorruptRecordError or StoreFormatError, never returns less.
         """
@@ -38,9 +40,7 @@ class ExpertSource(Protocol):
 class NearData(Protocol):
     """Runs low-bit experts where their bytes are. Thread-safe; does not block."""
 
-    def submit(
-        self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
-    ) -> Future[torch.Tensor]:
+    def submit(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> Future[torch.Tensor]:
         """Start one layer's batch: output rows [sum of token_rows, H], in the order of `work`.
 
         Outputs are not yet weighted by the router. dtype is that of `hidden_TH`, device CPU.

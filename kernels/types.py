@@ -1,6 +1,8 @@
-"""The weight shapes of this room: low-bit matrices, low-rank factors, and the gated MLP made of them.
+"""The weight shapes of this room: low-bit matrices, low-rank factors, and the gated MLP made of
+them.
 
-These are views over packed bytes. The bit order inside a tile is written once, in `kernels/packing.py`.
+These are views over packed bytes. The bit order inside a tile is written once, in
+`kernels/packing.py`.
 Knows no expert, no layer, no file.
 
 Legend: N rows (outputs), K cols (inputs), R rank, T tokens, H hidden, F ffn.
@@ -47,8 +49,10 @@ def matrix_bytes(rows: int, cols: int, bits: int) -> int:
 class QuantizedMatrix:
     """A [rows, cols] weight W[n, k] = scale[n, k//64] * code[n, k] - zero_scaled[n, k//64].
 
-    `data` is a flat uint8 tensor of `matrix_bytes(rows, cols, bits)`: tiles of 16 rows x 64 inputs, row
-    block by row block, groups within a row block in order, each tile followed by its own scales and zeros.
+    `data` is a flat uint8 tensor of `matrix_bytes(rows, cols, bits)`: tiles of 16 rows x 64
+    inputs, row
+    block by row block, groups within a row block in order, each tile followed by its own scales
+    and zeros.
     With bits 16 it is row-major bfloat16. The tensor may be a read-only view of a mapped file.
 
     Raises ValueError when shape, bits and length do not fit together.
@@ -64,7 +68,9 @@ class QuantizedMatrix:
         if self.bits not in get_args(Bits):
             raise ValueError(f"bits: got {self.bits}, expected one of {get_args(Bits)}")
         if self.group_size != GROUP_SIZE:
-            raise ValueError(f"group_size: got {self.group_size}, this layout has only {GROUP_SIZE}")
+            raise ValueError(
+                f"group_size: got {self.group_size}, this layout has only {GROUP_SIZE}"
+            )
         if self.rows <= 0 or self.cols <= 0:
             raise ValueError(f"shape: got [{self.rows}, {self.cols}], expected positive sizes")
         if self.bits != 16 and self.cols % GROUP_SIZE:
@@ -74,7 +80,8 @@ class QuantizedMatrix:
         expected = matrix_bytes(self.rows, self.cols, self.bits)
         if self.data.dtype != torch.uint8 or self.data.dim() != 1 or self.data.numel() != expected:
             raise ValueError(
-                f"data: expected a flat uint8 tensor of {expected} bytes for [{self.rows}, {self.cols}] "
+                f"data: expected a flat uint8 tensor of {expected} bytes for [{self.rows},
+                {self.cols}] "
                 f"at {self.bits} bits, got {self.data.dtype} of shape {tuple(self.data.shape)}"
             )
 
@@ -88,7 +95,8 @@ def block_bytes(rows: int, cols: int, bits: int) -> int:
 class LowRank:
     """A [rows, cols] matrix left @ right of rank 16 * len(block_offsets), factors quantised.
 
-    Block b lies in `data` at `block_offsets[b]`: right [16, cols] packed, then left transposed [16, rows]
+    Block b lies in `data` at `block_offsets[b]`: right [16, cols] packed, then left transposed
+    [16, rows]
     packed (groups of 64 along its rows, so both factors have whole tiles). Any prefix of the blocks
     is a valid LowRank of smaller rank. rank 0 is an empty tuple.
 
@@ -124,9 +132,7 @@ class LowRank:
 
     def prefix(self, num_blocks: int) -> LowRank:
         """The same matrix with only its first `num_blocks` rank blocks."""
-        return LowRank(
-            self.data, self.block_offsets[:num_blocks], self.rows, self.cols, self.bits
-        )
+        return LowRank(self.data, self.block_offsets[:num_blocks], self.rows, self.cols, self.bits)
 
     def right(self, block: int) -> QuantizedMatrix:
         """Right factor of one block, [16, cols]."""
@@ -143,7 +149,8 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
-    """down(act(gate x + gate_bias) * (up x + up_bias)) + down_bias. Biases are fp32 or absent together."""
+    """down(act(gate x + gate_bias) * (up x + up_bias)) + down_bias. Biases are fp32 or absent
+    together."""
 
     gate: QuantizedMatrix  # [F, H]
     up: QuantizedMatrix  # [F, H]

@@ -1,0 +1,61 @@
+# Two commands matter: `make demo` and `make test`. Both set up what they need (.venv, pinned packages, and as
+# root on Debian the few system packages that are missing). `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.moetier-ready
+READY_TEST := $(VENV)/.moetier-ready-test
+CONFIG ?=
+
+.PHONY: help demo serve test test-all lint types check bench gpu-check clean
+
+help:
+	@echo "make demo       set-up if needed, then the whole path once: compress, serve, ask, table, shut down"
+	@echo "make serve      the same cluster, kept up until Ctrl-C (CONFIG=cluster.yaml for your own)"
+	@echo "make test       set-up if needed, lint, types, then the tests that need under 15 minutes on 2 cores"
+	@echo "make test-all   everything, with the slow tests"
+	@echo "make bench      the CPU benchmarks; rows go to benchmarks/results/"
+	@echo "make gpu-check  every Triton kernel and a one-process run on a real GPU; report in benchmarks/results/gpu/"
+	@echo "make clean      remove the environment and the caches of this folder"
+
+demo: $(READY)
+	@$(BIN)/moetier demo
+
+serve: $(READY)
+	@$(BIN)/moetier serve $(if $(CONFIG),--config $(CONFIG))
+
+test: $(READY_TEST) lint types
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(READY_TEST) lint types
+	$(BIN)/python -m pytest -q
+
+lint: $(READY_TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY_TEST)
+	$(BIN)/mypy
+
+check: lint types
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.families
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.transports
+
+# Runs with the Python that is there (PYTHON=...), because a GPU machine brings its own torch.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
+
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard kernels/native/*) .ci/setup
+	@bash .ci/setup run "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(READY_TEST): $(READY)
+	@bash .ci/setup test "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .moetier .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kernels -name '_native*.so' -delete
