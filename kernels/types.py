@@ -80,9 +80,9 @@ class QuantizedMatrix:
         expected = matrix_bytes(self.rows, self.cols, self.bits)
         if self.data.dtype != torch.uint8 or self.data.dim() != 1 or self.data.numel() != expected:
             raise ValueError(
-                f"data: expected a flat uint8 tensor of {expected} bytes for [{self.rows},
-                {self.cols}] "
-                f"at {self.bits} bits, got {self.data.dtype} of shape {tuple(self.data.shape)}"
+                f"data: expected a flat uint8 tensor of {expected} bytes for "
+                f"[{self.rows}, {self.cols}] at {self.bits} bits, "
+                f"got {self.data.dtype} of shape {tuple(self.data.shape)}"
             )
 
 
