@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from expert_store.families import SUPPORTED_MODEL_TYPES
 
@@ -86,7 +86,11 @@ def tiny_config(
             residual_multiplier=0.5,
             logits_scaling=2.0,
         ),
-        "gpt_oss": dict(local, sliding_window=16),
+        "gpt_oss": dict(
+            local,
+            sliding_window=16,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
     }
     if family not in own:
         raise ValueError(f"family: got {family!r}, expected one of {FAMILIES}")
