@@ -1,0 +1,125 @@
+"""The GPU worker's configuration: one frozen dataclass, checked at the door, resolved before anything starts.
+
+Knows no file and no environment variable; `resolve` needs only the store's manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+from expert_store.types import Manifest
+
+NearDataPolicy = Literal["off", "low_bit", "cost"]
+"""Which (token, expert) pairs run near their bytes.
+
+- off: none; every expert a step needs is copied to the device.
+- low_bit: every pair that is not restored, whatever lies on the device, so that who runs a pair
+  depends on the router alone and never on the state of a cache.
+- cost: the experts for which copying is dearer than running near data (see `gpu_worker/planner.py`).
+"""
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """How one worker runs one model.
+
+    - top_n: how many of a token's experts get their compensator; None means what the store says.
+    - near_data: see `NearDataPolicy`.
+    - cache_bytes: device memory for experts kept between steps; 0 keeps none.
+    - max_in_flight_bytes: bytes of records on their way or not yet used; must hold the largest expert.
+    - fetch_threads: fetches that may run at the same time.
+    - max_sequences: sequences that run at the same time (slots of the KV cache).
+    - max_context: tokens of prompt and answer of one sequence; None means what the model allows.
+    - prefill_chunk: prompt tokens of one sequence handled in one step.
+    - device, dtype: "auto" is cuda and bfloat16 where there is a GPU, else cpu and float32.
+    - link_bytes_per_s, near_data_token_s: measured costs that policy "cost" compares: the speed of the
+      copies, and the seconds one token costs one expert near data. Required by that policy alone.
+
+    Raises ValueError naming the field, what was given and what is allowed.
+    """
+
+    top_n: int | None = None
+    near_data: NearDataPolicy = "off"
+    cache_bytes: int = 512 * MEBIBYTE
+    max_in_flight_bytes: int = 256 * MEBIBYTE
+    fetch_threads: int = 2
+    max_sequences: int = 8
+    max_context: int | None = None
+    prefill_chunk: int = 256
+    device: Device = "auto"
+    dtype: DType = "auto"
+    link_bytes_per_s: float | None = None
+    near_data_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("near_data", self.near_data, get_args(NearDataPolicy))
+        _one_of("device", self.device, get_args(Device))
+        _one_of("dtype", self.dtype, get_args(DType))
+        _at_least("top_n", self.top_n, 0)
+        _at_least("cache_bytes", self.cache_bytes, 0)
+        _at_least("max_in_flight_bytes", self.max_in_flight_bytes, 1)
+        _at_least("fetch_threads", self.fetch_threads, 1)
+        _at_least("max_sequences", self.max_sequences, 1)
+        _at_least("max_context", self.max_context, 1)
+        _at_least("prefill_chunk", self.prefill_chunk, 1)
+        if self.near_data == "cost":
+            for name in ("link_bytes_per_s", "near_data_token_s"):
+                value = getattr(self, name)
+                if value is None or not value > 0:
+                    raise ValueError(
+                        f"{name}: got {value}, near_data 'cost' needs a measured positive number; "
+                        f"measure it or choose near_data 'off' or 'low_bit'"
+                    )
+
+    def resolve(self, manifest: Manifest) -> WorkerConfig:
+        """This config with every None and "auto" replaced by what this store and this machine give.
+
+        Raises ValueError when the config does not fit the store or the machine.
+        """
+        model = manifest.model
+        has_cuda = torch.cuda.is_available()
+        if self.device == "cuda" and not has_cuda:
+            raise ValueError("device: got 'cuda', but this machine has no usable GPU; use 'auto'")
+        device: Device = self.device if self.device != "auto" else ("cuda" if has_cuda else "cpu")
+        dtype: DType = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device == "cuda" else "float32"
+        top_n = manifest.recipe.top_n if self.top_n is None else self.top_n
+        if top_n > model.top_k:
+            raise ValueError(
+                f"top_n: got {top_n}, but {model.name} routes a token to {model.top_k} experts; "
+                f"use 0 to {model.top_k}"
+            )
+        max_context = self.max_context or model.max_positions
+        if max_context > model.max_positions:
+            raise ValueError(
+                f"max_context: got {max_context}, but {model.name} has {model.max_positions} positions"
+            )
+        return replace(self, device=device, dtype=dtype, top_n=top_n, max_context=max_context)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """dtype of the dense part; of a resolved config only."""
+        assert self.dtype != "auto", "resolve the config first"
+        return {
+            "float32": torch.float32,
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+        }[self.dtype]
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or value != int(value) or value < least):
+        raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")
