@@ -1,0 +1,194 @@
+"""The public face of this room: the same operations on any backend, picked by name or by device.
+
+The one module that knows which backends exist; the native library and Triton are loaded here, on
+first use. Inputs are checked here, once.
+
+Legend: T tokens, H hidden, F ffn, N rows, K cols, R rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+
+from kernels import reference
+from kernels.gated import compose_gated_mlp
+from kernels.types import GatedLowRank, GatedMLP, LowRank, QuantizedMatrix
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["reference", "cpu_fp32", "cpu_int8", "triton"]
+"""reference: plain torch, the truth. cpu_fp32: native dequantise, then float32 BLAS; about 1e-6 of
+the reference. cpu_int8: native kernels on int8 activations; 1-2e-2 of the reference per matrix or
+MLP. triton: GPU kernels. Without a C++ compiler both cpu backends run on torch alone, slower."""
+
+NativeIsa = Literal["avx512vnni", "avx2", "scalar"]
+
+
+def default_backend(device: torch.device | str) -> Backend:
+    """ "triton" on a CUDA device, else "cpu_fp32"."""
+    return "triton" if torch.device(device).type == "cuda" else "cpu_fp32"
+
+
+def native_isa() -> NativeIsa | None:
+    """The instruction set the native kernels use here; None when they were not built."""
+    native = _native()
+    return native.best_isa() if native else None
+
+
+def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
+    """The [N, K] float32 weight on the matrix's device; the same bits whichever code makes it."""
+    native = _native()
+    if native and matrix.data.device.type == "cpu" and matrix.bits != 16:
+        return native.dequantize(matrix)
+    return reference.dequantize(matrix)
+
+
+def dequantize_low_rank(factors: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """left [N, R] and right [R, K], float32, on the factors' device."""
+    device = factors.data.device
+    lefts = [torch.zeros(factors.rows, 0, device=device)]
+    rights = [torch.zeros(0, factors.cols, device=device)]
+    for block in range(len(factors.block_offsets)):
+        lefts.append(dequantize(factors.left_t(block)).T)
+        rights.append(dequantize(factors.right(block)))
+    return torch.cat(lefts, dim=1), torch.cat(rights)
+
+
+def gated_mlp(
+    x_TH: torch.Tensor,
+    mlp: GatedMLP,
+    factors: GatedLowRank | None = None,
+    restored_T: torch.Tensor | None = None,
+    *,
+    backend: Backend,
+) -> torch.Tensor:
+    """down(act(gate x) * (up x)) for all tokens, [T, H] float32; T may be 0.
+
+    x_TH is a float [T, H] on the mlp's device. The codes serve every token; `factors` are added only
+    in rows where restored_T (bool [T], any device; None means all) is true.
+
+    Raises ValueError when shapes, dtypes or the backend's name do not fit.
+    """
+    _check_gated_mlp(x_TH, mlp, factors, restored_T, backend)
+    if x_TH.shape[0] == 0:
+        return x_TH.new_zeros(x_TH.shape, dtype=torch.float32)
+    if backend == "reference":
+        return reference.gated_mlp(x_TH, mlp, factors, restored_T)
+    if backend == "triton":
+        matmul, low_rank_matmul = _triton().matmul, _triton().low_rank_matmul
+    elif backend == "cpu_int8" and _native_or_warn() and _is_packed(mlp):
+        if factors is None:
+            return gated_mlp_many([(x_TH, mlp)], backend=backend, num_threads=1)[0]
+        matmul, low_rank_matmul = _native().matmul, _native().low_rank_matmul
+    else:
+        matmul, low_rank_matmul = _matmul_fp32, _low_rank_matmul_fp32
+    return compose_gated_mlp(
+        x_TH, mlp, factors, restored_T, matmul=matmul, low_rank_matmul=low_rank_matmul
+    )
+
+
+def gated_mlp_many(
+    inputs: Sequence[tuple[torch.Tensor, GatedMLP]],
+    *,
+    backend: Backend = "cpu_int8",
+    num_threads: int,
+) -> list[torch.Tensor]:
+    """Several MLPs, each on its own tokens: [T_i, H] float32 per (x [T_i, H], mlp), in order.
+
+    With cpu_int8 it is one native call on at most num_threads threads (the GIL is released); a
+    token's result is the same to the bit alone and in any batch. The other backends run one MLP
+    after another. Raises ValueError as `gated_mlp` does and for num_threads below 1.
+    """
+    if num_threads < 1:
+        raise ValueError(f"num_threads: got {num_threads}, expected at least 1")
+    for x_TH, mlp in inputs:
+        _check_gated_mlp(x_TH, mlp, None, None, backend)
+    if backend != "cpu_int8" or not _native_or_warn():
+        return [gated_mlp(x_TH, mlp, backend=backend) for x_TH, mlp in inputs]
+    outputs: list[torch.Tensor | None] = [None] * len(inputs)
+    packed = [i for i, (_, mlp) in enumerate(inputs) if _is_packed(mlp)]
+    for i, y in zip(
+        packed, _native().gated_mlp_many([inputs[i] for i in packed], num_threads), strict=True
+    ):
+        outputs[i] = y
+    return [
+        gated_mlp(*inputs[i], backend="cpu_fp32") if y is None else y for i, y in enumerate(outputs)
+    ]
+
+
+def _matmul_fp32(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
+    return x_TK @ dequantize(matrix).T
+
+
+def _low_rank_matmul_fp32(factors: LowRank, x_TK: torch.Tensor) -> torch.Tensor:
+    left_NR, right_RK = dequantize_low_rank(factors)
+    return (x_TK @ right_RK.T) @ left_NR.T
+
+
+def _is_packed(mlp: GatedMLP) -> bool:
+    """Whether all three matrices have codes: the bfloat16 baseline has no int8 form."""
+    return 16 not in (mlp.gate.bits, mlp.up.bits, mlp.down.bits)
+
+
+@functools.cache
+def _native() -> ModuleType | None:
+    """The native library's module, or None when it was not built (no compiler at install time)."""
+    module = importlib.import_module("kernels.cpu_native")
+    return module if module.is_available() else None
+
+
+@functools.cache
+def _native_or_warn() -> ModuleType | None:
+    native = _native()
+    if native is None:
+        logger.warning(
+            "the native CPU kernels were not built: cpu_int8 runs on torch in float32, several "
+            "times slower. Install a C++ compiler and reinstall moetier to get them."
+        )
+    return native
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    return importlib.import_module("kernels.triton_matmul")
+
+
+def _check_gated_mlp(
+    x_TH: torch.Tensor,
+    mlp: GatedMLP,
+    factors: GatedLowRank | None,
+    restored_T: torch.Tensor | None,
+    backend: Backend,
+) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: got {backend!r}, expected one of {get_args(Backend)}")
+    if x_TH.dim() != 2 or x_TH.shape[1] != mlp.gate.cols or not x_TH.is_floating_point():
+        raise ValueError(
+            f"x: expected float [T, {mlp.gate.cols}], got {x_TH.dtype} {tuple(x_TH.shape)}"
+        )
+    if x_TH.device != mlp.gate.data.device:
+        raise ValueError(f"x is on {x_TH.device}, the mlp on {mlp.gate.data.device}: move one")
+    if backend in ("cpu_fp32", "cpu_int8") and x_TH.device.type != "cpu":
+        raise ValueError(f"backend {backend!r} needs tensors on the cpu, got {x_TH.device}")
+    if factors is not None:
+        for name in ("gate", "up", "down"):
+            added, matrix = getattr(factors, name), getattr(mlp, name)
+            if (added.rows, added.cols) != (matrix.rows, matrix.cols):
+                raise ValueError(
+                    f"factors.{name}: [{added.rows}, {added.cols}] does not fit the matrix "
+                    f"[{matrix.rows}, {matrix.cols}]"
+                )
+    if restored_T is not None and (
+        restored_T.dtype != torch.bool or tuple(restored_T.shape) != (x_TH.shape[0],)
+    ):
+        raise ValueError(
+            f"restored: expected bool [{x_TH.shape[0]}], got {restored_T.dtype} "
+            f"{tuple(restored_T.shape)}"
+        )

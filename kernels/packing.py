@@ -1,0 +1,175 @@
+"""The bit order of a tile, written once: codes and scales to bytes and back, in plain torch.
+
+A tile is 16 rows x 64 inputs. Its codes are sixteen 64-byte vectors; vector j holds inputs
+4j..4j+3 of every row, row r in bytes 4r..4r+3: one operand of a 32-bit dot-product instruction.
+Vectors share bytes ("planes") so that a mask or one shift brings a vector out. Knows no file.
+
+Legend: N rows, K cols, G groups of 64 cols, B row blocks of 16, V vectors and P planes of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.types import GROUP_SIZE, TILE_ROWS, QuantizedMatrix, padded_rows, tile_bytes
+
+VECTORS = 16
+VECTOR_BYTES = 64
+INPUTS_PER_LANE = 4
+PACKED_BITS = (2, 3, 4)
+FLOAT16_MAX = 65504.0
+
+
+def pack(
+    codes_NK: torch.Tensor, scale_NG: torch.Tensor, zero_NG: torch.Tensor, bits: int
+) -> QuantizedMatrix:
+    """Pack W = (codes - zero) * scale, one scale and zero per row and group of 64 inputs.
+
+    codes_NK is uint8 below 2**bits; scale_NG and zero_NG are float, the zero in code units (it need
+    not be whole). Scale and zero * scale are stored as float16. Works on any device; the bytes lie
+    where the codes lie.
+
+    Raises ValueError when shapes, bits or values do not fit the layout.
+    """
+    _check_pack_arguments(codes_NK, scale_NG, zero_NG, bits)
+    rows, cols = codes_NK.shape
+    blocks, groups = padded_rows(rows) // TILE_ROWS, cols // GROUP_SIZE
+    scale = scale_NG.float()
+    zero_scaled = zero_NG.float() * scale
+    _check_float16("scale", scale)
+    _check_float16("zero * scale", zero_scaled)
+
+    padded_NK = _pad_rows(codes_NK, blocks * TILE_ROWS)
+    vectors_BGVC = (
+        padded_NK.view(blocks, TILE_ROWS, groups, VECTORS, INPUTS_PER_LANE)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(blocks, groups, VECTORS, VECTOR_BYTES)
+    )
+    tiles = torch.empty(blocks, groups, tile_bytes(bits), dtype=torch.uint8, device=codes_NK.device)
+    code_bytes = bits * 2 * VECTOR_BYTES
+    planes = tiles[:, :, :code_bytes].view(blocks, groups, 2 * bits, VECTOR_BYTES)
+    _put_planes(vectors_BGVC, planes, bits)
+    for values, start in ((scale, code_bytes), (zero_scaled, code_bytes + 2 * TILE_ROWS)):
+        values_NG = _pad_rows(values, blocks * TILE_ROWS)
+        per_tile = values_NG.view(blocks, TILE_ROWS, groups).transpose(1, 2).half().contiguous()
+        tiles[:, :, start : start + 2 * TILE_ROWS] = per_tile.view(torch.uint8)
+    return QuantizedMatrix(tiles.view(-1), rows, cols, bits)
+
+
+def pack_bf16(weight_NK: torch.Tensor) -> QuantizedMatrix:
+    """The unquantised baseline: a [N, K] weight as row-major bfloat16 (bits 16)."""
+    if weight_NK.dim() != 2:
+        raise ValueError(f"weight: expected [rows, cols], got shape {tuple(weight_NK.shape)}")
+    rows, cols = weight_NK.shape
+    data = weight_NK.to(torch.bfloat16).contiguous().view(torch.uint8).reshape(-1)
+    return QuantizedMatrix(data, rows, cols, 16)
+
+
+def unpack(matrix: QuantizedMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [N, K] uint8, scale [N, G] float32 and zero * scale [N, G] float32 of a packed matrix.
+
+    W = scale * codes - zero_scaled. Raises ValueError for bits 16, which has no codes.
+    """
+    if matrix.bits not in PACKED_BITS:
+        raise ValueError(f"bits: got {matrix.bits}, only {PACKED_BITS} hold codes to unpack")
+    rows, cols, bits = matrix.rows, matrix.cols, matrix.bits
+    blocks, groups = padded_rows(rows) // TILE_ROWS, cols // GROUP_SIZE
+    tiles = matrix.data.view(blocks, groups, tile_bytes(bits))
+    code_bytes = bits * 2 * VECTOR_BYTES
+    planes = tiles[:, :, :code_bytes].view(blocks, groups, 2 * bits, VECTOR_BYTES)
+    codes_NK = (
+        _get_vectors(planes, bits)
+        .view(blocks, groups, VECTORS, TILE_ROWS, INPUTS_PER_LANE)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(blocks * TILE_ROWS, cols)
+    )
+    half_tiles = tiles[:, :, code_bytes:].contiguous().view(torch.float16).float()
+    per_row = half_tiles.view(blocks, groups, 2, TILE_ROWS).permute(2, 0, 3, 1)
+    scale_NG, zero_scaled_NG = per_row.reshape(2, blocks * TILE_ROWS, groups)
+    return codes_NK[:rows], scale_NG[:rows], zero_scaled_NG[:rows]
+
+
+def bf16_weight(matrix: QuantizedMatrix) -> torch.Tensor:
+    """The [N, K] bfloat16 weight of a bits-16 matrix; a view where the bytes are 2-byte aligned."""
+    if matrix.bits != 16:
+        raise ValueError(f"bits: got {matrix.bits}, expected 16")
+    data = matrix.data.contiguous()
+    if data.storage_offset() % 2:
+        data = data.clone()
+    return data.view(torch.bfloat16).view(matrix.rows, matrix.cols)
+
+
+def _put_planes(vectors: torch.Tensor, planes: torch.Tensor, bits: int) -> None:
+    """Write 16 vectors of codes [..., V, 64] into 2*bits planes of bytes [..., P, 64]."""
+    if bits == 4:  # plane p: vector p low, p+8 high
+        planes.copy_(vectors[:, :, :8] | vectors[:, :, 8:] << 4)
+    elif bits == 2:  # plane p: vectors p, p+4, p+8, p+12 from the low bits up
+        planes.copy_(vectors[:, :, :4])
+        for step in (1, 2, 3):
+            planes.bitwise_or_(vectors[:, :, 4 * step : 4 * step + 4] << (2 * step))
+    else:
+        # Two halves of 8 vectors in 3 planes: vectors 0..2 in bits 0-2, 3..5 in bits 3-5; the two
+        # bits left over in each of the three bytes hold vectors 6 and 7, lowest bits first.
+        for half in (0, 1):
+            v = vectors[:, :, 8 * half : 8 * half + 8]
+            left_over = v[:, :, 6] | v[:, :, 7] << 3
+            for k in (0, 1, 2):
+                top = (left_over >> (2 * k) & 3) << 6
+                planes[:, :, 3 * half + k] = v[:, :, k] | v[:, :, k + 3] << 3 | top
+
+
+def _get_vectors(planes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of `_put_planes`: [..., P, 64] bytes to [..., V, 64] codes."""
+    if bits == 4:
+        return torch.cat((planes & 15, planes >> 4), dim=2)
+    if bits == 2:
+        return torch.cat([planes >> (2 * step) & 3 for step in range(4)], dim=2)
+    halves = []
+    for half in (0, 1):
+        p = planes[:, :, 3 * half : 3 * half + 3]
+        left_over = p[:, :, 0] >> 6 | p[:, :, 1] >> 6 << 2 | p[:, :, 2] >> 6 << 4
+        sixth, seventh = left_over & 7, left_over >> 3
+        halves += [p & 7, p >> 3 & 7, sixth[:, :, None], seventh[:, :, None]]
+    return torch.cat(halves, dim=2)
+
+
+def _pad_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
+    if values.shape[0] == rows:
+        return values.contiguous()
+    padding = values.new_zeros(rows - values.shape[0], values.shape[1])
+    return torch.cat((values, padding))
+
+
+def _check_pack_arguments(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
+) -> None:
+    if bits not in PACKED_BITS:
+        raise ValueError(f"bits: got {bits}, expected one of {PACKED_BITS} (16: use pack_bf16)")
+    if codes.dim() != 2 or codes.dtype != torch.uint8:
+        raise ValueError(
+            f"codes: expected [rows, cols] uint8, got {codes.dtype} {tuple(codes.shape)}"
+        )
+    rows, cols = codes.shape
+    if rows == 0 or cols == 0 or cols % GROUP_SIZE:
+        raise ValueError(
+            f"codes: got [{rows}, {cols}], expected at least one row and a multiple of "
+            f"{GROUP_SIZE} cols"
+        )
+    expected = (rows, cols // GROUP_SIZE)
+    for name, values in (("scale", scale), ("zero", zero)):
+        if tuple(values.shape) != expected or not values.is_floating_point():
+            raise ValueError(
+                f"{name}: expected float {expected}, got {values.dtype} {tuple(values.shape)}"
+            )
+    largest = int(codes.max())
+    if largest >= 2**bits:
+        raise ValueError(f"codes: largest is {largest}, {bits} bits hold at most {2**bits - 1}")
+
+
+def _check_float16(name: str, values: torch.Tensor) -> None:
+    largest = float(values.abs().max())
+    if not largest <= FLOAT16_MAX:  # also catches NaN
+        raise ValueError(
+            f"{name}: largest magnitude is {largest}, the layout stores float16 "
+            f"(at most {FLOAT16_MAX}); rescale the matrix or choose another grid"
+        )

@@ -1,0 +1,58 @@
+"""The truth: every operation of this room in plain torch with float32 accumulation.
+
+Slow and obvious on purpose; the fast forms are judged against it. Works on any device.
+
+Legend: N rows, K cols, G groups, R rank, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.gated import compose_gated_mlp
+from kernels.packing import bf16_weight, unpack
+from kernels.types import GROUP_SIZE, GatedLowRank, GatedMLP, LowRank, QuantizedMatrix
+
+
+def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
+    """The [N, K] float32 weight: scale * code - zero_scaled, or the bfloat16 baseline widened."""
+    if matrix.bits == 16:
+        return bf16_weight(matrix).float()
+    codes_NK, scale_NG, zero_scaled_NG = unpack(matrix)
+    codes_NGK = codes_NK.view(matrix.rows, -1, GROUP_SIZE).float()
+    weight_NGK = scale_NG[:, :, None] * codes_NGK - zero_scaled_NG[:, :, None]
+    return weight_NGK.view(matrix.rows, matrix.cols)
+
+
+def dequantize_low_rank(factors: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """left [N, R] and right [R, K], float32; R is 0 for an empty LowRank."""
+    device = factors.data.device
+    lefts = [torch.zeros(factors.rows, 0, device=device)]
+    rights = [torch.zeros(0, factors.cols, device=device)]
+    for block in range(len(factors.block_offsets)):
+        lefts.append(dequantize(factors.left_t(block)).T)
+        rights.append(dequantize(factors.right(block)))
+    return torch.cat(lefts, dim=1), torch.cat(rights)
+
+
+def matmul(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
+    """x @ W.T as [T, N] float32."""
+    return x_TK.float() @ dequantize(matrix).T
+
+
+def low_rank_matmul(factors: LowRank, x_TK: torch.Tensor) -> torch.Tensor:
+    """left @ (right @ x) per token, [T, N] float32; zeros at rank 0."""
+    left_NR, right_RK = dequantize_low_rank(factors)
+    return (x_TK.float() @ right_RK.T) @ left_NR.T
+
+
+def gated_mlp(
+    x_TH: torch.Tensor,
+    mlp: GatedMLP,
+    factors: GatedLowRank | None = None,
+    restored_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """down(act(gate x) * (up x)) as [T, H] float32; factors as in `kernels.ops.gated_mlp`."""
+    return compose_gated_mlp(
+        x_TH, mlp, factors, restored_T, matmul=matmul, low_rank_matmul=low_rank_matmul
+    )
