@@ -1,7 +1,7 @@
-"""DeepSeek-MoE-16B ("deepseek"), which transformers does not carry: Llama attention, DeepSeek-V2's experts.
+"""DeepSeek-MoE-16B ("deepseek"), which transformers lacks: Llama attention, DeepSeek-V2's experts.
 
-Follows the model's published remote code: softmax, then top-k without renormalising, plus shared experts.
-The decorator's name must occur in this file, transformers greps for it: @use_experts_implementation.
+Follows the published remote code: softmax, top-k without renormalising, plus shared experts.
+The decorator's name must occur in this file, transformers greps it: @use_experts_implementation.
 
 Legend: T tokens, H hidden, E experts, K top-k.
 """
@@ -65,7 +65,7 @@ class DeepseekRouter(nn.Module):
         logits_TE = nn.functional.linear(hidden_TH, self.weight)
         scores_TE = logits_TE.softmax(-1, dtype=torch.float32)
         weights_TK, ids_TK = torch.topk(scores_TE, self.top_k, dim=-1, sorted=False)
-        if self.normalise and self.top_k > 1:
+        if self.normalise:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return logits_TE, weights_TK.to(hidden_TH.dtype), ids_TK
 
@@ -135,7 +135,7 @@ class DeepseekForCausalLM(LlamaForCausalLM):
 
 
 def register() -> None:
-    """Make transformers' Auto classes and its key conversion know this model. Safe to call again."""
+    """Make transformers' Auto classes and key conversion know this model. Safe to call again."""
     AutoConfig.register(MODEL_TYPE, DeepseekConfig, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
     if get_checkpoint_conversion_mapping(MODEL_TYPE) is None:

@@ -24,3 +24,11 @@ class ExpertUnavailableError(StoreError):
 
 class CheckpointError(StoreError):
     """The source checkpoint is unusable: unknown family, missing expert, NaN, unreachable hub."""
+
+
+class StoreWriteError(StoreError):
+    """A store could not be written: the disk is full, or the folder is not ours to write."""
+
+
+class DirectoryError(StoreError):
+    """The directory of who holds what cannot be reached or read."""

@@ -69,7 +69,7 @@ def check_model_type(config: Any, where: str) -> None:
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise CheckpointError(
             f"{where}: unknown model family: model_type is {model_type!r}, expected one of "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}; choose a Mixture-of-Experts checkpoint of one of these"
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}; choose a checkpoint of one of these"
         )
 
 

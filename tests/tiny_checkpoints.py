@@ -29,24 +29,24 @@ def tiny_config(
     max_positions: int = 256,
     **overrides: Any,
 ) -> Any:
-    """The family's config at toy size. DeepSeek families get one dense layer first, as theirs do."""
+    """The family's config at toy size. DeepSeek families get one dense layer first."""
     head_dim = hidden // 4
-    common: dict[str, Any] = dict(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=max_positions,
-        num_experts_per_tok=top_k,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-    )
-    local = dict(num_local_experts=experts, head_dim=head_dim)
-    moe = dict(moe_intermediate_size=ffn)
+    common: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": max_positions,
+        "num_experts_per_tok": top_k,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    local = {"num_local_experts": experts, "head_dim": head_dim}
+    moe = {"moe_intermediate_size": ffn}
     latent = dict(
         num_key_value_heads=4,
         n_routed_experts=experts,
@@ -65,7 +65,7 @@ def tiny_config(
     )
     own: dict[str, dict[str, Any]] = {
         "mixtral": local,
-        "olmoe": dict(num_experts=experts, num_key_value_heads=4),
+        "olmoe": {"num_experts": experts, "num_key_value_heads": 4},
         "qwen2_moe": dict(num_experts=experts, shared_expert_intermediate_size=2 * ffn, **moe),
         "qwen3_moe": dict(num_experts=experts, head_dim=head_dim, **moe),
         "deepseek_v2": dict(latent, head_dim=16),
@@ -78,18 +78,18 @@ def tiny_config(
             intermediate_size=2 * ffn,
             **moe,
         ),
-        "phimoe": dict(num_local_experts=experts, lm_head_bias=True, attention_bias=True),
-        "granitemoe": dict(
-            num_local_experts=experts,
-            embedding_multiplier=2.0,
-            attention_multiplier=head_dim**-0.5,
-            residual_multiplier=0.5,
-            logits_scaling=2.0,
-        ),
+        "phimoe": {"num_local_experts": experts, "lm_head_bias": True, "attention_bias": True},
+        "granitemoe": {
+            "num_local_experts": experts,
+            "embedding_multiplier": 2.0,
+            "attention_multiplier": head_dim**-0.5,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
         "gpt_oss": dict(
             local,
             sliding_window=16,
-            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         ),
     }
     if family not in own:

@@ -1,0 +1,123 @@
+"""The store's format, version 1, as a spec; and load and save of its manifest.
+
+Files (paths are relative to the store; no other path is ever accepted):
+
+    manifest.json                    what exists; written last: a folder without it is no store
+    config.json, tokenizer files...  as transformers wants them
+    dense*.safetensors               all that is not a routed expert, original names and types
+    codes/layer-LLLLL.safetensors    tensor "expert-EEEEE": uint8, one whole codes record
+    factors/layer-LLLLL.safetensors  likewise factors records, of experts that have rank blocks
+
+Layer and expert numbers are decimal, five digits. A safetensors header is padded with spaces so
+that the data starts at a multiple of 64 bytes in the file; every record's length is a multiple
+of 64, so every record starts at one. `RecordInfo.offset` counts from the start of the file.
+
+Codes record: gate [F, H], up [F, H], down [H, F], each in the layout of `kernels/types.py` (tiles
+of 16 rows x 64 inputs for 2, 3 and 4 bits, row-major bfloat16 for 16); then, where the experts
+have biases, gate [F], up [F], down [H] as little-endian float32. Every part starts at a multiple
+of 64 bytes and the gaps are zero.
+
+Factors record: rank blocks one after the other, in falling order of the energy they repair. A
+block adds rank 16 to one projection: right [16, cols], then left transposed [16, rows], packed
+tiles of `factor_bits`. Any prefix of the blocks is a valid compensator and a prefix of the bytes.
+
+Manifest: UTF-8 JSON, one object:
+
+    format "moetier-store"; format_version 1; version: sha256 of the canonical JSON of the rest
+    recipe {name, bits, group_size 64, factor_bits, avg_rank, rank_ladder, top_n, seed}
+    model  {name, model_type, num_layers, top_k, vocab_size, max_positions,
+            expert {hidden, ffn, activation, has_bias},
+            moe_layers {"L": path}, num_experts {"L": n}}
+    dense_files {file: sha256 of the file}
+    experts [{layer, expert, bits, blocks "gud...", kurtosis, error, restored_error,
+              codes {file, offset, num_bytes, sha256}, factors likewise or null}]
+
+Limits: manifest 512 MiB; 4096 layers; 65536 experts a layer, 1000000 in all; hidden and ffn 2^20;
+10000 dense files; offsets 2^50. Every field is there, no other, none twice; experts are complete.
+
+Failures, each a StoreFormatError that names file and field: no manifest, not JSON, duplicate key,
+missing or unknown field, wrong type, out of limits, newer format version, a file name other than
+the one the layout gives, a length other than the shape gives, overlapping records, an expert
+missing, extra or twice, a version that does not match the content. A record whose bytes do not
+match its checksum is a CorruptRecordError.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from expert_store.errors import StoreFormatError
+from expert_store.files import Disk
+from expert_store.manifest_json import (
+    content_version,
+    decode_manifest,
+    encode_manifest,
+    record_file,
+    record_name,
+)
+from expert_store.records import (
+    ALIGNMENT,
+    FactorBlock,
+    codes_bytes,
+    encode_codes,
+    encode_factors,
+    factors_bytes,
+    parse_codes,
+    parse_factors,
+)
+from expert_store.types import Manifest
+
+__all__ = [
+    "ALIGNMENT",
+    "MANIFEST_FILE",
+    "FactorBlock",
+    "codes_bytes",
+    "content_version",
+    "encode_codes",
+    "encode_factors",
+    "factors_bytes",
+    "is_store",
+    "load_manifest",
+    "parse_codes",
+    "parse_factors",
+    "record_file",
+    "record_name",
+    "save_manifest",
+]
+
+MANIFEST_FILE = "manifest.json"
+MAX_MANIFEST_BYTES = 512 << 20
+
+
+def is_store(folder: Path) -> bool:
+    """Whether the folder holds a finished store (its manifest is written last)."""
+    return (folder / MANIFEST_FILE).is_file()
+
+
+def load_manifest(store: Path) -> Manifest:
+    """Read and check a store's manifest; no record is read.
+
+    Raises StoreFormatError naming the file and the field that does not follow the format.
+    """
+    path = Path(store) / MANIFEST_FILE
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise StoreFormatError(
+            f"{store}: no readable {MANIFEST_FILE} ({error.strerror}); this folder is not a "
+            "finished store: compress a model into it with `moetier compress`"
+        ) from error
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise StoreFormatError(
+            f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, the file is larger"
+        )
+    return decode_manifest(text, str(path))
+
+
+def save_manifest(store: Path, manifest: Manifest, disk: Disk | None = None) -> None:
+    """Write a store's manifest atomically: after this the folder is a store."""
+    assert manifest.version == content_version(manifest), (
+        f"manifest version {manifest.version} is not that of its content"
+    )
+    (disk or Disk()).write_atomic(Path(store) / MANIFEST_FILE, [encode_manifest(manifest)])
