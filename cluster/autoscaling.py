@@ -29,7 +29,10 @@ POLICY_IMPORT_PATH = "cluster.autoscaling:GpuWorkerPolicy"
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The load at which one replica is full: sequences it should hold, prompt tokens it may owe.
+    """The load at which one replica is full.
+
+    - sequences_per_replica: sequences, running or waiting, that one replica should hold.
+    - waiting_tokens_per_replica: prompt tokens, not yet computed, that one replica may owe.
 
     Raises ValueError unless both are positive and finite.
     """

@@ -1,0 +1,193 @@
+"""What a cluster can be told, section by section: frozen, checked at the door, without torch.
+
+The whole is `cluster/config.py`; a GPU worker's own fields are `gpu_worker/config.py`. Each class's
+docstring is its documentation in `deploy/cluster.example.yaml`, field by field.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.autoscaling import Targets
+
+Transport = Literal["object_store", "grpc"]
+DirectoryKind = Literal["memory", "redis"]
+
+_LABEL = re.compile(r"{0}(/{0})?={0}".format(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"))
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """The expert store and the actors that hold it.
+
+    - path: folder of the store, the same on every node that holds it; "auto" is `make demo`'s.
+    - replicas: copies, one actor each, spread over the nodes that carry the label.
+    - transport: how records reach a GPU worker: object_store (Ray, zero copy on one node) or grpc.
+    - label: Ray node label, "key=value", that a node must carry to hold a copy; null is any node.
+    - start_timeout_s: seconds a tier actor may take until it answers, before that is an error.
+    """
+
+    path: str = "auto"
+    replicas: int = 1
+    transport: Transport = "object_store"
+    label: str | None = "moetier.io/store=true"
+    start_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path: got an empty text, expected a folder or auto")
+        _within("replicas", self.replicas, 1, 64)
+        _check_label(self.label)
+        _within("start_timeout_s", self.start_timeout_s, 1, 3600)
+
+
+@dataclass(frozen=True, slots=True)
+class NdpSettings:
+    """Near-data workers: they run low-bit experts beside the store, so only activations travel.
+
+    - enabled: whether they are started; worker.near_data then becomes low_bit unless it says cost.
+    - replicas: number of workers, spread over the nodes that carry the label.
+    - num_threads: compute threads of each; null is the cores of its node.
+    - label: Ray node label, "key=value", that a node must carry; null is any node.
+    """
+
+    enabled: bool = False
+    replicas: int = 1
+    num_threads: int | None = None
+    label: str | None = "moetier.io/ndp=true"
+
+    def __post_init__(self) -> None:
+        _within("replicas", self.replicas, 1, 64)
+        _within("num_threads", self.num_threads, 1, 1024)
+        _check_label(self.label)
+
+
+@dataclass(frozen=True, slots=True)
+class AutoscalingSettings:
+    """How many GPU workers run, decided from what they have to do.
+
+    - min_replicas, max_replicas: bounds of the number of workers.
+    - upscale_delay_s, downscale_delay_s: seconds the wish must last before it is followed.
+    - targets: the load at which one worker is full.
+    """
+
+    min_replicas: int = 1
+    max_replicas: int = 4
+    upscale_delay_s: float = 10.0
+    downscale_delay_s: float = 300.0
+    targets: Targets = field(default_factory=Targets)
+
+    def __post_init__(self) -> None:
+        _within("min_replicas", self.min_replicas, 1, 1000)
+        _within("max_replicas", self.max_replicas, self.min_replicas, 1000)
+        _within("upscale_delay_s", self.upscale_delay_s, 0, 86400)
+        _within("downscale_delay_s", self.downscale_delay_s, 0, 86400)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """The GPU workers as a Serve deployment: how many, where, and how much each may have waiting.
+
+    - num_replicas: fixed number of workers; ignored when autoscaling is given.
+    - label: Ray node label, "key=value", that a node must carry; null is any node.
+    - num_cpus: CPUs that Ray sets aside for each worker.
+    - num_gpus: GPUs that Ray sets aside for each; null is 1, or 0 with worker.device cpu or
+      where the cluster has no GPU.
+    - max_waiting: requests that one worker keeps waiting for a slot; more are answered 429.
+    - autoscaling: see below; null keeps num_replicas.
+    """
+
+    num_replicas: int = 1
+    label: str | None = "moetier.io/worker=true"
+    num_cpus: float = 1.0
+    num_gpus: float | None = None
+    max_waiting: int = 32
+    autoscaling: AutoscalingSettings | None = None
+
+    def __post_init__(self) -> None:
+        _within("num_replicas", self.num_replicas, 1, 1000)
+        _check_label(self.label)
+        _within("num_cpus", self.num_cpus, 0, 1024)
+        _within("num_gpus", self.num_gpus, 0, 64)
+        _within("max_waiting", self.max_waiting, 0, 100_000)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """The HTTP endpoint.
+
+    - host: address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 is every network.
+    - port: TCP port; 0 picks a free one.
+    - replicas: ingress replicas; two or more keep answering while one is replaced.
+    - max_body_bytes: largest request body; larger is answered 413.
+    - request_timeout_s: seconds a request may take in all; then it is cancelled and answered 408.
+    - max_queued: requests one ingress holds for busy workers; more are answered 429.
+    - retry_after_s: what a 429 or 503 tells the client to wait, in seconds.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    max_body_bytes: int = 4 << 20
+    request_timeout_s: float = 600.0
+    max_queued: int = 64
+    retry_after_s: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.host:
+            raise ValueError("host: got an empty text, expected an address such as 127.0.0.1")
+        _within("port", self.port, 0, 65535)
+        _within("replicas", self.replicas, 1, 1000)
+        _within("max_body_bytes", self.max_body_bytes, 1024, 1 << 30)
+        _within("request_timeout_s", self.request_timeout_s, 0.1, 86400)
+        _within("max_queued", self.max_queued, 1, 100_000)
+        _within("retry_after_s", self.retry_after_s, 1, 3600)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectorySettings:
+    """Who knows which endpoint serves which part of the store.
+
+    - kind: memory (inside the tier manager; one cluster) or redis (outlives it).
+    - redis_url: such as redis://10.0.0.5:6379/0; required by redis, without user or password.
+    - password_file: file that holds the Redis password and nothing else; null is no password.
+    """
+
+    kind: DirectoryKind = "memory"
+    redis_url: str | None = None
+    password_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "redis" and not self.redis_url:
+            raise ValueError("redis_url: got nothing, kind redis needs redis://HOST:PORT/DB")
+        if self.kind == "memory" and (self.redis_url or self.password_file):
+            raise ValueError("kind: got memory together with redis_url or password_file; use redis")
+        if self.redis_url and not re.match(r"rediss?://[^@]+$", self.redis_url):
+            raise ValueError(
+                "redis_url: expected redis://HOST:PORT/DB or rediss://..., no user or password "
+                "(the password goes into password_file)"
+            )
+
+
+def split_label(label: str | None) -> dict[str, str]:
+    """ "key=value" as a Ray label selector; None selects any node."""
+    if label is None:
+        return {}
+    key, _, value = label.partition("=")
+    return {key: value}
+
+
+def _within(name: str, value: float | None, least: float, most: float) -> None:
+    if value is not None and not (least <= value <= most and math.isfinite(value)):
+        raise ValueError(f"{name}: got {value}, expected {least:g} to {most:g}")
+
+
+def _check_label(label: str | None) -> None:
+    if label is not None and not _LABEL.fullmatch(label):
+        raise ValueError(
+            f"label: got {label!r}, expected key=value as for Kubernetes labels, "
+            "for example moetier.io/store=true"
+        )
