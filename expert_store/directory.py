@@ -1,0 +1,224 @@
+"""The directory: which holders of segments are alive, in memory on one host or in Redis.
+
+A holder announces its listing again and again; one that falls silent disappears after `expiry_s`.
+Knows no transport; losing it stops no running request (`LastKnownDirectory`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from expert_store.errors import DirectoryError
+from expert_store.listing import Listing
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+
+class Directory(Protocol):
+    """Who is alive. Thread-safe. Every call raises DirectoryError when the directory is lost."""
+
+    def announce(self, listing: Listing) -> None:
+        """Add or renew a listing; it stays for the directory's `expiry_s`."""
+        ...
+
+    def withdraw(self, name: str) -> None:
+        """Take a listing out at once; nothing happens when it is not there."""
+        ...
+
+    def listings(self) -> tuple[Listing, ...]:
+        """The live listings, by name."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class MemoryDirectory:
+    """A directory for one process. The clock gives seconds and is passed in by tests."""
+
+    def __init__(
+        self, *, expiry_s: float = 15.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        _check_expiry(expiry_s)
+        self._expiry_s = expiry_s
+        self._clock = clock
+        self._entries: dict[str, tuple[float, Listing]] = {}
+        self._lock = threading.Lock()
+
+    def announce(self, listing: Listing) -> None:
+        with self._lock:
+            self._entries[listing.name] = (self._clock() + self._expiry_s, listing)
+
+    def withdraw(self, name: str) -> None:
+        with self._lock:
+            self._entries.pop(name, None)
+
+    def listings(self) -> tuple[Listing, ...]:
+        with self._lock:
+            now = self._clock()
+            self._entries = {k: entry for k, entry in self._entries.items() if entry[0] > now}
+            return tuple(self._entries[name][1] for name in sorted(self._entries))
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class RedisDirectory:
+    """A directory in Redis: one expiring key per listing, `<prefix>:listing:<name>`.
+
+    `url` is redis://[user:password@]host:port/db (or rediss://); a password in a file wins over
+    one in the URL. Each call takes at most about twice `timeout_s`. Raises ValueError for a
+    malformed URL or an empty password file; connects only when first used.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str = "moetier",
+        password_file: Path | None = None,
+        expiry_s: float = 15.0,
+        timeout_s: float = 1.0,
+    ) -> None:
+        _check_expiry(expiry_s)
+        self._expiry_ms = max(1, round(expiry_s * 1000))
+        self._prefix = f"{prefix}:listing:"
+        options: dict[str, Any] = {
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            "retry": Retry(NoBackoff(), 1),
+        }
+        if password_file is not None:
+            password = password_file.read_text().strip()
+            if not password:
+                raise ValueError(f"password_file: {password_file} is empty")
+            options["password"] = password
+        self._client = redis.Redis.from_url(url, **options)
+        where = self._client.connection_pool.connection_kwargs
+        self._where = f"{where.get('host', where.get('path'))}:{where.get('port', '')}"
+
+    def announce(self, listing: Listing) -> None:
+        key = self._prefix + listing.name
+        self._ask(lambda: self._client.set(key, listing.to_json(), px=self._expiry_ms))
+
+    def withdraw(self, name: str) -> None:
+        self._ask(lambda: self._client.delete(self._prefix + name))
+
+    def listings(self) -> tuple[Listing, ...]:
+        values = self._ask(self._read_all)
+        try:
+            found = [Listing.from_json(value) for value in values if value is not None]
+        except ValueError as error:
+            raise DirectoryError(
+                f"Redis at {self._where} holds a malformed listing under {self._prefix}*: {error}; "
+                "delete that key or use another prefix"
+            ) from error
+        return tuple(sorted(found, key=lambda listing: listing.name))
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _read_all(self) -> list[bytes | str | None]:
+        pattern = _escaped(self._prefix) + "*"
+        keys = list(dict.fromkeys(self._client.scan_iter(match=pattern, count=1000)))
+        return list(self._client.mget(keys)) if keys else []
+
+    def _ask(self, call: Callable[[], Answer]) -> Answer:
+        try:
+            return call()
+        except redis.RedisError as error:
+            raise DirectoryError(
+                f"Redis at {self._where} did not answer: {error}; check that it runs and that "
+                "directory.url and its password are right"
+            ) from error
+
+
+class LastKnownDirectory:
+    """Another directory, whose last answer is kept and given when it cannot be reached."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._known: tuple[Listing, ...] | None = None
+        self._lost = False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the last answer was an old one."""
+        return self._lost
+
+    def announce(self, listing: Listing) -> None:
+        self._directory.announce(listing)
+
+    def withdraw(self, name: str) -> None:
+        self._directory.withdraw(name)
+
+    def listings(self) -> tuple[Listing, ...]:
+        """The live listings, or the last ones known. Raises DirectoryError when none ever were."""
+        try:
+            self._known = self._directory.listings()
+        except DirectoryError as error:
+            if self._known is None:
+                raise
+            if not self._lost:
+                logger.warning("%s; going on with the last %d listings", error, len(self._known))
+            self._lost = True
+        else:
+            self._lost = False
+        return self._known
+
+    def close(self) -> None:
+        self._directory.close()
+
+
+class Announcer:
+    """Announces one listing every `interval_s` from a thread of its own, until closed.
+
+    An interval of a third of the directory's expiry survives two lost announcements. A directory
+    that cannot be reached is logged once per outage and tried again.
+    """
+
+    def __init__(self, directory: Directory, listing: Listing, *, interval_s: float = 5.0) -> None:
+        self._directory = directory
+        self._listing = listing
+        self._interval_s = interval_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="announcer", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop announcing and take the listing out. Raises DirectoryError when it is lost."""
+        self._stopped.set()
+        self._thread.join()
+        self._directory.withdraw(self._listing.name)
+
+    def _run(self) -> None:
+        lost = False
+        while not self._stopped.is_set():
+            try:
+                self._directory.announce(self._listing)
+                lost = False
+            except DirectoryError as error:
+                if not lost:
+                    logger.warning("cannot announce %s: %s", self._listing.name, error)
+                lost = True
+            self._stopped.wait(self._interval_s)
+
+
+def _check_expiry(expiry_s: float) -> None:
+    if expiry_s <= 0:
+        raise ValueError(f"expiry_s: got {expiry_s}, expected a positive number of seconds")
+
+
+def _escaped(text: str) -> str:
+    """Text with the characters that SCAN's patterns give a meaning to taken literally."""
+    return "".join("\\" + char if char in "*?[]^-\\" else char for char in text)

@@ -1,0 +1,205 @@
+"""One node's part of a store, mapped: records as read-only views of the files' own pages.
+
+Owns the mappings and the checksums. Knows no network, no Ray and not what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreFormatError
+from expert_store.format import factors_bytes, load_manifest
+from expert_store.types import ExpertKey, Manifest, RecordInfo, RecordKind, RecordRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Segment:
+    """The records of some experts of a store, read through `mmap`; tier "disk". Thread-safe.
+
+    `keys` are the experts this node holds, all of the store's when None. Opening checks that every
+    record lies inside its file; a record's sha256 is checked when it is first read, once. Views
+    stay valid after `close()`: a file's mapping goes away with its last view.
+
+    Raises ValueError for a key that the store does not have, StoreFormatError for a store that
+    cannot be opened: no manifest, a missing or a truncated file.
+    """
+
+    tier = "disk"
+
+    def __init__(self, store: Path | str, keys: Iterable[ExpertKey] | None = None) -> None:
+        self._store = Path(store)
+        self._manifest = load_manifest(self._store)
+        self._keys = frozenset(self._manifest.experts if keys is None else keys)
+        unknown = sorted(self._keys - self._manifest.experts.keys())
+        if unknown:
+            raise ValueError(
+                f"keys: {unknown[0]} and {len(unknown) - 1} more are not in {self._store}, which "
+                f"has {len(self._manifest.experts)} experts; see `moetier inspect {self._store}`"
+            )
+        self._files = self._map_files()
+        self._checked: set[tuple[ExpertKey, RecordKind]] = set()
+        self._damaged: dict[tuple[ExpertKey, RecordKind], str] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def store(self) -> Path:
+        """The folder that this segment is a part of."""
+        return self._store
+
+    @property
+    def manifest(self) -> Manifest:
+        """The whole store's manifest, not only this segment's part."""
+        return self._manifest
+
+    @property
+    def keys(self) -> frozenset[ExpertKey]:
+        """The experts that this segment holds."""
+        return self._keys
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all records of this segment."""
+        return sum(record.num_bytes for record in self._records())
+
+    def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
+        """The records' bytes in request order, each a flat uint8 view of the mapped file.
+
+        The views are read-only memory: writing to one ends the process. Raises ValueError for a
+        request that no store could answer, ExpertUnavailableError for a record that is not here,
+        CorruptRecordError for one whose bytes do not match their checksum.
+        """
+        return [self._view(request) for request in requests]
+
+    def close(self) -> None:
+        """Refuse further reads. Views that are still held stay valid."""
+        with self._lock:
+            self._files = {}
+
+    def _records(self) -> Iterable[RecordInfo]:
+        for key in self._keys:
+            info = self._manifest.experts[key]
+            yield info.codes
+            if info.factors is not None:
+                yield info.factors
+
+    def _map_files(self) -> dict[str, torch.Tensor]:
+        ends: dict[str, int] = {}
+        for record in self._records():
+            ends[record.file] = max(ends.get(record.file, 0), record.offset + record.num_bytes)
+        return {file: map_file(self._store / file, end) for file, end in sorted(ends.items())}
+
+    def _view(self, request: RecordRequest) -> torch.Tensor:
+        record = locate(self._manifest, request)
+        if request.key not in self._keys:
+            raise ExpertUnavailableError(
+                f"{request.key} of {self._store} is not in this segment, which holds "
+                f"{len(self._keys)} of {len(self._manifest.experts)} experts; ask another copy"
+            )
+        with self._lock:
+            data = self._files.get(record.file)
+        if data is None:
+            raise ExpertUnavailableError(
+                f"the segment of {self._store} is closed; {request.key} was asked of it afterwards"
+            )
+        whole = locate(self._manifest, replace(request, num_blocks=None))
+        self._check(request, whole, data)
+        return data[record.offset : record.offset + record.num_bytes]
+
+    def _check(self, request: RecordRequest, record: RecordInfo, data: torch.Tensor) -> None:
+        name = (request.key, request.kind)
+        if name in self._checked:
+            return
+        found = self._damaged.get(name)
+        if found is None:
+            # Two threads may both hash a record that neither has seen: wasteful, never wrong.
+            whole = data[record.offset : record.offset + record.num_bytes]
+            found = hashlib.sha256(whole.numpy()).hexdigest()
+        with self._lock:
+            if found == record.sha256:
+                self._checked.add(name)
+                return
+            self._damaged[name] = found
+        message = (
+            f"{request.kind} record of {request.key} in {self._store} is damaged: expected sha256 "
+            f"{record.sha256}, found {found} over {record.num_bytes} bytes at {record.offset} of "
+            f"{record.file}; run `moetier verify {self._store}`, then restore the file or compress "
+            "again"
+        )
+        logger.error("%s", message)
+        raise CorruptRecordError(message)
+
+
+def locate(manifest: Manifest, request: RecordRequest) -> RecordInfo:
+    """Where the bytes asked for lie: the record's info, `num_bytes` cut to the rank-block prefix.
+
+    `sha256` stays that of the whole record. Raises ValueError for an expert the store does not
+    have, factors where it has none, or a prefix that the record cannot give.
+    """
+    info = manifest.experts.get(request.key)
+    if info is None:
+        raise ValueError(
+            f"request: {request.key} is not in store version {manifest.version}, which has "
+            f"{len(manifest.experts)} experts in layers {sorted(manifest.model.moe_layers)}"
+        )
+    record = manifest.record(request)
+    if record is None:
+        raise ValueError(f"request: {request.key} has no factors record; ask only for its codes")
+    if request.num_blocks is None:
+        return record
+    if request.kind == "codes":
+        raise ValueError(
+            f"request: num_blocks {request.num_blocks} for the codes of {request.key}; only "
+            "factors have rank blocks"
+        )
+    if not 0 <= request.num_blocks <= len(info.blocks):
+        raise ValueError(
+            f"request: num_blocks {request.num_blocks} of {request.key}, which has "
+            f"{len(info.blocks)} rank blocks"
+        )
+    blocks = info.blocks[: request.num_blocks]
+    size = factors_bytes(manifest.model.expert, blocks, manifest.recipe.factor_bits)
+    return replace(record, num_bytes=size)
+
+
+def map_file(path: Path, min_bytes: int) -> torch.Tensor:
+    """The file as a flat uint8 tensor over a shared read-only mapping, which lives as long as it.
+
+    Raises StoreFormatError when the file is missing or shorter than `min_bytes`.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < min_bytes or size == 0:
+                raise StoreFormatError(
+                    f"{path} is truncated: expected at least {min_bytes} bytes, got {size}; "
+                    f"run `moetier verify {path.parents[1]}`, then restore the file or compress "
+                    "again"
+                )
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise StoreFormatError(
+            f"{path} cannot be mapped: {error}; the manifest names it, so restore the file or "
+            "compress again"
+        ) from error
+    return readonly_tensor(np.frombuffer(mapping, np.uint8))
+
+
+def readonly_tensor(array: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """A tensor over the array's own memory, which it keeps alive. No copy, no warning.
+
+    torch has no read-only tensors and `from_numpy` warns of that; whoever writes to this one
+    writes to memory that the operating system protects.
+    """
+    return torch.from_dlpack(array)

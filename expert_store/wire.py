@@ -1,0 +1,85 @@
+"""The bytes of a record request between hosts, and the limits both sides keep.
+
+    magic "MTRQ" | u16 wire version | u16 length of the store version | u32 number of requests
+    | the store version, ASCII | per request: u32 layer, u32 expert, u32 kind, i32 num_blocks
+
+All little-endian; kind 0 is codes, 1 is factors; num_blocks -1 means the whole record. The answer
+is a stream of messages of at most CHUNK_BYTES: the records' bytes in request order, whose lengths
+the asker knows from its manifest. Knows no transport.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from expert_store.types import ExpertKey, RecordKind, RecordRequest
+
+MAGIC = b"MTRQ"
+WIRE_VERSION = 1
+CHUNK_BYTES = 2 * 2**20
+"""One message of an answer. Between 1 and 4 MiB gRPC is at its fastest (FACTS.md 1.3)."""
+MAX_REQUESTS = 4096
+"""Records of one call."""
+MAX_REQUEST_BYTES = 2**20
+
+_HEADER = struct.Struct("<4sHHI")
+_REQUEST = struct.Struct("<IIIi")
+_KINDS: tuple[RecordKind, ...] = ("codes", "factors")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordCall:
+    """One decoded call: which store the asker has the manifest of, and what it wants."""
+
+    version: str
+    requests: tuple[RecordRequest, ...]
+
+
+def encode_call(version: str, requests: Sequence[RecordRequest]) -> bytes:
+    """The bytes of a call. Raises ValueError for more than MAX_REQUESTS requests."""
+    if len(requests) > MAX_REQUESTS:
+        raise ValueError(f"requests: got {len(requests)}, at most {MAX_REQUESTS} in one call")
+    name = version.encode("ascii")
+    parts = [_HEADER.pack(MAGIC, WIRE_VERSION, len(name), len(requests)), name]
+    for request in requests:
+        num_blocks = -1 if request.num_blocks is None else request.num_blocks
+        kind = _KINDS.index(request.kind)
+        parts.append(_REQUEST.pack(request.key.layer, request.key.expert, kind, num_blocks))
+    return b"".join(parts)
+
+
+def decode_call(message: bytes) -> RecordCall:
+    """The call in a message. Raises ValueError, naming the field, for anything malformed."""
+    if len(message) < _HEADER.size:
+        raise ValueError(f"message: {len(message)} bytes, a header has {_HEADER.size}")
+    magic, wire_version, name_bytes, num_requests = _HEADER.unpack_from(message)
+    if magic != MAGIC:
+        raise ValueError(f"magic: got {magic!r}, expected {MAGIC!r}")
+    if wire_version != WIRE_VERSION:
+        raise ValueError(f"wire version: got {wire_version}, this side speaks {WIRE_VERSION}")
+    if num_requests > MAX_REQUESTS:
+        raise ValueError(f"requests: got {num_requests}, at most {MAX_REQUESTS} in one call")
+    expected = _HEADER.size + name_bytes + num_requests * _REQUEST.size
+    if len(message) != expected:
+        raise ValueError(f"message: got {len(message)} bytes, its header announces {expected}")
+    start = _HEADER.size + name_bytes
+    name = message[_HEADER.size : start]
+    if not name.isascii():
+        raise ValueError("store version: not ASCII")
+    requests = tuple(
+        _decode_request(*_REQUEST.unpack_from(message, start + i * _REQUEST.size))
+        for i in range(num_requests)
+    )
+    return RecordCall(name.decode("ascii"), requests)
+
+
+def _decode_request(layer: int, expert: int, kind: int, num_blocks: int) -> RecordRequest:
+    if kind >= len(_KINDS):
+        raise ValueError(f"kind: got {kind}, expected 0 (codes) or 1 (factors)")
+    if num_blocks < -1:
+        raise ValueError(f"num_blocks: got {num_blocks}, expected -1 or a count")
+    return RecordRequest(
+        ExpertKey(layer, expert), _KINDS[kind], None if num_blocks == -1 else num_blocks
+    )

@@ -1,0 +1,104 @@
+"""Runs experts where their bytes are: packed codes straight from a mapped segment, no copies.
+
+Owns the parsed views of experts. Knows no network and no router weights.
+
+Legend: T tokens of the call, P (expert, token) pairs, H hidden.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from expert_store.format import parse_codes
+from expert_store.types import ExpertKey, ExpertTokens, Manifest, RecordRequest
+from kernels.ops import Backend, gated_mlp_many
+from kernels.types import GatedMLP
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class RecordSource(Protocol):
+    """Where codes come from; a `Segment`, so that they are views of mapped pages."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]: ...
+
+
+class Executor:
+    """Runs the low-bit experts of a source on the CPU. Thread-safe: one batch computes at a time,
+    on `num_threads` threads, so that concurrent callers do not fight for the cores.
+    """
+
+    def __init__(
+        self, source: RecordSource, *, num_threads: int = 1, backend: Backend = "cpu_int8"
+    ) -> None:
+        if num_threads < 1:
+            raise ValueError(f"num_threads: got {num_threads}, expected at least 1")
+        self._source = source
+        self._num_threads = num_threads
+        self._backend = backend
+        self._experts: dict[ExpertKey, GatedMLP] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def manifest(self) -> Manifest:
+        """That of the source."""
+        return self._source.manifest
+
+    def run(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> torch.Tensor:
+        """Outputs [P, H] of each expert on its rows of hidden_TH, in the order of `work`.
+
+        hidden_TH is a CPU tensor, float32, bfloat16 or float16; the outputs have its dtype, are
+        accumulated in float32 and not weighted by the router. Raises ValueError for rows, shapes,
+        dtypes or experts that do not exist, a StoreError when codes cannot be read.
+        """
+        check_work(hidden_TH, work, self.manifest.model.expert.hidden)
+        with self._lock:
+            experts = self._parsed([item.key for item in work])
+            inputs = [
+                (hidden_TH[list(item.token_rows)], experts[item.key])
+                for item in work
+                if item.token_rows
+            ]
+            outputs = gated_mlp_many(inputs, backend=self._backend, num_threads=self._num_threads)
+        if not outputs:
+            return hidden_TH.new_empty(0, hidden_TH.shape[1])
+        return torch.cat(outputs).to(hidden_TH.dtype)
+
+    def _parsed(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, GatedMLP]:
+        missing = [key for key in dict.fromkeys(keys) if key not in self._experts]
+        records = self._source.fetch([RecordRequest(key, "codes") for key in missing])
+        for key, data in zip(missing, records, strict=True):
+            codes = parse_codes(
+                key, data, self.manifest.model.expert, self.manifest.experts[key].bits
+            )
+            self._experts[key] = codes.mlp
+        return self._experts
+
+
+def check_work(hidden_TH: torch.Tensor, work: Sequence[ExpertTokens], hidden: int) -> None:
+    """Raise ValueError unless the batch is one layer's, with rows that hidden_TH has."""
+    if hidden_TH.dim() != 2 or hidden_TH.shape[1] != hidden:
+        raise ValueError(f"hidden states: expected [T, {hidden}], got {tuple(hidden_TH.shape)}")
+    if hidden_TH.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"hidden states: got {hidden_TH.dtype}, expected one of "
+            f"{', '.join(str(dtype) for dtype in FLOAT_DTYPES)}"
+        )
+    layers = sorted({item.key.layer for item in work})
+    if len(layers) > 1:
+        raise ValueError(f"work: layers {layers} in one call; send one call per layer")
+    num_tokens = hidden_TH.shape[0]
+    for item in work:
+        bad = [row for row in item.token_rows if not 0 <= row < num_tokens]
+        if bad:
+            raise ValueError(
+                f"token_rows of {item.key}: row {bad[0]} of {num_tokens} hidden states; rows are "
+                f"0 to {num_tokens - 1}"
+            )
