@@ -1,4 +1,4 @@
-"""The GPU worker's configuration: one frozen dataclass, checked at the door, resolved before anything starts.
+"""The GPU worker's configuration: one frozen dataclass, checked at the door, resolved first.
 
 Knows no file and no environment variable; `resolve` needs only the store's manifest.
 """
@@ -18,7 +18,7 @@ NearDataPolicy = Literal["off", "low_bit", "cost"]
 - off: none; every expert a step needs is copied to the device.
 - low_bit: every pair that is not restored, whatever lies on the device, so that who runs a pair
   depends on the router alone and never on the state of a cache.
-- cost: the experts for which copying is dearer than running near data (see `gpu_worker/planner.py`).
+- cost: the experts for which copying is dearer than running near data (`gpu_worker/planner.py`).
 """
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -33,14 +33,14 @@ class WorkerConfig:
     - top_n: how many of a token's experts get their compensator; None means what the store says.
     - near_data: see `NearDataPolicy`.
     - cache_bytes: device memory for experts kept between steps; 0 keeps none.
-    - max_in_flight_bytes: bytes of records on their way or not yet used; must hold the largest expert.
+    - max_in_flight_bytes: bytes of records on their way or not yet used; holds any one expert.
     - fetch_threads: fetches that may run at the same time.
     - max_sequences: sequences that run at the same time (slots of the KV cache).
     - max_context: tokens of prompt and answer of one sequence; None means what the model allows.
     - prefill_chunk: prompt tokens of one sequence handled in one step.
     - device, dtype: "auto" is cuda and bfloat16 where there is a GPU, else cpu and float32.
-    - link_bytes_per_s, near_data_token_s: measured costs that policy "cost" compares: the speed of the
-      copies, and the seconds one token costs one expert near data. Required by that policy alone.
+    - link_bytes_per_s, near_data_token_s: measured costs that policy "cost" compares: the speed of
+      copies, and the seconds one token costs one expert near data. Only that policy needs them.
 
     Raises ValueError naming the field, what was given and what is allowed.
     """
@@ -100,7 +100,8 @@ class WorkerConfig:
         max_context = self.max_context or model.max_positions
         if max_context > model.max_positions:
             raise ValueError(
-                f"max_context: got {max_context}, but {model.name} has {model.max_positions} positions"
+                f"max_context: got {max_context}, but {model.name} has only "
+                f"{model.max_positions} positions"
             )
         return replace(self, device=device, dtype=dtype, top_n=top_n, max_context=max_context)
 

@@ -1,7 +1,7 @@
 """What a step moved, found, restored and waited for. Counts only; knows nobody who counts.
 
 A `Tally` is filled while a step runs; `StepCounters` is what leaves with it. Every (token, expert)
-pair is counted once as restored, low-bit or degraded, so the three sum to tokens x top-k x MoE layers.
+pair is counted once as restored, low-bit or degraded: the three sum to tokens x top-k x MoE layers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class StepCounters:
     """Counts of one step, or of many added up.
 
     - moved_bytes: bytes the transport delivered, by (tier, kind).
-    - planned_bytes: bytes the plans asked for, by kind; equal to what was moved when nothing failed.
-    - cache_hits, cache_misses: records a plan needed that were, or were not, on the device, by kind.
-    - restored_pairs, low_bit_pairs, degraded_pairs: pairs whose compensator was applied, whose plan was
-      codes alone, and whose compensator could not be had.
+    - planned_bytes: bytes the plans asked for, by kind; equal to those moved when nothing failed.
+    - cache_hits, cache_misses: records a plan needed that were, or were not, on the device.
+    - restored_pairs, low_bit_pairs, degraded_pairs: pairs whose compensator was applied, whose plan
+      was codes alone, and whose compensator could not be had.
     - near_data_pairs: the low-bit pairs that ran near data.
     - sent_bytes, received_bytes: activations to and from near data, counted by the transport.
     - wait_s: seconds the step had nothing to compute until a copy or a near-data answer came.
@@ -60,7 +60,7 @@ class StepCounters:
 
 
 class Tally:
-    """The counters of a step while it runs. Written by the thread that runs the step, by no other."""
+    """The counters of a step while it runs. Only the thread that runs the step writes it."""
 
     def __init__(self) -> None:
         self.moved_bytes: Counter[tuple[str, RecordKind]] = Counter()

@@ -1,8 +1,8 @@
 """transformers' own model without its routed experts, and one forward pass through it.
 
-Importing this module registers "moetier" with transformers: a quantizer that takes the experts out while
-the model is on meta, so that their bytes are never read, and an experts implementation that calls what was
-bound to the model. Knows no cache, no copy and no scheduler.
+Importing this registers "moetier" with transformers: a quantizer that takes the experts out while
+the model is on meta, so that their bytes are never read, and an experts implementation that calls
+what was bound to the model. Knows no cache, no copy and no scheduler.
 
 Legend: B sequences, T tokens of each, S = B*T flattened, K top-k, H hidden, V vocabulary.
 """
@@ -32,12 +32,12 @@ from gpu_worker.counters import StepCounters
 logger = logging.getLogger(__name__)
 
 METHOD = "moetier"
-"""Name of the quantisation method, and of the experts implementation, in transformers' registries."""
+"""Name of the quantisation method and of the experts implementation in transformers."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What the experts of one forward pass did: counts, and the token rows that went without factors."""
+    """What the experts of one forward pass did, and the token rows that went without factors."""
 
     counters: StepCounters
     degraded_rows: Mapping[
@@ -46,10 +46,10 @@ class StepReport:
 
 
 class StepExperts(Protocol):
-    """Runs the routed experts of a step, layer after layer. `gpu_worker/experts.py` has the real one."""
+    """Runs the routed experts of a step, layer after layer: `gpu_worker/experts.py`."""
 
     def begin(self, valid_S: torch.Tensor | None) -> None:
-        """Start a step. Rows where `valid_S` (bool, any device) is False are padding: no expert runs."""
+        """Start a step. Rows where `valid_S` (bool) is False are padding: no expert runs."""
         ...
 
     def run_layer(
@@ -83,7 +83,6 @@ class ModelRunner:
         self.model = model
         self.experts = experts
 
-    @torch.inference_mode()
     def forward(
         self,
         input_ids_BT: torch.Tensor,
@@ -96,22 +95,23 @@ class ModelRunner:
     ) -> ForwardOutput:
         """One pass over B sequences of T tokens each, all on the model's device.
 
-        `cache` is a transformers Cache (or None), `mask` what the model's attention takes. `valid_BT`
-        (bool) marks padding with False: its hidden states are garbage and move no expert bytes.
+        `cache` is a transformers Cache (or None), `mask` what the model's attention takes.
+        `valid_BT` (bool) marks padding with False: no expert runs for it and no byte moves.
         `logits_to_keep` is transformers' own: 0 all, n the last n, or a 1-D tensor of positions.
 
         Raises ExpertsFailed (gpu_worker/experts.py) whose token rows index the flattened [B*T].
         """
         num_sequences, num_tokens = input_ids_BT.shape
         self.experts.begin(None if valid_BT is None else valid_BT.reshape(-1))
-        logits = self.model(
-            input_ids=input_ids_BT,
-            position_ids=positions_BT,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=logits_to_keep,
-        ).logits
+        with torch.inference_mode():
+            logits = self.model(
+                input_ids=input_ids_BT,
+                position_ids=positions_BT,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=logits_to_keep,
+            ).logits
         report = self.experts.end()
         degraded = [0] * num_sequences
         for row, pairs in report.degraded_rows.items():
@@ -151,8 +151,8 @@ def _check_loaded(store: Path, manifest: Manifest, model: Any, report: Mapping[s
     missing = sorted(report["missing_keys"])
     if missing:
         raise StoreFormatError(
-            f"{store}: the dense files lack {len(missing)} tensors of {manifest.model.name}, the first is "
-            f"{missing[0]}; compress the model again"
+            f"{store}: the dense files lack {len(missing)} tensors of {manifest.model.name}, "
+            f"the first is {missing[0]}; compress the model again"
         )
     found = {layer: path for layer, (path, _) in experts_modules(model).items()}
     expected = dict(manifest.model.moe_layers)
@@ -181,7 +181,7 @@ def _run_bound_experts(
 
 
 class MoetierConfig(QuantizationConfigMixin):
-    """`quantization_config` of a store's config.json; what it says beyond the method is kept, not used."""
+    """`quantization_config` of a store's config.json; what else it says is kept, not used."""
 
     def __init__(self, **said: Any) -> None:
         said.pop("quant_method", None)

@@ -1,0 +1,209 @@
+"""Runs a step's MoE layers out of a store: plan, start, compute, sum, say what could not be had.
+
+Owns the cache and the streamer of one worker. Knows no sequence and no scheduler: a token is a row.
+
+Legend: S token rows, K top-k, H hidden, P pairs of one expert.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+
+import torch
+
+from expert_store.errors import StoreError
+from expert_store.types import ExpertKey, ExpertTokens
+from gpu_worker.config import WorkerConfig
+from gpu_worker.counters import StepCounters, Tally
+from gpu_worker.expert_cache import ExpertCache
+from gpu_worker.local_run import DeviceExperts, LocalRun, Part
+from gpu_worker.model import StepReport
+from gpu_worker.planner import ExpertWork, Policy, RecordSizes, plan, plan_local
+from gpu_worker.protocols import ExpertSource, NearData
+from gpu_worker.routing import route
+from gpu_worker.streamer import Streamer
+from kernels import ops
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertsFailed(StoreError):
+    """Experts of one layer could not be had; the step has no result.
+
+    `token_rows` are the rows of the step that need one of them. The others could go on: run the
+    step again without the sequences of these rows. `counters` is what the step moved until here.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        failed: Mapping[ExpertKey, tuple[int, ...]],
+        cause: StoreError,
+        counters: StepCounters,
+    ) -> None:
+        self.layer = layer
+        self.failed = dict(failed)
+        self.cause = cause
+        self.counters = counters
+        super().__init__(
+            f"layer {layer}: {len(self.failed)} of its experts could not be had, which token rows "
+            f"{sorted(self.token_rows)} need; the first cause: {cause}"
+        )
+
+    @property
+    def token_rows(self) -> frozenset[int]:
+        return frozenset(row for rows in self.failed.values() for row in rows)
+
+
+class StoreExperts:
+    """`StepExperts` out of a store. Not thread-safe; `close` ends its threads.
+
+    `config` is resolved. Raises ValueError when near data is wanted and not given, or the largest
+    expert does not fit into max_in_flight_bytes.
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        config: WorkerConfig,
+        near_data: NearData | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        assert config.top_n is not None, "resolve the config first"
+        if config.near_data != "off" and near_data is None:
+            raise ValueError(
+                f"near_data: got {config.near_data!r}, but no near-data worker is connected; "
+                f"start one or choose 'off'"
+            )
+        self._top_n = config.top_n
+        self._policy = Policy(config.near_data, config.link_bytes_per_s, config.near_data_token_s)
+        self._sizes = RecordSizes.of(source.manifest)
+        self._near_data = near_data if config.near_data != "off" else None
+        self._clock = clock
+        self.cache = ExpertCache(config.cache_bytes)
+        self.streamer = Streamer(
+            source,
+            device=config.device,
+            max_in_flight_bytes=config.max_in_flight_bytes,
+            num_threads=config.fetch_threads,
+            clock=clock,
+        )
+        backend = ops.default_backend(config.device)
+        self._device = DeviceExperts(source.manifest, self.cache, self.streamer, backend)
+        self.begin(None)
+
+    def begin(self, valid_S: torch.Tensor | None) -> None:
+        self._active_S = valid_S
+        self._tally = Tally()
+        self._degraded_rows: Counter[int] = Counter()
+        self._near_bytes_at_begin = self._near_bytes()
+
+    def run_layer(
+        self,
+        layer: int,
+        hidden_SH: torch.Tensor,
+        topk_ids_SK: torch.Tensor,
+        topk_weights_SK: torch.Tensor,
+    ) -> torch.Tensor:
+        """As in `StepExperts`. Raises ExpertsFailed; ValueError when the store lacks the expert.
+
+        Sums in float32 and, for each row, in rising order of expert: neither what landed first nor
+        what was resident nor who ran it changes the order.
+        """
+        routing = route(topk_ids_SK, topk_weights_SK, top_n=self._top_n, active_T=self._active_S)
+        dispatch = plan(
+            layer,
+            routing,
+            on_device=self.cache.of_layer(layer),
+            sizes=self._sizes,
+            policy=self._policy,
+        )
+        local = LocalRun(self._device, hidden_SH, self._tally)
+        near = self._submit(dispatch.remote, hidden_SH)
+        local.run(dispatch)
+        near_parts = self._collect(layer, dispatch.remote, near, local)
+        self._degraded_rows += local.degraded_rows
+        if local.failed:
+            raise ExpertsFailed(layer, local.failed, local.causes[0], self._freeze())
+        return combine([*local.parts, *near_parts], hidden_SH, topk_weights_SK)
+
+    def end(self) -> StepReport:
+        return StepReport(self._freeze(), dict(self._degraded_rows))
+
+    def check_integrity(self) -> None:
+        """AssertionError when the cache's or the streamer's books do not balance between steps."""
+        self.cache.check_integrity(idle=True)
+        self.streamer.check_integrity(idle=True)
+
+    def close(self) -> None:
+        """End the fetch threads. The source and near data belong to whoever passed them in."""
+        self.streamer.close()
+
+    def _submit(
+        self, remote: Sequence[ExpertWork], hidden_SH: torch.Tensor
+    ) -> Future[torch.Tensor] | None:
+        if not remote:
+            return None
+        assert self._near_data is not None, "a plan without near data has no remote work"
+        return self._near_data.submit(
+            hidden_SH.cpu(), [ExpertTokens(work.key, work.token_rows) for work in remote]
+        )
+
+    def _collect(
+        self,
+        layer: int,
+        remote: tuple[ExpertWork, ...],
+        near: Future[torch.Tensor] | None,
+        local: LocalRun,
+    ) -> list[Part]:
+        """What near data computed. When it is lost, its experts run on the device instead."""
+        if near is None:
+            return []
+        start_s = self._clock()
+        try:
+            output_PH = near.result()
+        except StoreError as error:
+            logger.warning("layer %d: near data lost, its experts are copied: %s", layer, error)
+            on_device = self.cache.of_layer(layer)
+            local.run(plan_local(remote, on_device=on_device, sizes=self._sizes))
+            return []
+        finally:
+            self._tally.wait_s += self._clock() - start_s
+        counts = [len(work.token_rows) for work in remote]
+        self._tally.near_data_pairs += sum(counts)
+        self._tally.low_bit_pairs += sum(counts)
+        outputs = output_PH.split(counts)
+        return [Part(work, rows_PH) for work, rows_PH in zip(remote, outputs, strict=True)]
+
+    def _near_bytes(self) -> tuple[int, int]:
+        return (0, 0) if self._near_data is None else self._near_data.bytes_moved
+
+    def _freeze(self) -> StepCounters:
+        sent, received = self._near_bytes()
+        self._tally.sent_bytes = sent - self._near_bytes_at_begin[0]
+        self._tally.received_bytes = received - self._near_bytes_at_begin[1]
+        return self._tally.freeze()
+
+
+def combine(
+    parts: Sequence[Part], hidden_SH: torch.Tensor, topk_weights_SK: torch.Tensor
+) -> torch.Tensor:
+    """Each row's parts times their router weights, summed in float32: [S, H] like `hidden_SH`.
+
+    The order of `parts` does not matter: a row's parts are added in rising order of expert.
+    """
+    device = hidden_SH.device
+    sum_SH = torch.zeros(hidden_SH.shape, dtype=torch.float32, device=device)
+    weights_SK = topk_weights_SK.float()
+    for part in sorted(parts, key=lambda part: part.work.key):
+        rows_P = torch.tensor(part.work.token_rows, device=device)
+        columns_P = torch.tensor(part.work.columns, device=device)
+        weights_P1 = weights_SK[rows_P, columns_P, None]
+        # A row is at most once in a part, so index_add_ has one order only, on a GPU too.
+        sum_SH.index_add_(0, rows_P, part.output_PH.to(device, torch.float32) * weights_P1)
+    return sum_SH.to(hidden_SH.dtype)

@@ -1,0 +1,189 @@
+"""The device's part of one layer's plan: uses the records that are there, awaits the others.
+
+Resident experts are computed while copies are under way, then each expert as its records land.
+Knows no router, no near data and no sequence.
+
+Legend: S token rows, H hidden, P pairs of one expert.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from expert_store.errors import StoreError
+from expert_store.format import parse_codes, parse_factors
+from expert_store.types import Compensator, ExpertCodes, ExpertKey, Manifest, RecordRequest
+from gpu_worker.counters import Tally
+from gpu_worker.expert_cache import ExpertCache, Record
+from gpu_worker.planner import DispatchPlan, ExpertWork
+from gpu_worker.streamer import Landed, Stream, Streamer
+from kernels import ops
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one expert makes of some of its pairs, not yet weighted by the router."""
+
+    work: ExpertWork
+    output_PH: torch.Tensor  # [P, H] float32 on the device
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceExperts:
+    """What computing on the device needs, the same for every layer."""
+
+    manifest: Manifest
+    cache: ExpertCache
+    streamer: Streamer
+    backend: ops.Backend
+
+
+@dataclass(slots=True)
+class _Gathering:
+    """An expert and the records of it that are here so far."""
+
+    work: ExpertWork
+    num_due: int
+    codes: ExpertCodes | None = None
+    factors: Compensator | None = None
+    landed: list[RecordRequest] = field(default_factory=list)
+
+
+class LocalRun:
+    """One layer on the device. `run` may be called again, for work that came back from elsewhere.
+
+    Fills `parts`, and `degraded_rows` with the pairs whose compensator could not be had. An expert
+    whose codes could not be had is in `failed` with its token rows; the parts are then worthless.
+    """
+
+    def __init__(self, device: DeviceExperts, hidden_SH: torch.Tensor, tally: Tally) -> None:
+        self._device = device
+        self._hidden_SH = hidden_SH
+        self._tally = tally
+        self._pinned: list[RecordRequest] = []
+        self.parts: list[Part] = []
+        self.failed: dict[ExpertKey, tuple[int, ...]] = {}
+        self.causes: list[StoreError] = []
+        self.degraded_rows: Counter[int] = Counter()
+
+    def run(self, dispatch: DispatchPlan) -> None:
+        """Compute what the plan has for the device. Blocks until all of it came or failed."""
+        self._count(dispatch)
+        device = self._device
+        try:
+            records = {request: self._pin(request) for request in dispatch.hits}
+            with device.streamer.start(dispatch.copies) as stream:
+                for work in dispatch.resident:
+                    self._compute(_gather(work, records, num_due=0))
+                self._await(dispatch, records, stream)
+        finally:
+            device.cache.unpin(self._pinned)
+            self._pinned.clear()
+
+    def _await(
+        self, dispatch: DispatchPlan, records: dict[RecordRequest, Record], stream: Stream
+    ) -> None:
+        due = Counter(copy.request.key for copy in dispatch.copies)
+        gatherings = {
+            work.key: _gather(work, records, num_due=due[work.key]) for work in dispatch.streamed
+        }
+        try:
+            for landed in stream:
+                gathering = gatherings[landed.copy.request.key]
+                self._take(landed, gathering, stream)
+                if gathering.num_due == 0:
+                    self._compute(gathering)
+                    for request in gathering.landed:
+                        stream.release(request)
+        finally:
+            self._tally.wait_s += stream.wait_s
+            self._tally.moved_bytes.update(stream.moved_bytes)
+
+    def _take(self, landed: Landed, gathering: _Gathering, stream: Stream) -> None:
+        """Put one record, or its absence, where it belongs."""
+        request = landed.copy.request
+        gathering.num_due -= 1
+        record, error = self._parse(landed)
+        if record is None:
+            stream.release(request)
+            self._miss(request, gathering.work, error)
+            return
+        if isinstance(record, ExpertCodes):
+            gathering.codes = record
+        else:
+            gathering.factors = record
+        if self._device.cache.put_pinned(request, record, landed.copy.num_bytes):
+            self._pinned.append(request)
+            stream.release(request)
+        else:
+            gathering.landed.append(request)
+
+    def _parse(self, landed: Landed) -> tuple[Record | None, StoreError | None]:
+        if landed.data is None:
+            return None, landed.error
+        request, manifest = landed.copy.request, self._device.manifest
+        info, shape = manifest.experts[request.key], manifest.model.expert
+        try:
+            if request.kind == "codes":
+                return parse_codes(request.key, landed.data, shape, info.bits), None
+            bits = manifest.recipe.factor_bits
+            return parse_factors(request.key, landed.data, shape, info.blocks, bits), None
+        except StoreError as error:
+            return None, error
+
+    def _miss(self, request: RecordRequest, work: ExpertWork, error: StoreError | None) -> None:
+        assert error is not None, f"{request} neither landed nor failed"
+        logger.warning("the %s of %s could not be had: %s", request.kind, request.key, error)
+        if request.kind == "codes":
+            self.failed[work.key] = work.token_rows
+            self.causes.append(error)
+
+    def _compute(self, gathering: _Gathering) -> None:
+        """Run one expert whose records are here; not worth it once any expert has failed."""
+        if self.failed:
+            return
+        work, codes = gathering.work, gathering.codes
+        assert codes is not None, f"{work.key} has neither codes nor a failure"
+        factors = gathering.factors.factors if gathering.factors else None
+        restored_P = torch.tensor(work.restored) if factors is not None else None
+        rows_P = torch.tensor(work.token_rows, device=self._hidden_SH.device)
+        output_PH = ops.gated_mlp(
+            self._hidden_SH[rows_P], codes.mlp, factors, restored_P, backend=self._device.backend
+        )
+        self.parts.append(Part(work, output_PH))
+        self._tally.low_bit_pairs += len(work.token_rows) - work.num_restored
+        if factors is not None:
+            self._tally.restored_pairs += work.num_restored
+        elif work.num_restored:
+            self._tally.degraded_pairs += work.num_restored
+            pairs = zip(work.token_rows, work.restored, strict=True)
+            self.degraded_rows.update(row for row, restored in pairs if restored)
+
+    def _pin(self, request: RecordRequest) -> Record:
+        record = self._device.cache.pin(request)
+        self._pinned.append(request)
+        return record
+
+    def _count(self, dispatch: DispatchPlan) -> None:
+        for copy in dispatch.copies:
+            self._tally.planned_bytes[copy.request.kind] += copy.num_bytes
+            self._tally.cache_misses[copy.request.kind] += 1
+        for request in dispatch.hits:
+            self._tally.cache_hits[request.kind] += 1
+
+
+def _gather(work: ExpertWork, records: dict[RecordRequest, Record], *, num_due: int) -> _Gathering:
+    gathering = _Gathering(work, num_due)
+    codes = records.get(RecordRequest(work.key, "codes"))
+    factors = records.get(RecordRequest(work.key, "factors"))
+    if isinstance(codes, ExpertCodes):
+        gathering.codes = codes
+    if isinstance(factors, Compensator):
+        gathering.factors = factors
+    return gathering
