@@ -1,0 +1,34 @@
+"""Goal: rows come out as an aligned table or as JSON. Method: exact text of small cases."""
+
+from __future__ import annotations
+
+import json
+
+from cluster.table import format_table, print_rows
+
+ROWS = [{"what": "codes", "bytes": 12345, "ok": True}, {"what": "a", "bytes": None, "ok": False}]
+
+
+def test_numbers_right_text_left_nothing_as_dash() -> None:
+    assert format_table(ROWS).splitlines() == [
+        "what    bytes  ok",
+        "-----  ------  -----",
+        "codes  12,345  True",
+        "a           -  False",
+    ]
+
+
+def test_columns_choose_and_order() -> None:
+    assert format_table(ROWS, ["bytes", "other"]).splitlines()[2] == "12,345  -"
+
+
+def test_no_rows() -> None:
+    assert format_table([]) == ""
+    assert format_table([], ["a"]).splitlines()[0] == "a"
+
+
+def test_print_rows(capsys) -> None:
+    print_rows(ROWS, as_json=True)
+    assert json.loads(capsys.readouterr().out) == ROWS
+    print_rows(ROWS, as_json=False)
+    assert capsys.readouterr().out == format_table(ROWS) + "\n"
