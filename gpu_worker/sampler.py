@@ -1,0 +1,90 @@
+"""Chooses the next token of each sequence from its logits.
+
+A draw is a pure function of the request's seed, the token's index and the logits, so a request gives the
+same tokens alone, in any batch, and when a step is run again. Knows no text and no model.
+
+Legend: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gpu_worker.sequence import SamplingParams, Sequence
+
+MASK_64 = 2**64 - 1
+
+
+class BadLogitsError(Exception):
+    """The model gave NaN or infinite logits for a sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One sequence's next token, or why there is none."""
+
+    token_id: int | None
+    error: BadLogitsError | None = None
+
+
+def sample(logits_BV: torch.Tensor, sequences: tuple[Sequence, ...]) -> list[Sampled]:
+    """The next token of each sequence, in order. Greedy ties go to the lowest id."""
+    assert logits_BV.shape[0] == len(sequences), (logits_BV.shape, len(sequences))
+    best_B = logits_BV.argmax(dim=-1).tolist()
+    # The largest logit is NaN if any is, and must be finite: a row of -inf forbids every token.
+    usable_B = torch.isfinite(logits_BV.max(dim=-1).values).tolist()
+    chosen = []
+    for row, (sequence, best, usable) in enumerate(zip(sequences, best_B, usable_B, strict=True)):
+        if not usable:
+            chosen.append(Sampled(None, _bad_logits(sequence)))
+        elif sequence.params.temperature == 0:
+            chosen.append(Sampled(best))
+        else:
+            uniform = uniform_draw(sequence.seed, len(sequence.output_ids))
+            chosen.append(Sampled(draw(logits_BV[row], sequence.params, uniform)))
+    return chosen
+
+
+def _bad_logits(sequence: Sequence) -> BadLogitsError:
+    return BadLogitsError(
+        f"request {sequence.request_id}: the logits of token {sequence.num_tokens} hold NaN or are "
+        "infinite; the weights or an expert's output are damaged, run `moetier verify` on the store"
+    )
+
+
+def draw(logits_V: torch.Tensor, params: SamplingParams, uniform: float) -> int:
+    """The token at `uniform` in [0, 1) of the distribution cut by temperature, top_k and top_p.
+
+    top_p keeps the fewest tokens, most likely first, whose probabilities reach it, at least one.
+    Probabilities are float64; needs a finite largest logit.
+    """
+    logits_V = logits_V.double()
+    if 0 < params.top_k < logits_V.numel():
+        ordered, ids = torch.topk(logits_V, params.top_k)
+    else:
+        ordered, ids = torch.sort(logits_V, descending=True, stable=True)
+    # Shifted before the division: a tiny temperature may underflow to a one-hot, never overflow to inf.
+    probabilities = torch.exp((ordered - ordered[0]) / params.temperature)
+    cumulative = torch.cumsum(probabilities, dim=0)
+    kept = cumulative.numel()
+    if params.top_p < 1:
+        kept = 1 + int(torch.searchsorted(cumulative, params.top_p * cumulative[-1]))
+        kept = min(kept, cumulative.numel())
+    target = uniform * cumulative[kept - 1]
+    index = int(torch.searchsorted(cumulative[:kept], target, right=True))
+    return int(ids[min(index, kept - 1)])
+
+
+def uniform_draw(seed: int, index: int) -> float:
+    """The uniform number in [0, 1) that token `index` of a request with `seed` uses (splitmix64)."""
+    state = (_mix(seed & MASK_64) + index * 0x9E3779B97F4A7C15) & MASK_64
+    return (_mix(state) >> 11) / 2**53
+
+
+def _mix(state: int) -> int:
+    state = (state + 0x9E3779B97F4A7C15) & MASK_64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK_64
+    return state ^ (state >> 31)
