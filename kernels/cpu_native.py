@@ -1,8 +1,259 @@
-"""Loads the native CPU kernels with ctypes. First slice: says that they are not built."""
+"""The native CPU kernels through ctypes: checks what is passed, so that no bad pointer gets there.
+
+Owns the mirror of `native/moetier_kernels.h`. Loaded by `kernels/ops.py` only. ctypes releases the
+GIL while a kernel runs. Every function returns float32 on the CPU.
+
+Legend: N rows, K cols, T tokens, H hidden.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+
+from kernels.packing import PACKED_BITS
+from kernels.types import Activation, GatedMLP, LowRank, QuantizedMatrix
+
+ABI_VERSION = 1
+Isa = Literal["scalar", "avx2", "avx512vnni"]
+"""Instruction sets in the order of MoetierIsa; the later, the faster."""
+
+_POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+class _GatedMlp(ctypes.Structure):
+    """MoetierGatedMlp, field by field."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("gate", "up", "down")),
+        *((name, _POINTER) for name in ("gate_bias", "up_bias", "down_bias")),
+        *((name, _POINTER) for name in ("x", "y")),
+        *((name, _INT64) for name in ("hidden", "ffn", "tokens")),
+        *((name, _INT32) for name in ("gate_bits", "up_bits", "down_bits", "activation")),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled library with its signatures; None when it was not built."""
+    spec = importlib.util.find_spec("kernels._native")
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    found = library.moetier_abi_version()
+    if found != ABI_VERSION:
+        raise ImportError(
+            f"{spec.origin} is a build of another version (ABI {found}, expected {ABI_VERSION}): "
+            "reinstall moetier (pip install --force-reinstall --no-deps .)"
+        )
+    library.moetier_dequantize.argtypes = (
+        _INT32, _POINTER, _INT64, _INT64, _POINTER, _INT32, _INT32,
+    )  # fmt: skip
+    library.moetier_matmul.argtypes = (
+        _INT32, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER, _INT32, _INT32,
+    )  # fmt: skip
+    library.moetier_low_rank_matmul.argtypes = (
+        _INT32, _POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER, _INT64, _POINTER, _INT32,
+        _INT32,
+    )  # fmt: skip
+    library.moetier_gated_mlp_many.argtypes = (_POINTER, _INT64, _INT32, _INT32)
+    return library
+
 
 def is_available() -> bool:
-    """Whether the compiled library is there."""
-    return False
+    """Whether the compiled library is there. Raises ImportError when it is of another version."""
+    return _library() is not None
+
+
+@functools.cache
+def best_isa() -> Isa:
+    """The fastest instruction set this processor has."""
+    names: tuple[Isa, ...] = get_args(Isa)
+    return names[_loaded().moetier_best_isa()]
+
+
+def dequantize(
+    matrix: QuantizedMatrix,
+    *,
+    num_threads: int = 1,
+    isa: Isa | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The [N, K] weight, the same bits as the reference's."""
+    weight_NK = _output(out, matrix.rows, matrix.cols)
+    status = _loaded().moetier_dequantize(
+        _packed_bits("matrix", matrix.bits), _bytes_pointer("matrix", matrix.data), matrix.rows,
+        matrix.cols, weight_NK.data_ptr(), _threads(num_threads), _isa_index(isa),
+    )  # fmt: skip
+    _check(status)
+    return weight_NK
+
+
+def matmul(
+    matrix: QuantizedMatrix,
+    x_TK: torch.Tensor,
+    *,
+    num_threads: int = 1,
+    isa: Isa | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x @ W.T as [T, N], x rounded to int8 per token and group of 64."""
+    x = _input(x_TK, matrix.cols)
+    y_TN = _output(out, x.shape[0], matrix.rows)
+    status = _loaded().moetier_matmul(
+        _packed_bits("matrix", matrix.bits), _bytes_pointer("matrix", matrix.data), matrix.rows,
+        matrix.cols, x.data_ptr(), x.shape[0], y_TN.data_ptr(), _threads(num_threads),
+        _isa_index(isa),
+    )  # fmt: skip
+    _check(status)
+    return y_TN
+
+
+def low_rank_matmul(
+    factors: LowRank,
+    x_TK: torch.Tensor,
+    *,
+    num_threads: int = 1,
+    isa: Isa | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """left @ (right @ x) per token as [T, N]; x rounded to int8, the middle kept in float32."""
+    x = _input(x_TK, factors.cols)
+    y_TN = _output(out, x.shape[0], factors.rows)
+    num_blocks = len(factors.block_offsets)
+    offsets = (_INT64 * num_blocks)(*factors.block_offsets)
+    status = _loaded().moetier_low_rank_matmul(
+        factors.bits, _bytes_pointer("factors", factors.data), ctypes.addressof(offsets),
+        num_blocks, factors.rows, factors.cols, x.data_ptr(), x.shape[0], y_TN.data_ptr(),
+        _threads(num_threads), _isa_index(isa),
+    )  # fmt: skip
+    _check(status)
+    return y_TN
+
+
+def gated_mlp_many(
+    inputs: Sequence[tuple[torch.Tensor, GatedMLP]],
+    *,
+    num_threads: int = 1,
+    isa: Isa | None = None,
+    outs: Sequence[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """[T_i, H] for each (x [T_i, H], mlp), all in one native call that shares its threads."""
+    alive = [_input(x_TH, mlp.gate.cols) for x_TH, mlp in inputs]
+    ys = [_output(outs[i] if outs is not None else None, *x.shape) for i, x in enumerate(alive)]
+    records = (_GatedMlp * len(alive))(
+        *(_record(x, mlp, y) for x, (_, mlp), y in zip(alive, inputs, ys, strict=True))
+    )
+    status = _loaded().moetier_gated_mlp_many(
+        ctypes.addressof(records), len(alive), _threads(num_threads), _isa_index(isa)
+    )
+    _check(status)
+    return ys
+
+
+def _record(x: torch.Tensor, mlp: GatedMLP, y: torch.Tensor) -> _GatedMlp:
+    hidden, ffn = mlp.gate.cols, mlp.gate.rows
+    return _GatedMlp(
+        gate=_bytes_pointer("gate", mlp.gate.data),
+        up=_bytes_pointer("up", mlp.up.data),
+        down=_bytes_pointer("down", mlp.down.data),
+        gate_bias=_bias_pointer("gate_bias", mlp.gate_bias, ffn),
+        up_bias=_bias_pointer("up_bias", mlp.up_bias, ffn),
+        down_bias=_bias_pointer("down_bias", mlp.down_bias, hidden),
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        hidden=hidden,
+        ffn=ffn,
+        tokens=x.shape[0],
+        gate_bits=_packed_bits("gate", mlp.gate.bits),
+        up_bits=_packed_bits("up", mlp.up.bits),
+        down_bits=_packed_bits("down", mlp.down.bits),
+        activation=get_args(Activation).index(mlp.activation),
+    )
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None, "kernels.ops asks is_available() before it calls a native kernel"
+    return library
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("a native kernel could not allocate its scratch memory")
+
+
+def _packed_bits(name: str, bits: int) -> int:
+    if bits not in PACKED_BITS:
+        raise ValueError(f"{name}: bits {bits} has no native form, expected one of {PACKED_BITS}")
+    return bits
+
+
+def _bytes_pointer(name: str, data: torch.Tensor) -> int:
+    """Length and dtype were checked by the data's owner (kernels/types.py)."""
+    if data.device.type != "cpu" or not data.is_contiguous():
+        raise ValueError(
+            f"{name}: expected contiguous bytes on the cpu, got {data.device} with stride "
+            f"{data.stride()}"
+        )
+    return int(data.data_ptr())
+
+
+def _bias_pointer(name: str, bias: torch.Tensor | None, size: int) -> int | None:
+    if bias is None:
+        return None
+    if (
+        bias.dtype != torch.float32
+        or tuple(bias.shape) != (size,)
+        or bias.device.type != "cpu"
+        or not bias.is_contiguous()
+    ):
+        raise ValueError(
+            f"{name}: expected contiguous float32 [{size}] on the cpu, got {bias.dtype} "
+            f"{tuple(bias.shape)} on {bias.device}"
+        )
+    return int(bias.data_ptr())
+
+
+def _input(x: torch.Tensor, cols: int) -> torch.Tensor:
+    """x as contiguous float32 (itself when it is so already)."""
+    if x.dim() != 2 or x.shape[1] != cols or x.device.type != "cpu":
+        raise ValueError(f"x: expected [T, {cols}] on the cpu, got {tuple(x.shape)} on {x.device}")
+    return x.detach().float().contiguous()
+
+
+def _output(out: torch.Tensor | None, rows: int, cols: int) -> torch.Tensor:
+    if out is None:
+        return torch.empty(rows, cols)
+    if (
+        out.dtype != torch.float32
+        or tuple(out.shape) != (rows, cols)
+        or out.device.type != "cpu"
+        or not out.is_contiguous()
+    ):
+        raise ValueError(
+            f"out: expected contiguous float32 [{rows}, {cols}] on the cpu, got {out.dtype} "
+            f"{tuple(out.shape)} on {out.device}"
+        )
+    return out
+
+
+def _threads(num_threads: int) -> int:
+    if num_threads < 1:
+        raise ValueError(f"num_threads: got {num_threads}, expected at least 1")
+    return num_threads
+
+
+def _isa_index(isa: Isa | None) -> int:
+    best = best_isa()
+    names = get_args(Isa)
+    if isa is None:
+        return names.index(best)
+    if isa not in names or names.index(isa) > names.index(best):
+        raise ValueError(f"isa: got {isa!r}, this processor has {names[: names.index(best) + 1]}")
+    return names.index(isa)

@@ -46,7 +46,7 @@ def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
     """The [N, K] float32 weight on the matrix's device; the same bits whichever code makes it."""
     native = _native()
     if native and matrix.data.device.type == "cpu" and matrix.bits != 16:
-        return native.dequantize(matrix)
+        return native.dequantize(matrix, num_threads=torch.get_num_threads())
     return reference.dequantize(matrix)
 
 
@@ -71,8 +71,8 @@ def gated_mlp(
 ) -> torch.Tensor:
     """down(act(gate x) * (up x)) for all tokens, [T, H] float32; T may be 0.
 
-    x_TH is a float [T, H] on the mlp's device. The codes serve every token; `factors` are added only
-    in rows where restored_T (bool [T], any device; None means all) is true.
+    x_TH is a float [T, H] on the mlp's device. The codes serve every token; `factors` are added
+    only in rows where restored_T (bool [T], any device; None means all) is true.
 
     Raises ValueError when shapes, dtypes or the backend's name do not fit.
     """
@@ -81,14 +81,15 @@ def gated_mlp(
         return x_TH.new_zeros(x_TH.shape, dtype=torch.float32)
     if backend == "reference":
         return reference.gated_mlp(x_TH, mlp, factors, restored_T)
+    matmul, low_rank_matmul = _matmul_fp32, _low_rank_matmul_fp32
     if backend == "triton":
         matmul, low_rank_matmul = _triton().matmul, _triton().low_rank_matmul
-    elif backend == "cpu_int8" and _native_or_warn() and _is_packed(mlp):
-        if factors is None:
-            return gated_mlp_many([(x_TH, mlp)], backend=backend, num_threads=1)[0]
-        matmul, low_rank_matmul = _native().matmul, _native().low_rank_matmul
-    else:
-        matmul, low_rank_matmul = _matmul_fp32, _low_rank_matmul_fp32
+    elif backend == "cpu_int8":
+        native = _native_or_warn()
+        if native and _is_packed(mlp):
+            if factors is None:
+                return native.gated_mlp_many([(x_TH, mlp)], num_threads=1)[0]
+            matmul, low_rank_matmul = native.matmul, native.low_rank_matmul
     return compose_gated_mlp(
         x_TH, mlp, factors, restored_T, matmul=matmul, low_rank_matmul=low_rank_matmul
     )
@@ -110,16 +111,14 @@ def gated_mlp_many(
         raise ValueError(f"num_threads: got {num_threads}, expected at least 1")
     for x_TH, mlp in inputs:
         _check_gated_mlp(x_TH, mlp, None, None, backend)
-    if backend != "cpu_int8" or not _native_or_warn():
+    native = _native_or_warn() if backend == "cpu_int8" else None
+    if native is None:
         return [gated_mlp(x_TH, mlp, backend=backend) for x_TH, mlp in inputs]
-    outputs: list[torch.Tensor | None] = [None] * len(inputs)
-    packed = [i for i, (_, mlp) in enumerate(inputs) if _is_packed(mlp)]
-    for i, y in zip(
-        packed, _native().gated_mlp_many([inputs[i] for i in packed], num_threads), strict=True
-    ):
-        outputs[i] = y
+    packed = [pair for pair in inputs if _is_packed(pair[1])]
+    fast = iter(native.gated_mlp_many(packed, num_threads=num_threads))
     return [
-        gated_mlp(*inputs[i], backend="cpu_fp32") if y is None else y for i, y in enumerate(outputs)
+        next(fast) if _is_packed(mlp) else gated_mlp(x_TH, mlp, backend="cpu_fp32")
+        for x_TH, mlp in inputs
     ]
 
 

@@ -1,0 +1,117 @@
+// Whole products: a packed matrix, or a low-rank pair, with float32 inputs.
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#include "dequantize.h"
+#include "inputs.h"
+#include "moetier_kernels.h"
+#include "multiply.h"
+#include "parallel.h"
+#include "tile.h"
+
+namespace moetier {
+namespace {
+
+constexpr int64_t kBlocksPerItem = 4;    // row blocks of one parallel item
+constexpr int64_t kTokensAtOnce = 32;    // bounds the buffer of a padded row block
+
+// y [tokens, rows] = the rows of one item. The last row block may reach past `rows`, so it goes through
+// a buffer and only its valid rows are copied out.
+void multiply_item(Multiply* multiply, int bits, const uint8_t* data, int64_t rows, int64_t groups,
+                   int64_t item, const Inputs& inputs, int64_t tokens, float* y) {
+  const size_t block_bytes = static_cast<size_t>(groups) * tile_bytes(bits);
+  const int64_t first = item * kBlocksPerItem;
+  const int64_t last = std::min(first + kBlocksPerItem, num_row_blocks(rows));
+  const int64_t whole = std::min(last, rows / kTileRows);
+  if (whole > first)
+    multiply({bits, data + first * block_bytes, groups, whole - first}, inputs, tokens,
+             y + first * kTileRows, rows);
+  if (whole == last) return;
+  float padded[kTokensAtOnce][kTileRows];
+  for (int64_t t = 0; t < tokens; t += kTokensAtOnce) {
+    const int64_t n = std::min(kTokensAtOnce, tokens - t);
+    multiply({bits, data + whole * block_bytes, groups, 1}, inputs.from_token(t), n, padded[0],
+             kTileRows);
+    for (int64_t i = 0; i < n; i++)
+      std::copy_n(padded[i], rows - whole * kTileRows, y + (t + i) * rows + whole * kTileRows);
+  }
+}
+
+// y[n] += sum_r z[r] * weight[r][n] for 16 ranks and 64 rows.
+ALWAYS_INLINE void add_left(const float* weight, const float* z, float* y) {
+  for (int r = 0; r < kTileRows; r++)
+    for (int n = 0; n < kGroupSize; n++) y[n] += z[r] * weight[r * kGroupSize + n];
+}
+#if MOETIER_X86
+TARGET_AVX2 void add_left_avx2(const float* weight, const float* z, float* y) {
+  add_left(weight, z, y);
+}
+TARGET_AVX512 void add_left_avx512(const float* weight, const float* z, float* y) {
+  add_left(weight, z, y);
+}
+#endif
+
+void add_left_for(int isa, const float* weight, const float* z, float* y) {
+#if MOETIER_X86
+  if (isa == MOETIER_AVX512VNNI) return add_left_avx512(weight, z, y);
+  if (isa == MOETIER_AVX2) return add_left_avx2(weight, z, y);
+#endif
+  (void)isa;
+  add_left(weight, z, y);
+}
+
+}  // namespace
+}  // namespace moetier
+
+int32_t moetier_matmul(int32_t bits, const uint8_t* data, int64_t rows, int64_t cols,
+                       const float* x, int64_t tokens, float* y, int32_t num_threads,
+                       int32_t isa) {
+  using namespace moetier;
+  try {
+    QuantizedInputs inputs(tokens, cols);
+    inputs.set_all(x, isa);
+    const Inputs view = inputs.view();
+    const int64_t items = (num_row_blocks(rows) + kBlocksPerItem - 1) / kBlocksPerItem;
+    parallel_for(items, num_threads, [&](int64_t item) {
+      multiply_item(multiply_for(isa), bits, data, rows, cols / kGroupSize, item, view, tokens, y);
+    });
+  } catch (const std::bad_alloc&) {
+    return MOETIER_NO_MEMORY;
+  }
+  return MOETIER_OK;
+}
+
+int32_t moetier_low_rank_matmul(int32_t bits, const uint8_t* data, const int64_t* block_offsets,
+                                int64_t num_blocks, int64_t rows, int64_t cols, const float* x,
+                                int64_t tokens, float* y, int32_t num_threads, int32_t isa) {
+  using namespace moetier;
+  try {
+    QuantizedInputs inputs(tokens, cols);
+    inputs.set_all(x, isa);
+    const Inputs view = inputs.view();
+    // right @ x, [block][token][16 ranks]; it stays float32, only x is rounded.
+    std::vector<float> ranks(static_cast<size_t>(num_blocks * tokens * kTileRows));
+    const int64_t block_ranks = tokens * kTileRows;
+    parallel_for(num_blocks, num_threads, [&](int64_t block) {
+      multiply_for(isa)({bits, data + block_offsets[block], cols / kGroupSize, 1}, view, tokens,
+                        ranks.data() + block * block_ranks, kTileRows);
+    });
+    const size_t left_start = packed_bytes(bits, kTileRows, cols);
+    parallel_for(rows / kGroupSize, num_threads, [&](int64_t group) {
+      float weight[kTileRows * kGroupSize];
+      for (int64_t t = 0; t < tokens; t++)
+        std::fill_n(y + t * rows + group * kGroupSize, kGroupSize, 0.f);
+      for (int64_t block = 0; block < num_blocks; block++) {
+        const uint8_t* left = data + block_offsets[block] + left_start;
+        dequantize_tile(bits, left + group * tile_bytes(bits), weight, kGroupSize, isa);
+        for (int64_t t = 0; t < tokens; t++)
+          add_left_for(isa, weight, ranks.data() + block * block_ranks + t * kTileRows,
+                       y + t * rows + group * kGroupSize);
+      }
+    });
+  } catch (const std::bad_alloc&) {
+    return MOETIER_NO_MEMORY;
+  }
+  return MOETIER_OK;
+}
