@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from expert_store.types import ExpertKey
@@ -73,3 +74,8 @@ class Listing:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"listing: {error!r} in {str(text)[:200]}") from error
+
+
+def is_reachable(address: str) -> bool:
+    """False for a unix socket of another host: its path does not exist here."""
+    return not address.startswith("unix:") or Path(address.removeprefix("unix:")).exists()

@@ -11,9 +11,12 @@ the asker knows from its manifest. Knows no transport.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from expert_store.errors import StoreFormatError
 from expert_store.types import ExpertKey, RecordKind, RecordRequest
 
 MAGIC = b"MTRQ"
@@ -22,7 +25,6 @@ CHUNK_BYTES = 2 * 2**20
 """One message of an answer. Between 1 and 4 MiB gRPC is at its fastest (FACTS.md 1.3)."""
 MAX_REQUESTS = 4096
 """Records of one call."""
-MAX_REQUEST_BYTES = 2**20
 
 _HEADER = struct.Struct("<4sHHI")
 _REQUEST = struct.Struct("<IIIi")
@@ -73,6 +75,41 @@ def decode_call(message: bytes) -> RecordCall:
         for i in range(num_requests)
     )
     return RecordCall(name.decode("ascii"), requests)
+
+
+def chunks(data: memoryview) -> Iterator[bytes]:
+    """The data in messages of at most CHUNK_BYTES."""
+    for start in range(0, len(data), CHUNK_BYTES):
+        yield bytes(data[start : start + CHUNK_BYTES])
+
+
+class Assembly:
+    """Records put together from the chunks of an answer, whose lengths are known beforehand."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._records = [torch.empty(length, dtype=torch.uint8) for length in lengths]
+        self._rooms = [memoryview(record.numpy()) for record in self._records]
+
+    def add(self, chunk: bytes) -> None:
+        """The next bytes. Raises StoreFormatError when there are more than expected."""
+        rest = memoryview(chunk)
+        while rest:
+            while self._rooms and not self._rooms[0]:
+                self._rooms.pop(0)
+            if not self._rooms:
+                raise StoreFormatError(f"{len(rest)} bytes more than the records' {self._total()}")
+            num_bytes = min(len(rest), len(self._rooms[0]))
+            self._rooms[0][:num_bytes] = rest[:num_bytes]
+            self._rooms[0], rest = self._rooms[0][num_bytes:], rest[num_bytes:]
+
+    def finish(self) -> list[torch.Tensor]:
+        """The records. Raises StoreFormatError when bytes are missing."""
+        if missing := sum(len(room) for room in self._rooms):
+            raise StoreFormatError(f"{missing} of the records' {self._total()} bytes did not come")
+        return self._records
+
+    def _total(self) -> int:
+        return sum(record.numel() for record in self._records)
 
 
 def _decode_request(layer: int, expert: int, kind: int, num_blocks: int) -> RecordRequest:

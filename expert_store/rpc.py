@@ -1,0 +1,299 @@
+"""Records over gRPC as raw bytes: a server in front of a segment, and the source that asks it.
+
+Owns the connections. The bytes of a request are `expert_store/wire.py`, which copy to ask is
+`expert_store/failover.py`. No protobuf: identity serialisers, so that nothing is copied twice.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+import grpc
+import torch
+
+from expert_store.errors import (
+    CorruptRecordError,
+    ExpertUnavailableError,
+    StoreError,
+    StoreFormatError,
+)
+from expert_store.failover import Attempts, Batch, ListedCopies, fetch_over
+from expert_store.listing import Listing
+from expert_store.manifest_json import decode_manifest, encode_manifest
+from expert_store.segment import Segment, locate
+from expert_store.types import Manifest, RecordRequest
+from expert_store.wire import MAX_REQUESTS, Assembly, chunks, decode_call, encode_call
+
+SERVICE = "moetier.Records"
+MAX_MESSAGE_BYTES = 8 * 2**20
+MAX_MANIFEST_BYTES = 512 * 2**20
+MAX_DETAIL_CHARS = 1000  # of an error's text: it travels as a header, and those are small
+
+_STATUS = (
+    (CorruptRecordError, grpc.StatusCode.DATA_LOSS),
+    (ExpertUnavailableError, grpc.StatusCode.NOT_FOUND),
+    (StoreError, grpc.StatusCode.FAILED_PRECONDITION),
+    (ValueError, grpc.StatusCode.INVALID_ARGUMENT),
+)
+
+
+class RecordServer:
+    """Serves a segment's records and its store's manifest on all `addresses` until closed.
+
+    An address is "host:port" (port 0 takes a free one) or "unix:/path". Raises StoreError when an
+    address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        addresses: Sequence[str] = ("127.0.0.1:0",),
+        *,
+        max_connections: int = 16,
+    ) -> None:
+        self._segment = segment
+        self._version = segment.manifest.version
+        handlers = {
+            "Fetch": grpc.unary_stream_rpc_method_handler(self._fetch),
+            "Manifest": grpc.unary_stream_rpc_method_handler(self._manifest),
+        }
+        self._server, self._addresses = start_server(
+            SERVICE, handlers, addresses, max_calls=max_connections, max_bytes=MAX_MESSAGE_BYTES
+        )
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where it listens, real ports filled in, in the order given."""
+        return self._addresses
+
+    @property
+    def version(self) -> str:
+        """The store's version; requests for another one are refused."""
+        return self._version
+
+    def close(self, grace_s: float = 1.0) -> None:
+        """Take no new call; cut the running ones off after `grace_s`."""
+        self._server.stop(grace_s).wait()
+
+    def _fetch(self, message: bytes, context: Any) -> Iterator[bytes]:
+        try:
+            call = decode_call(message)
+            if call.version != self._version:
+                raise StoreFormatError(
+                    f"this copy holds store version {self._version}, the request is for "
+                    f"{call.version}; restart whichever is older"
+                )
+            records = self._segment.fetch(call.requests)
+        except (ValueError, StoreError) as error:
+            status = next(status for kind, status in _STATUS if isinstance(error, kind))
+            context.abort(status, str(error)[:MAX_DETAIL_CHARS])
+        for data in records:
+            yield from chunks(memoryview(data.numpy()))
+
+    def _manifest(self, message: bytes, context: Any) -> Iterator[bytes]:
+        yield from chunks(memoryview(encode_manifest(self._segment.manifest)))
+
+
+class GrpcSource:
+    """Reads records from the copies that are listed; tier "grpc". Thread-safe.
+
+    `find` gives the listings, for instance `directory.listings`; those of another store version
+    or role are passed over. A copy that is gone, slow or damaged is replaced by another one that
+    holds the record, within `deadline_s` for a whole fetch.
+    """
+
+    tier = "grpc"
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        find: Callable[[], Sequence[Listing]],
+        *,
+        deadline_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if deadline_s <= 0:
+            raise ValueError(f"deadline_s: got {deadline_s}, expected a positive number")
+        self._manifest = manifest
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._copies = ListedCopies(find, manifest.version, clock=clock)
+        self._channels: dict[str, grpc.Channel] = {}
+        self._bytes_sent = self._bytes_received = 0
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    @property
+    def bytes_moved(self) -> tuple[int, int]:
+        """Bytes of messages (sent, received) since the start; a failed try's bytes count too."""
+        return self._bytes_sent, self._bytes_received
+
+    def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
+        """The records' bytes in request order, each a flat uint8 tensor of its own.
+
+        Raises ValueError for a request no store could answer, ExpertUnavailableError when no copy
+        gave a record before the deadline, CorruptRecordError when every copy of it is damaged.
+        """
+        for request in requests:
+            self._num_bytes(request)
+        return fetch_over(
+            self._copies,
+            lambda attempts, batches, left_s: self._ask(attempts, requests, batches, left_s),
+            requests,
+            max_batch=MAX_REQUESTS,
+            deadline_s=self._deadline_s,
+            clock=self._clock,
+            is_closed=self._closed.wait,
+        )
+
+    def close(self) -> None:
+        """Hang up; fetches that are under way fail."""
+        self._closed.set()
+        with self._lock:
+            channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            channel.close()
+
+    def _ask(
+        self,
+        attempts: Attempts,
+        requests: Sequence[RecordRequest],
+        batches: Sequence[Batch],
+        left_s: float,
+    ) -> None:
+        """Start every batch, then take the answers in turn."""
+        calls = []
+        for batch in batches:
+            message = encode_call(self._manifest.version, [requests[i] for i in batch.indices])
+            # While there is another copy, half of the time is kept for it.
+            timeout_s = left_s if batch.is_last_hope else left_s / 2
+            channel = self._channel(batch.address)
+            calls.append(channel.unary_stream(f"/{SERVICE}/Fetch")(message, timeout=timeout_s))
+            self._count(len(message), 0)
+        for batch, call in zip(batches, calls, strict=True):
+            try:
+                assembly = Assembly([self._num_bytes(requests[i]) for i in batch.indices])
+                for chunk in call:
+                    self._count(0, len(chunk))
+                    assembly.add(chunk)
+                attempts.answered(batch, assembly.finish())
+            except StoreFormatError as error:
+                call.cancel()
+                attempts.lost(batch, error)
+            except grpc.RpcError as error:
+                self._report(attempts, batch, error)
+
+    def _report(self, attempts: Attempts, batch: Batch, error: grpc.RpcError) -> None:
+        code, details = error.code(), error.details() or ""
+        if code == grpc.StatusCode.DATA_LOSS:
+            attempts.refused(batch, CorruptRecordError(details))
+        elif code == grpc.StatusCode.NOT_FOUND:
+            attempts.refused(batch, ExpertUnavailableError(details))
+        elif code == grpc.StatusCode.FAILED_PRECONDITION:
+            attempts.lost(batch, StoreFormatError(details))
+        elif code == grpc.StatusCode.INVALID_ARGUMENT:
+            raise ValueError(f"{batch.address} refused the request: {details}") from error
+        else:
+            attempts.lost(batch, ExpertUnavailableError(f"{code.name}: {details}"))
+
+    def _num_bytes(self, request: RecordRequest) -> int:
+        return locate(self._manifest, request).num_bytes
+
+    def _channel(self, address: str) -> grpc.Channel:
+        with self._lock:
+            if self._closed.is_set():
+                raise ExpertUnavailableError("the source is closed")
+            if address not in self._channels:
+                self._channels[address] = open_channel(address, max_bytes=MAX_MESSAGE_BYTES)
+            return self._channels[address]
+
+    def _count(self, sent: int, received: int) -> None:
+        with self._lock:
+            self._bytes_sent += sent
+            self._bytes_received += received
+
+
+def fetch_manifest(address: str, *, deadline_s: float = 10.0) -> Manifest:
+    """The manifest of the store behind a record server.
+
+    Raises ExpertUnavailableError when it does not answer, StoreFormatError when what it sends is
+    no manifest.
+    """
+    with open_channel(address, max_bytes=MAX_MESSAGE_BYTES) as channel:
+        text = bytearray()
+        try:
+            for chunk in channel.unary_stream(f"/{SERVICE}/Manifest")(b"", timeout=deadline_s):
+                text += chunk
+                if len(text) > MAX_MANIFEST_BYTES:
+                    raise StoreFormatError(f"{address}: a manifest of over {MAX_MANIFEST_BYTES} B")
+        except grpc.RpcError as error:
+            raise ExpertUnavailableError(
+                f"{address} gave no manifest within {deadline_s:g} s: {error.code().name}: "
+                f"{error.details()}; check that a record server runs there"
+            ) from error
+    return decode_manifest(bytes(text), f"manifest from {address}")
+
+
+def start_server(
+    service: str,
+    handlers: Mapping[str, grpc.RpcMethodHandler],
+    addresses: Sequence[str],
+    *,
+    max_calls: int,
+    max_bytes: int,
+) -> tuple[grpc.Server, tuple[str, ...]]:
+    """A started server of raw-bytes handlers, and where it listens with real ports.
+
+    `max_calls` run at once, each on a thread; more are refused. `max_bytes` bounds a message.
+    Raises ValueError for no address, StoreError when one cannot be listened on.
+    """
+    if not addresses:
+        raise ValueError("addresses: got none, expected at least one to listen on")
+    server = grpc.server(
+        futures.ThreadPoolExecutor(max_calls, thread_name_prefix=service),
+        maximum_concurrent_rpcs=max_calls,
+        options=[
+            ("grpc.max_receive_message_length", max_bytes),
+            ("grpc.max_send_message_length", max_bytes),
+            ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
+        ],
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    bound = []
+    for address in addresses:
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            server.stop(None)
+            raise StoreError(
+                f"{service} cannot listen on {address}: {error}; is the port or path in use? "
+                "Choose another one, or port 0 for any free one"
+            ) from error
+        host = address.rpartition(":")[0]
+        bound.append(address if address.startswith("unix:") else f"{host}:{port}")
+    server.start()
+    return server, tuple(bound)
+
+
+def open_channel(address: str, *, max_bytes: int) -> grpc.Channel:
+    """A channel that tries a lost server again after 0.1 to 1 s, not gRPC's 1 to 120."""
+    return grpc.insecure_channel(
+        address,
+        options=[
+            ("grpc.max_receive_message_length", max_bytes),
+            ("grpc.max_send_message_length", max_bytes),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+        ],
+    )
