@@ -21,7 +21,7 @@ def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
     codes_NK, scale_NG, zero_scaled_NG = unpack(matrix)
     codes_NGK = codes_NK.view(matrix.rows, -1, GROUP_SIZE).float()
     weight_NGK = scale_NG[:, :, None] * codes_NGK - zero_scaled_NG[:, :, None]
-    return weight_NGK.view(matrix.rows, matrix.cols)
+    return weight_NGK.reshape(matrix.rows, matrix.cols)
 
 
 def dequantize_low_rank(factors: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
