@@ -62,7 +62,7 @@ class _Forwarded:
 class Engine:
     """Continuous batching over one model runner. Not thread-safe.
 
-    Raises ValueError for attention that the slots cannot serve, and for sizes that are not positive.
+    Raises ValueError for attention that the slots cannot serve and for sizes that are not positive.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Engine:
         return self._tokenizer
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a request. Raises ValueError when it can never run, QueueFullError when too many wait."""
+        """Queue a request. ValueError when it can never run, QueueFullError when too many wait."""
         self._check(sequence)
         self._scheduler.add(sequence)
         self._texts[sequence.request_id] = TextStream(
@@ -111,7 +111,7 @@ class Engine:
         )
 
     def cancel(self, request_id: str) -> TokenEvent | None:
-        """End a request now, freeing its slot: its last event, or None if no such request is live."""
+        """End a request now and free its slot: its last event; None if no such one is live."""
         sequence = self._scheduler.find(request_id)
         return None if sequence is None else self._finish(sequence, "cancelled")
 
@@ -155,7 +155,7 @@ class Engine:
             raise ValueError("stop: this engine has no tokenizer; use stop_token_ids")
 
     def _forward(self, batch: Batch | None) -> _Forwarded:
-        """Run the batch; again without the sequences that lost an expert, until it comes through."""
+        """Run the batch; again without those that lost an expert, until it comes through."""
         failed: dict[Sequence, Exception] = {}
         wasted = StepCounters()
         while batch is not None:
@@ -163,10 +163,9 @@ class Engine:
                 return _Forwarded(batch, self._run(batch), failed, wasted)
             except ExpertsFailed as error:
                 hit = {batch.sequences[row // batch.num_tokens] for row in error.token_rows}
-                assert hit, f"experts failed for no token: {error}"
                 failed.update(dict.fromkeys(hit, error))
                 wasted += error.counters
-                batch = batch.without(hit)
+                batch = batch.without(hit)  # smaller each time: an error names at least one row
         return _Forwarded(None, None, failed, wasted)
 
     def _run(self, batch: Batch) -> ForwardOutput:

@@ -1,7 +1,7 @@
 """Chooses the next token of each sequence from its logits.
 
-A draw is a pure function of the request's seed, the token's index and the logits, so a request gives the
-same tokens alone, in any batch, and when a step is run again. Knows no text and no model.
+A draw is a pure function of the request's seed, the token's index and the logits, so a request
+gives the same tokens alone, in any batch, and when a step is run again. Knows no text, no model.
 
 Legend: B sequences, V vocabulary.
 """
@@ -65,7 +65,7 @@ def draw(logits_V: torch.Tensor, params: SamplingParams, uniform: float) -> int:
         ordered, ids = torch.topk(logits_V, params.top_k)
     else:
         ordered, ids = torch.sort(logits_V, descending=True, stable=True)
-    # Shifted before the division: a tiny temperature may underflow to a one-hot, never overflow to inf.
+    # Shifted before the division: a tiny temperature may underflow to a one-hot, never overflow.
     probabilities = torch.exp((ordered - ordered[0]) / params.temperature)
     cumulative = torch.cumsum(probabilities, dim=0)
     kept = cumulative.numel()
@@ -78,7 +78,7 @@ def draw(logits_V: torch.Tensor, params: SamplingParams, uniform: float) -> int:
 
 
 def uniform_draw(seed: int, index: int) -> float:
-    """The uniform number in [0, 1) that token `index` of a request with `seed` uses (splitmix64)."""
+    """The uniform number in [0, 1) of token `index` of a request with `seed` (splitmix64)."""
     state = (_mix(seed & MASK_64) + index * 0x9E3779B97F4A7C15) & MASK_64
     return (_mix(state) >> 11) / 2**53
 

@@ -1,8 +1,8 @@
 """Decides who runs in a step: continuous batching over a fixed number of slots.
 
-Requests wait in a bounded queue, are admitted first come first served when a slot is free, have their
-prompts computed in chunks, one at a time, alternating with a decode step of all running sequences, so
-that neither starves. Pure bookkeeping: knows no tensor, no model, no clock.
+Requests wait in a bounded queue, are admitted first come first served when a slot is free, have
+their prompts computed in chunks, one at a time, alternating with a decode step of all running
+sequences, so that neither starves. Pure bookkeeping: knows no tensor, no model, no clock.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Scheduler:
         self._num_slots = num_slots
         self._max_waiting = max_waiting
         self._prefill_chunk = prefill_chunk
-        self._free = list(range(num_slots))  # a heap: low slots first keep the decode rows contiguous
+        # A heap: low slots first keep the decode rows contiguous.
+        self._free = list(range(num_slots))
         self._waiting: deque[Sequence] = deque()
         self._prefill: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -65,11 +66,11 @@ class Scheduler:
         """Queue a new sequence. Raises QueueFullError, or ValueError on an id that is in use."""
         if sequence.request_id in self._by_id:
             raise ValueError(f"request_id: {sequence.request_id!r} is in use by a live request")
-        assert sequence.state == "waiting" and sequence.slot is None, "a sequence is added once"
+        assert sequence.state == "waiting", f"a sequence is added once, got {sequence.state}"
         if len(self._waiting) >= self._max_waiting + len(self._free):
             raise QueueFullError(
-                f"{len(self._waiting)} requests wait, {self.num_running} of {self._num_slots} slots "
-                f"are in use; the queue holds {self._max_waiting}; try again later"
+                f"{len(self._waiting)} requests wait, {self.num_running} of {self._num_slots} "
+                f"slots are in use; the queue holds {self._max_waiting}; try again later"
             )
         self._by_id[sequence.request_id] = sequence
         self._waiting.append(sequence)
@@ -116,7 +117,7 @@ class Scheduler:
         return slot
 
     def check_integrity(self) -> None:
-        """Assert that every slot is free or held exactly once and every live sequence is in one list."""
+        """Assert that each slot is free or held, once, and each live sequence is in one list."""
         used = [s.slot for s in (*self._prefill, *self._running)]
         assert sorted([*self._free, *(u for u in used if u is not None)]) == list(
             range(self._num_slots)

@@ -1,6 +1,6 @@
 """One request's tokens, sampling and progress; and the sequences of one step.
 
-Validated at the door. Knows no tensor, no text and no slot arithmetic: the scheduler moves the state.
+Validated at the door. Knows no tensor, no text, no slot arithmetic: the scheduler moves the state.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ MAX_SEED = 2**63 - 1
 class SamplingParams:
     """How one request's tokens are chosen and when it ends.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 are off. `max_tokens` None means until the context is
-    full. `seed` None draws one. Stop strings end the text and are not part of it; `stop_token_ids` end
-    it as the model's own end tokens do. `ignore_eos` goes on past the end tokens of both kinds.
+    temperature 0 is greedy. top_k 0 and top_p 1 are off. `max_tokens` None means until the context
+    is full. `seed` None draws one. Stop strings end the text and are not part of it;
+    `stop_token_ids` end it as the model's own end tokens do. `ignore_eos` goes on past both kinds.
 
     Raises ValueError naming the field, what it got and what is allowed.
     """
@@ -62,7 +62,8 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
                 raise ValueError(
-                    f"stop: got {str(text)[:40]!r}, expected strings of 1 to {MAX_STOP_CHARS} characters"
+                    f"stop: got {str(text)[:40]!r}, expected strings of 1 to {MAX_STOP_CHARS} "
+                    f"characters"
                 )
         for token_id in self.stop_token_ids:
             _require_int("stop_token_ids", token_id, 0, None)
@@ -131,7 +132,7 @@ class Sequence:
 class Batch:
     """The sequences of one step: each gives its next `num_tokens` tokens to the model.
 
-    Either a chunk of one prompt, or one token of each running sequence (a chunk of one token is both).
+    Either a chunk of one prompt, or one token of each running sequence.
     """
 
     sequences: tuple[Sequence, ...]

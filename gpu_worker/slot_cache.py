@@ -4,7 +4,8 @@ A step says which slots it runs and at which positions; each layer then writes t
 slots back. Layers are allocated when first written, with whatever widths they use (MLA's differ).
 Sliding-window layers keep all positions and are masked. Knows no request and no scheduling.
 
-Legend: S slots, B sequences of a step, T tokens of each, C context, L positions read, N heads, D width.
+Legend: S slots, B sequences of a step, T tokens of each, C context, L positions read, N heads,
+D width.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class SlotCache(Cache):
-    """[S, N, C, D] keys and values per layer, on the device and in the dtype the layer first writes."""
+    """[S, N, C, D] keys and values per layer, on the device and in the dtype of the first write."""
 
     def __init__(self, num_slots: int, max_positions: int) -> None:
         super().__init__(layers=[])
@@ -37,14 +38,16 @@ class SlotCache(Cache):
         self._used = [0] * num_slots  # positions written since the slot was last released
 
     def begin(self, rows: list[int], positions_BT: torch.Tensor) -> None:
-        """Set the slots of the coming forward and the positions they write; positions read are 0..max.
+        """Set the slots of the coming forward and the positions they write; reads are up to those.
 
-        `positions_BT` rises along T and is on the model's device. Raises ValueError when a position is past the context.
+        `positions_BT` rises along T and is on the model's device. Raises ValueError when a position
+        is past the context.
         """
         span = int(positions_BT.max()) + 1
         if span > self.max_positions:
             raise ValueError(f"position {span - 1}: the slots hold {self.max_positions} positions")
-        assert all(0 <= row < self.num_slots for row in rows) and len(set(rows)) == len(rows), rows
+        assert set(rows) <= set(range(self.num_slots)), rows
+        assert len(set(rows)) == len(rows), rows
         self._rows_B = torch.tensor(rows, device=positions_BT.device)
         self._positions_BT, self._span = positions_BT, span
         contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
@@ -62,7 +65,7 @@ class SlotCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the step's keys and values, return those of its slots, [B, N, L, D] each."""
         if layer_idx not in self._layers:
-            # Zeros, not empty: a masked position still enters attention as 0 * value, and 0 * NaN is NaN.
+            # Zeros, not empty: a masked position enters attention as 0 * value, and 0 * NaN is NaN.
             self._layers[layer_idx] = (
                 key_states.new_zeros(self._shape(key_states)),
                 value_states.new_zeros(self._shape(value_states)),
@@ -77,13 +80,13 @@ class SlotCache(Cache):
     def _shape(self, states: torch.Tensor) -> tuple[int, int, int, int]:
         return (self.num_slots, states.shape[1], self.max_positions, states.shape[3])
 
-    @torch.inference_mode()
     def release(self, slot: int) -> None:
-        """Forget a slot: what was written there is zeroed in every layer, so that nobody can read it."""
+        """Forget a slot: what was written there is zeroed in every layer; nobody can read it."""
         used, self._used[slot] = self._used[slot], 0
-        for keys, values in self._layers.values():
-            keys[slot, :, :used] = 0
-            values[slot, :, :used] = 0
+        with torch.inference_mode():  # as they were made
+            for keys, values in self._layers.values():
+                keys[slot, :, :used] = 0
+                values[slot, :, :used] = 0
 
     @property
     def num_bytes(self) -> int:
@@ -103,15 +106,15 @@ class SlotCache(Cache):
 class AttentionMasks:
     """Makes a model's attention masks from the positions of a step.
 
-    Raises ValueError for attention that slots of keys and values cannot serve (linear, chunked), and for
-    attention implementations that take no explicit mask.
+    Raises ValueError for attention that slots of keys and values cannot serve (linear, chunked) and
+    for attention implementations that take no explicit mask.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
         implementation = config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             raise ValueError(
-                f"attention: got {implementation!r}, expected 'eager' or 'sdpa', which take an explicit mask"
+                f"attention: got {implementation!r}, expected 'eager' or 'sdpa', which take a mask"
             )
         self._additive = implementation == "eager"
         self._window = getattr(config, "sliding_window", None) or None
@@ -120,8 +123,8 @@ class AttentionMasks:
         unknown = [kind for kind in self._kinds if kind not in (FULL, SLIDING)]
         if unknown or (SLIDING in self._kinds and self._window is None):
             raise ValueError(
-                f"layer_types: model type {config.model_type!r} has {self._kinds} with sliding_window "
-                f"{self._window}; supported are {FULL!r} and {SLIDING!r} with a window"
+                f"layer_types: model type {config.model_type!r} has {self._kinds} with "
+                f"sliding_window {self._window}; supported are {FULL!r}, and {SLIDING!r} with one"
             )
 
     def make(
@@ -129,7 +132,7 @@ class AttentionMasks:
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """[B, 1, T, L] mask: true (or 0 where masks are added) where a token may look.
 
-        One mask per kind of layer when the model mixes kinds, as transformers' mixed models take it.
+        One mask per kind of layer when the model mixes kinds, as transformers' mixed models take.
         """
         keys_L = torch.arange(int(positions_BT.max()) + 1, device=positions_BT.device)
         query_BT1 = positions_BT[:, :, None]

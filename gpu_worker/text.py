@@ -11,7 +11,7 @@ UNFINISHED = "\ufffd"
 CONTEXT_TOKENS = 6
 """Tokens before the new ones that are decoded with them: some tokenizers drop a leading space."""
 MAX_PENDING_TOKENS = 16
-"""A character has at most 4 bytes: more tokens than this without a whole one are not UTF-8 at all."""
+"""A character has at most 4 bytes: more tokens than this without a whole one are not UTF-8."""
 
 
 class Detokenizer:
@@ -35,7 +35,7 @@ class Detokenizer:
         return self._emit(text)
 
     def flush(self) -> str:
-        """What is left at the end, replacement characters for bytes that never became a character."""
+        """What is left at the end; replacement characters for bytes that became no character."""
         return self._emit(self._decode(self._ids))
 
     def _emit(self, text: str) -> str:
@@ -56,8 +56,8 @@ class Detokenizer:
 class StopFilter:
     """Withholds text until it cannot be part of a stop string; ends at the first stop string.
 
-    The match that is complete first wins, so that the cut does not depend on how the text was sliced;
-    of those complete together, the longest.
+    The match that is complete first wins, so that the cut does not depend on how the text was
+    sliced; of those complete together, the longest.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Goal: no slot is lost or given twice, nobody starves, first come first served, the queue has a limit.
+"""Goal: no slot is lost or given twice, nobody starves, first come first served, limited queue.
 
 Method: a random play of arrivals, cancels and endings (hypothesis) with check_integrity after every
 move, on bookkeeping alone; and small scripts for order, alternation and limits.

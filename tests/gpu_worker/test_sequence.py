@@ -1,4 +1,4 @@
-"""Goal: a request that makes no sense is refused at the door, naming field, value and what is allowed.
+"""Goal: a request that makes no sense is refused at the door by field, value and what is allowed.
 
 Method: one bad value per field; positions across the border of prompt and output; seeds.
 """

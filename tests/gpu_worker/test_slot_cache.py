@@ -93,9 +93,7 @@ def test_masks_by_definition(attention: str, window: int | None) -> None:
 
 
 def test_mixed_layers_get_a_mask_each() -> None:
-    made = AttentionMasks(mask_config("gpt_oss", "eager")).make(
-        torch.tensor([[20]]), torch.float32
-    )
+    made = AttentionMasks(mask_config("gpt_oss", "eager")).make(torch.tensor([[20]]), torch.float32)
     assert isinstance(made, dict)
     assert {kind: int((mask == 0).sum()) for kind, mask in made.items()} == {
         "full_attention": 21,

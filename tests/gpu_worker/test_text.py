@@ -1,7 +1,7 @@
 """Goal: text comes out whole, in order and as soon as it may; a stop string never does.
 
-Method: the bundled byte-level tokenizer and a sentencepiece-like one with byte fallback, on text with
-characters of every length; arbitrary slicing of text must not move the cut of a stop string.
+Method: the bundled byte-level tokenizer and a sentencepiece-like one with byte fallback, on text
+with characters of every length; slicing of text must not move the cut of a stop string.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def test_byte_fallback_and_leading_spaces(byte_fallback: Any) -> None:
         return [byte_fallback.convert_tokens_to_ids(t) for t in tokens]
 
     hello = ids(*(f"<0x{b:02X}>" for b in "你好".encode()))
-    out = pieces(Detokenizer(byte_fallback, tuple(ids("▁the"))), [*ids("▁end"), *hello, *ids("▁end")])
+    out = pieces(
+        Detokenizer(byte_fallback, tuple(ids("▁the"))), [*ids("▁end"), *hello, *ids("▁end")]
+    )
     assert out == [" end", "", "", "你", "", "", "好", " end", ""]
 
 
