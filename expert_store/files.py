@@ -23,6 +23,7 @@ from expert_store.errors import StoreFormatError, StoreWriteError
 
 MAX_HEADER_BYTES = 100 << 20  # the safetensors library's own limit
 HEADER_ALIGNMENT = 64
+Chunk = bytes | memoryview
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -49,8 +50,8 @@ class Disk:
     def free_bytes(self, folder: Path) -> int:
         return shutil.disk_usage(folder).free
 
-    def write_atomic(self, path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-        """Write chunks to a temporary name, fsync, rename. Returns the content's sha256 in hex.
+    def write_atomic(self, path: Path, num_bytes: int, chunks: Iterable[Chunk]) -> str:
+        """Write `num_bytes` in chunks to a temporary name, fsync, rename. Returns the sha256.
 
         Raises StoreWriteError when the disk is full or the path cannot be written; then neither the
         file nor the temporary one is left.
@@ -72,18 +73,24 @@ class Disk:
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
-            raise self.write_error(path, error, written) from error
+            raise self.write_error(path, error, num_bytes) from error
+        assert written == num_bytes, f"{path}: wrote {written} bytes, announced {num_bytes}"
         return digest.hexdigest()
 
-    def write_error(self, path: Path, error: OSError, written: int) -> StoreWriteError:
+    def sync_folders(self, folders: Iterable[Path]) -> None:
+        """Make renames in these folders durable; folders that are not there are left out."""
+        for folder in folders:
+            if folder.is_dir():
+                _sync_folder(folder)
+
+    def write_error(self, path: Path, error: OSError, num_bytes: int) -> StoreWriteError:
         """A StoreWriteError that says what, where, how much is free and what to do."""
         folder = path.parent
         if error.errno in _NO_SPACE:
             free = self.free_bytes(folder) if folder.is_dir() else 0
             return StoreWriteError(
-                f"{folder}: the disk is full: writing {path.name} stopped after {written} bytes, "
-                f"{free} bytes are free; free some space and run the same command again: "
-                "it goes on where it stopped"
+                f"{folder}: the disk is full: {path.name} needs {num_bytes} bytes, {free} are "
+                "free; free some space and run the same command again: it goes on where it stopped"
             )
         return StoreWriteError(f"{path}: cannot be written: {error.strerror or error}")
 
@@ -171,10 +178,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def read_bytes(path: Path, start: int, num_bytes: int) -> bytearray:
-    """A byte range. Raises StoreFormatError when the file ends before it does."""
-    buffer = bytearray(num_bytes)
-    view, done = memoryview(buffer), 0
+def read_bytes(path: Path, start: int, num_bytes: int) -> torch.Tensor:
+    """A byte range as a flat uint8 tensor. Raises StoreFormatError when the file ends before."""
+    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    view, done = memoryview(buffer.numpy()), 0
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
@@ -199,7 +206,5 @@ def read_tensor(path: Path, entry: TensorEntry, row: int | None = None) -> torch
     if row is not None:
         num_bytes //= shape[0]
         shape, start = shape[1:], start + row * num_bytes
-    if num_bytes == 0:
-        return torch.empty(shape, dtype=_DTYPES[entry.dtype])
-    data = torch.frombuffer(read_bytes(path, start, num_bytes), dtype=torch.uint8)
+    data = read_bytes(path, start, num_bytes)
     return data.view(_DTYPES[entry.dtype]).view(shape)

@@ -120,4 +120,5 @@ def save_manifest(store: Path, manifest: Manifest, disk: Disk | None = None) -> 
     assert manifest.version == content_version(manifest), (
         f"manifest version {manifest.version} is not that of its content"
     )
-    (disk or Disk()).write_atomic(Path(store) / MANIFEST_FILE, [encode_manifest(manifest)])
+    text = encode_manifest(manifest)
+    (disk or Disk()).write_atomic(Path(store) / MANIFEST_FILE, len(text), [text])

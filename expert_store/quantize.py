@@ -1,0 +1,48 @@
+"""A float matrix to low-bit codes, by the `hqq` library; its packing is not used, only its codes.
+
+Knows matrices only.
+
+Legend: N rows, K cols, G groups of 64 cols.
+"""
+
+from __future__ import annotations
+
+import torch
+from hqq.core.quantize import Quantizer
+
+from kernels import packing
+from kernels.types import GROUP_SIZE, QuantizedMatrix
+
+# hqq's temporaries are about ten times its input: 4M weights at a time keep them near 160 MB.
+CHUNK_WEIGHTS = 1 << 22
+
+
+def quantize_hqq(weight_NK: torch.Tensor, bits: int) -> QuantizedMatrix:
+    """Half-quadratic quantisation of a float32 [N, K] weight, groups of 64 inputs.
+
+    Matrices of more than `CHUNK_WEIGHTS` weights go in row chunks; hqq's early stop, its only
+    coupling between groups, then looks at one chunk. Raises ValueError when the shape does not fit.
+    """
+    if weight_NK.dim() != 2 or weight_NK.shape[1] % GROUP_SIZE:
+        raise ValueError(
+            f"weight: expected [rows, multiple of {GROUP_SIZE}], got {tuple(weight_NK.shape)}"
+        )
+    rows, cols = weight_NK.shape
+    step = max(1, CHUNK_WEIGHTS // cols)
+    codes, scales, zeros = [], [], []
+    for chunk in weight_NK.split(step):
+        grouped, meta = Quantizer.quantize(
+            chunk,
+            nbits=bits,
+            channel_wise=True,
+            group_size=GROUP_SIZE,
+            optimize=True,
+            round_zero=False,
+            axis=1,
+            bitpack=False,
+            device="cpu",
+        )
+        codes.append(grouped.reshape(chunk.shape).to(torch.uint8))
+        scales.append(meta["scale"].reshape(chunk.shape[0], -1))
+        zeros.append(meta["zero"].reshape(chunk.shape[0], -1))
+    return packing.pack(torch.cat(codes), torch.cat(scales), torch.cat(zeros), bits)
