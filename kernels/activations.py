@@ -1,6 +1,6 @@
 """What joins the gate and up projections of a gated MLP, in plain torch.
 
-Knows no matrix. The native forms in `kernels/native/activation.h` follow these formulas.
+Knows no matrix. The native forms in `kernels/native/gate.cpp` follow these formulas.
 
 Legend: T tokens, F ffn.
 """

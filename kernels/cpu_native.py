@@ -74,7 +74,7 @@ def is_available() -> bool:
 def best_isa() -> Isa:
     """The fastest instruction set this processor has."""
     names: tuple[Isa, ...] = get_args(Isa)
-    return names[_loaded().moetier_best_isa()]
+    return names[int(_loaded().moetier_best_isa())]
 
 
 def dequantize(

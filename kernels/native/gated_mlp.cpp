@@ -1,4 +1,5 @@
-// Several gated MLPs in one call: gate and up, activation, down, without the middle ever leaving the cache.
+// Several gated MLPs in one call: gate and up, activation, down, without the middle ever leaving
+// the cache.
 #include <algorithm>
 #include <new>
 #include <vector>
@@ -13,7 +14,7 @@
 namespace moetier {
 namespace {
 
-constexpr int64_t kBlocksPerItem = kGroupSize / kTileRows;  // an item makes whole groups of its output
+constexpr int64_t kBlocksPerItem = kGroupSize / kTileRows;  // an item makes one whole group
 constexpr int64_t kTokensAtOnce = 32;  // gate and up of 64 rows: 2 x 8 KiB, inside the L1 cache
 
 struct Work {
@@ -31,8 +32,8 @@ std::pair<Work*, int64_t> find(std::vector<Work>& works, int64_t item) {
   return {work, item - work->first_item};
 }
 
-// Numbers the items of a phase through all works; returns how many there are. A work without tokens has
-// none, and shares its first item with the next work, which `find` then prefers.
+// Numbers the items of a phase through all works; returns how many there are. A work without tokens
+// has none, and shares its first item with the next work, which `find` then prefers.
 int64_t number_items(std::vector<Work>& works, int64_t MoetierGatedMlp::*rows) {
   int64_t items = 0;
   for (Work& work : works) {

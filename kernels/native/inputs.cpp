@@ -1,7 +1,8 @@
-// Quantises activations to int8, one scale (largest magnitude / 127) per token and group of 64 inputs.
+// Quantises activations to int8, one scale (largest magnitude / 127) per token and group of 64
+// inputs.
 //
-// The formula is written once and compiled for each instruction set; without fused multiply-add in it the
-// results are the same to the bit everywhere.
+// The formula is written once and compiled for each instruction set; without fused multiply-add in
+// it the results are the same to the bit everywhere.
 #include "inputs.h"
 
 #include <cstring>
@@ -15,7 +16,8 @@ namespace moetier {
 namespace {
 
 ALWAYS_INLINE void quantize_group(const float* x, int8_t* codes, float* scale, float* sum) {
-  // Magnitudes compare as integers, and a NaN is the largest of them, so none can hide in the maximum.
+  // Magnitudes compare as integers, and a NaN is the largest of them, so none can hide in the
+  // maximum.
   int32_t largest_bits = 0;
   for (int i = 0; i < kGroupSize; i++) {
     int32_t bits;
@@ -34,7 +36,8 @@ ALWAYS_INLINE void quantize_group(const float* x, int8_t* codes, float* scale, f
   const float inverse = largest > 0x1p-100f ? 127.f / largest : 0.f;
   int32_t total = 0;
   for (int i = 0; i < kGroupSize; i++) {
-    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, on any machine.
+    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, on any
+    // machine.
     const float rounded = (x[i] * inverse + 12582912.f) - 12582912.f;
     const int32_t code = static_cast<int32_t>(rounded);
     codes[i] = static_cast<int8_t>(code);

@@ -1,12 +1,13 @@
-// Activations as the integer kernels read them: int8 per group of 64 inputs, with a scale per group.
+// Activations as the integer kernels read them: int8 per group of 64 inputs, with a scale per
+// group.
 #pragma once
 #include <cstdint>
 #include <vector>
 
 namespace moetier {
 
-// A view of quantised inputs. All three arrays are [group][token] with `stride` tokens per group, so that
-// a kernel walking along the groups of one row block reads them in order.
+// A view of quantised inputs. All three arrays are [group][token] with `stride` tokens per group,
+// so that a kernel walking along the groups of one row block reads them in order.
 struct Inputs {
   const int8_t* codes;  // 64 bytes per (group, token)
   const float* scale;   // x is about scale * code
@@ -15,6 +16,9 @@ struct Inputs {
 
   Inputs from_token(int64_t token) const {
     return Inputs{codes + token * 64, scale + token, sum + token, stride};
+  }
+  Inputs next_group() const {
+    return Inputs{codes + stride * 64, scale + stride, sum + stride, stride};
   }
 };
 

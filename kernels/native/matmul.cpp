@@ -13,11 +13,11 @@
 namespace moetier {
 namespace {
 
-constexpr int64_t kBlocksPerItem = 4;    // row blocks of one parallel item
-constexpr int64_t kTokensAtOnce = 32;    // bounds the buffer of a padded row block
+constexpr int64_t kBlocksPerItem = 4;  // row blocks of one parallel item
+constexpr int64_t kTokensAtOnce = 32;  // bounds the buffer of a padded row block
 
-// y [tokens, rows] = the rows of one item. The last row block may reach past `rows`, so it goes through
-// a buffer and only its valid rows are copied out.
+// y [tokens, rows] = the rows of one item. The last row block may reach past `rows`, so it goes
+// through a buffer and only its valid rows are copied out.
 void multiply_item(Multiply* multiply, int bits, const uint8_t* data, int64_t rows, int64_t groups,
                    int64_t item, const Inputs& inputs, int64_t tokens, float* y) {
   const size_t block_bytes = static_cast<size_t>(groups) * tile_bytes(bits);

@@ -1,5 +1,6 @@
-// Makes the library an importable extension module of the stable ABI, so that setuptools builds, places
-// and tags it. Nothing is exposed to Python here: kernels/cpu_native.py calls the C functions with ctypes.
+// Makes the library an importable extension module of the stable ABI, so that setuptools builds,
+// places and tags it. Nothing is exposed to Python here: kernels/cpu_native.py calls the C
+// functions with ctypes.
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
 

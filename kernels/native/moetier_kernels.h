@@ -1,8 +1,9 @@
 // The C ABI of the native CPU kernels: what kernels/cpu_native.py calls through ctypes.
 //
-// Every matrix is packed as kernels/packing.py says (tiles of 16 rows x 64 inputs, plain row-block-major).
-// Pointers need no alignment beyond that of their type; packed data needs none at all, because it may lie
-// anywhere in a mapped file. Functions return MOETIER_OK or MOETIER_NO_MEMORY and never throw.
+// Every matrix is packed as kernels/packing.py says (tiles of 16 rows x 64 inputs, plain
+// row-block-major). Pointers need no alignment beyond that of their type; packed data needs none at
+// all, because it may lie anywhere in a mapped file. Functions return MOETIER_OK or
+// MOETIER_NO_MEMORY and never throw.
 #pragma once
 #include <cstdint>
 
@@ -45,12 +46,13 @@ MOETIER_EXPORT int32_t moetier_best_isa();
 MOETIER_EXPORT int32_t moetier_dequantize(int32_t bits, const uint8_t* data, int64_t rows,
                                           int64_t cols, float* weight, int32_t num_threads,
                                           int32_t isa);
-// y [tokens, rows] = x [tokens, cols] times the transposed matrix, inputs quantised to int8 per group.
+// y [tokens, rows] = x [tokens, cols] times the transposed matrix, inputs quantised to int8 per
+// group.
 MOETIER_EXPORT int32_t moetier_matmul(int32_t bits, const uint8_t* data, int64_t rows, int64_t cols,
                                       const float* x, int64_t tokens, float* y,
                                       int32_t num_threads, int32_t isa);
-// y [tokens, rows] = left (right x): block b is at data + block_offsets[b], right [16, cols] and then
-// left transposed [16, rows]. Writes zeros when num_blocks is 0.
+// y [tokens, rows] = left (right x): block b is at data + block_offsets[b], right [16, cols] and
+// then left transposed [16, rows]. Writes zeros when num_blocks is 0.
 MOETIER_EXPORT int32_t moetier_low_rank_matmul(int32_t bits, const uint8_t* data,
                                                const int64_t* block_offsets, int64_t num_blocks,
                                                int64_t rows, int64_t cols, const float* x,

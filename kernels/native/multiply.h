@@ -2,8 +2,9 @@
 //
 // For each row n and token t, over groups g:
 //   y[t][n] = sum_g scale[n,g] * (sx[t,g] * dot(codes[n,g], xq[t,g])) - zero_scaled[n,g] * sum[t,g]
-// The zero point meets the sum of the *quantised* inputs, so that its rounding error cancels. The dot product
-// is exact in integers and the groups are added in order, so a token's result does not depend on its batch.
+// The zero point meets the sum of the *quantised* inputs, so that its rounding error cancels. The
+// dot product is exact in integers and the groups are added in order, so a token's result does not
+// depend on its batch.
 #pragma once
 #include <cstdint>
 

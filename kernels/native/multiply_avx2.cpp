@@ -1,4 +1,5 @@
-// The integer product with AVX2: u8 x s8 pairs into int16 (vpmaddubsw), widened to int32 once or twice a group.
+// The integer product with AVX2: u8 x s8 pairs into int16 (vpmaddubsw), widened to int32 once or
+// twice a group.
 #include "multiply.h"
 #include "target.h"
 
@@ -12,7 +13,8 @@
 namespace moetier {
 namespace {
 
-constexpr int kMaxTokens = 4;  // more would spill: each token holds an int16, an int32 and a float sum
+// More would spill: each token holds an int16, an int32 and a float sum.
+constexpr int kMaxTokens = 4;
 // One tile is read as two halves of eight rows: a 64-byte vector is two 32-byte registers.
 constexpr int kHalfRows = 8;
 constexpr size_t kPrefetchBytes = 4096;
@@ -130,8 +132,7 @@ TARGET_AVX2 void multiply_block(const uint8_t* block, int64_t groups, Inputs in,
       }
     }
     block += tile_bytes(BITS);
-    in = Inputs{in.codes + in.stride * kGroupSize, in.scale + in.stride, in.sum + in.stride,
-                in.stride};
+    in = in.next_group();
   }
   for (int t = 0; t < TOKENS; t++) {
     _mm256_storeu_ps(y + t * row_stride, result[0][t]);
@@ -140,8 +141,8 @@ TARGET_AVX2 void multiply_block(const uint8_t* block, int64_t groups, Inputs in,
 }
 
 template <int BITS>
-TARGET_AVX2 void multiply_rows(const RowBlocks& rows, const Inputs& inputs, int64_t tokens, float* y,
-                               int64_t row_stride) {
+TARGET_AVX2 void multiply_rows(const RowBlocks& rows, const Inputs& inputs, int64_t tokens,
+                               float* y, int64_t row_stride) {
   const size_t block_bytes = static_cast<size_t>(rows.groups) * tile_bytes(BITS);
   for (int64_t b = 0; b < rows.num_blocks; b++) {
     const uint8_t* block = rows.data + b * block_bytes;

@@ -21,8 +21,9 @@ void multiply_block(const uint8_t* block, int64_t groups, const Inputs& inputs, 
       for (int row = 0; row < kTileRows; row++) {
         int32_t dot = 0;
         for (int i = 0; i < kGroupSize; i++) dot += static_cast<int32_t>(codes[row][i]) * x[i];
-        y[t * row_stride + row] += scales.scale[row] * (inputs.scale[at] * static_cast<float>(dot)) -
-                                   scales.zero_scaled[row] * inputs.sum[at];
+        const float scaled = inputs.scale[at] * static_cast<float>(dot);
+        y[t * row_stride + row] +=
+            scales.scale[row] * scaled - scales.zero_scaled[row] * inputs.sum[at];
       }
     }
   }

@@ -1,8 +1,9 @@
 // The pool behind parallel_for: one job at a time, items handed out by a counter.
 //
-// Not OpenMP: its barriers spin, and on a core shared with another process each spin costs a scheduler
-// quantum (8 ms for a layer that computes for half a millisecond, measured on 2 cores). Helpers here sleep
-// on a condition variable, and a second caller meanwhile (another Python thread) simply works alone.
+// Not OpenMP: its barriers spin, and on a core shared with another process each spin costs a
+// scheduler quantum (8 ms for a layer that computes for half a millisecond, measured on 2 cores).
+// Helpers here sleep on a condition variable, and a second caller meanwhile (another Python thread)
+// simply works alone.
 #include "parallel.h"
 
 #include <algorithm>
@@ -86,8 +87,8 @@ class Pool {
   int num_helpers_ = 0;
 };
 
-// Never destroyed: helpers may sleep in it while the process exits. A child made by fork() has no helpers,
-// which parallel_for tolerates: its caller does all items itself.
+// Never destroyed: helpers may sleep in it while the process exits. A child made by fork() has no
+// helpers, which parallel_for tolerates: its caller does all items itself.
 Pool& pool() {
   static Pool* const the_pool = new Pool;
   return *the_pool;

@@ -4,9 +4,9 @@
 
 namespace moetier {
 
-// Calls body(context, item) once for every item in [0, num_items), on the caller's thread and at most
-// num_threads - 1 helpers, and returns when all are done. The caller never waits for a helper that has not
-// started, so a busy machine costs speed but never a stall. body must not throw.
+// Calls body(context, item) once for every item in [0, num_items), on the caller's thread and at
+// most num_threads - 1 helpers, and returns when all are done. The caller never waits for a helper
+// that has not started, so a busy machine costs speed but never a stall. body must not throw.
 void parallel_for(int64_t num_items, int num_threads, void (*body)(const void*, int64_t),
                   const void* context);
 

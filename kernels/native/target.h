@@ -1,5 +1,5 @@
-// Which functions may use which instructions. The files are compiled without -march, so that one library
-// runs everywhere; a function marked TARGET_* is called only after the processor was asked.
+// Which functions may use which instructions. The files are compiled without -march, so that one
+// library runs everywhere; a function marked TARGET_* is called only after the processor was asked.
 #pragma once
 
 #if defined(__GNUC__)

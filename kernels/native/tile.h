@@ -1,4 +1,5 @@
-// The tile in portable C++: sizes, float16 and unpacking. The bit order is that of kernels/packing.py.
+// The tile in portable C++: sizes, float16 and unpacking. The bit order is that of
+// kernels/packing.py.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,7 +15,9 @@ constexpr int kVectors = 16;      // vectors of a tile
 constexpr int kVectorBytes = 64;  // 16 rows x 4 inputs
 
 constexpr size_t code_bytes(int bits) { return static_cast<size_t>(bits) * 2 * kVectorBytes; }
-constexpr size_t tile_bytes(int bits) { return code_bytes(bits) + 2 * kTileRows * sizeof(uint16_t); }
+constexpr size_t tile_bytes(int bits) {
+  return code_bytes(bits) + 2 * kTileRows * sizeof(uint16_t);
+}
 constexpr int64_t num_row_blocks(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 constexpr size_t packed_bytes(int bits, int64_t rows, int64_t cols) {
   return static_cast<size_t>(num_row_blocks(rows) * (cols / kGroupSize)) * tile_bytes(bits);

@@ -1,0 +1,64 @@
+"""Many tokens on a GPU: tiles dequantised on the way into tensor-core products.
+
+Checked under Triton's interpreter and compiled for sm_90; not run on a GPU.
+
+Legend: T tokens, N rows, K cols.
+"""
+
+# A Triton kernel's parameters are typed by Triton at launch, not by annotations.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton_tile import gather_codes, load_half
+from kernels.types import TILE_ROWS, QuantizedMatrix, padded_rows, tile_bytes
+
+BLOCK_TOKENS = 32
+BLOCK_ROWS = 64
+
+
+def matmul_prefill(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
+    """x @ W.T as [T, N] float32 for a packed matrix; x is contiguous float32 on its device."""
+    num_tokens = x_TK.shape[0]
+    y_TN = x_TK.new_empty(num_tokens, matrix.rows)
+    grid = (triton.cdiv(matrix.rows, BLOCK_ROWS), triton.cdiv(num_tokens, BLOCK_TOKENS))
+    _prefill_kernel[grid](
+        matrix.data, x_TK, y_TN,
+        num_tokens, matrix.rows, padded_rows(matrix.rows) // TILE_ROWS, matrix.cols,
+        BITS=matrix.bits, TILE_BYTES=tile_bytes(matrix.bits),
+        BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_ROWS=BLOCK_ROWS,
+    )  # fmt: skip
+    return y_TN
+
+
+@triton.jit
+def _prefill_kernel(
+    data, x, y, num_tokens, rows, row_blocks, cols,
+    BITS: tl.constexpr, TILE_BYTES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_TOKENS x BLOCK_ROWS of the result, one group of 64 inputs at a time.
+
+    The products run as three TF32 passes, which keeps float32's accuracy on tensor cores.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
+    col = tl.arange(0, 64)
+    num_groups = cols // 64
+    # Rows past the end read the last row block again and are not stored.
+    row_block = tl.minimum(row // 16, row_blocks - 1).to(tl.int64)[:, None]
+    total = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
+    for group in range(0, num_groups):
+        tile = (row_block * num_groups + group) * TILE_BYTES
+        scales = tile + BITS * 128 + 2 * (row % 16)[:, None]
+        weight = gather_codes(data, tile, row[:, None], col[None, :], BITS)
+        weight = weight * load_half(data, scales) - load_half(data, scales + 32)
+        place = token * cols + group * 64 + col[None, :]
+        values = tl.load(x + place, mask=token < num_tokens, other=0.0)
+        total = tl.dot(values, tl.trans(weight), total, input_precision="tf32x3")
+    out = token * rows + row[None, :]
+    tl.store(y + out, total, mask=(token < num_tokens) & (row[None, :] < rows))
