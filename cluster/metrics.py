@@ -1,0 +1,144 @@
+"""A cluster's snapshot in Prometheus' text format: a pure function.
+
+Counters are per replica and since its start, as Prometheus wants them; sums are its job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from cluster.snapshot import ClusterSnapshot
+from gpu_worker.messages import WorkerStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Sample = tuple[Mapping[str, object], float]
+
+
+def render(snapshot: ClusterSnapshot) -> str:
+    """All metrics, each with its HELP and TYPE, in a fixed order."""
+    workers = snapshot.workers
+    lines: list[str] = []
+    for name, kind, text, samples in (
+        *_load(workers),
+        *_work(workers),
+        *_bytes_and_pairs(workers),
+        *_requests(snapshot),
+        *_tiers(snapshot),
+    ):
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{_labels(labels)} {_number(value)}" for labels, value in samples]
+    return "\n".join(lines) + "\n"
+
+
+Metric = tuple[str, str, str, list[Sample]]
+
+
+def _load(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
+    gauges = {
+        "running_sequences": "Sequences that hold a slot.",
+        "waiting_sequences": "Sequences that were accepted and hold no slot yet.",
+        "waiting_tokens": "Prompt tokens not yet computed.",
+    }
+    for field, text in gauges.items():
+        samples: list[Sample] = [({"replica": w.replica}, getattr(w, field)) for w in workers]
+        yield f"moetier_{field}", "gauge", text, samples
+
+
+def _work(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
+    counters = {
+        "steps": "Steps of the engine.",
+        "computed_tokens": "Token positions computed, of prompts and answers.",
+        "output_tokens": "Tokens of answers.",
+    }
+    for field, text in counters.items():
+        samples: list[Sample] = [({"replica": w.replica}, getattr(w, field)) for w in workers]
+        yield f"moetier_{field}_total", "counter", text, samples
+    wait: list[Sample] = [({"replica": w.replica}, w.counters.get("wait_s", 0)) for w in workers]
+    yield "moetier_wait_seconds_total", "counter", "Time steps waited for expert bytes.", wait
+    ended: list[Sample] = [
+        ({"replica": w.replica, "how": how}, count)
+        for w in workers
+        for how, count in sorted(w.finished.items())
+    ]
+    yield "moetier_sequences_total", "counter", "Sequences that ended, by how.", ended
+
+
+def _bytes_and_pairs(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
+    def by_kind(field: str) -> list[Sample]:
+        return [
+            ({"replica": w.replica, "kind": kind}, count)
+            for w in workers
+            for kind, count in _mapping(w.counters, field).items()
+        ]
+
+    moved: list[Sample] = []
+    for w in workers:
+        for place, count in _mapping(w.counters, "moved_bytes").items():
+            tier, _, kind = place.partition("/")
+            moved.append(({"replica": w.replica, "tier": tier, "kind": kind}, count))
+    yield "moetier_moved_bytes_total", "counter", "Expert bytes moved, by tier and kind.", moved
+    yield (
+        "moetier_planned_bytes_total",
+        "counter",
+        "Expert bytes the plans asked for, by kind.",
+        by_kind("planned_bytes"),
+    )
+    for field, text in (("cache_hits", "were"), ("cache_misses", "were not")):
+        help_text = f"Records a plan needed that {text} on the device, by kind."
+        yield f"moetier_{field}_total", "counter", help_text, by_kind(field)
+    pairs: list[Sample] = [
+        ({"replica": w.replica, "how": how}, w.counters.get(f"{how}_pairs", 0))
+        for w in workers
+        for how in ("restored", "low_bit", "degraded", "near_data")
+    ]
+    help_text = (
+        "(token, expert) pairs: restored, low_bit and degraded are all; near_data of low_bit."
+    )
+    yield "moetier_pairs_total", "counter", help_text, pairs
+    wire: list[Sample] = [
+        ({"replica": w.replica, "direction": way}, w.counters.get(f"{way}_bytes", 0))
+        for w in workers
+        for way in ("sent", "received")
+    ]
+    yield "moetier_near_data_bytes_total", "counter", "Activations to and from near data.", wire
+
+
+def _requests(snapshot: ClusterSnapshot) -> Iterator[Metric]:
+    samples: list[Sample] = [
+        ({"replica": ingress.replica, "route": route, "status": status}, count)
+        for ingress in snapshot.ingresses
+        for (route, status), count in sorted(ingress.requests.items())
+    ]
+    yield "moetier_http_requests_total", "counter", "HTTP requests, by route and status.", samples
+
+
+def _tiers(snapshot: ClusterSnapshot) -> Iterator[Metric]:
+    def samples(value: Any) -> list[Sample]:
+        return [
+            ({"actor": tier.name, "role": tier.role, "node": tier.node}, value(tier))
+            for tier in snapshot.tiers
+        ]
+
+    up = samples(lambda tier: tier.problem is None)
+    yield "moetier_tier_up", "gauge", "1 while a store or NDP actor answers.", up
+    restarts = samples(lambda tier: tier.restarts)
+    yield "moetier_tier_restarts_total", "counter", "Times a tier actor was replaced.", restarts
+
+
+def _mapping(counters: Mapping[str, Any], field: str) -> Mapping[str, float]:
+    found: Mapping[str, float] = counters.get(field, {})
+    return found
+
+
+def _labels(labels: Mapping[str, object]) -> str:
+    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()) + "}"
+
+
+def _escaped(value: object) -> str:
+    return str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(float(value))
