@@ -35,6 +35,8 @@ class WorkerConfig:
     - cache_bytes: device memory for experts kept between steps; 0 keeps none.
     - max_in_flight_bytes: bytes of records on their way or not yet used; holds any one expert.
     - fetch_threads: fetches that may run at the same time.
+    - fetch_bytes: bytes asked for in one fetch, if more is missing; smaller lets computing start
+      sooner, larger saves calls. None means half of max_in_flight_bytes.
     - max_sequences: sequences that run at the same time (slots of the KV cache).
     - max_context: tokens of prompt and answer of one sequence; None means what the model allows.
     - prefill_chunk: prompt tokens of one sequence handled in one step.
@@ -50,6 +52,7 @@ class WorkerConfig:
     cache_bytes: int = 512 * MEBIBYTE
     max_in_flight_bytes: int = 256 * MEBIBYTE
     fetch_threads: int = 2
+    fetch_bytes: int | None = None
     max_sequences: int = 8
     max_context: int | None = None
     prefill_chunk: int = 256
@@ -66,6 +69,7 @@ class WorkerConfig:
         _at_least("cache_bytes", self.cache_bytes, 0)
         _at_least("max_in_flight_bytes", self.max_in_flight_bytes, 1)
         _at_least("fetch_threads", self.fetch_threads, 1)
+        _at_least("fetch_bytes", self.fetch_bytes, 1)
         _at_least("max_sequences", self.max_sequences, 1)
         _at_least("max_context", self.max_context, 1)
         _at_least("prefill_chunk", self.prefill_chunk, 1)
@@ -103,7 +107,14 @@ class WorkerConfig:
                 f"max_context: got {max_context}, but {model.name} has only "
                 f"{model.max_positions} positions"
             )
-        return replace(self, device=device, dtype=dtype, top_n=top_n, max_context=max_context)
+        return replace(
+            self,
+            top_n=top_n,
+            fetch_bytes=self.fetch_bytes or max(1, self.max_in_flight_bytes // 2),
+            max_context=max_context,
+            device=device,
+            dtype=dtype,
+        )
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -75,6 +75,7 @@ class StoreExperts:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert config.top_n is not None, "resolve the config first"
+        assert config.fetch_bytes is not None, "resolve the config first"
         if config.near_data != "off" and near_data is None:
             raise ValueError(
                 f"near_data: got {config.near_data!r}, but no near-data worker is connected; "
@@ -90,6 +91,7 @@ class StoreExperts:
             source,
             device=config.device,
             max_in_flight_bytes=config.max_in_flight_bytes,
+            fetch_bytes=config.fetch_bytes,
             num_threads=config.fetch_threads,
             clock=clock,
         )

@@ -141,7 +141,8 @@ class LocalRun:
         assert error is not None, f"{request} neither landed nor failed"
         logger.warning("the %s of %s could not be had: %s", request.kind, request.key, error)
         if request.kind == "codes":
-            self.failed[work.key] = work.token_rows
+            rows = {*self.failed.get(work.key, ()), *work.token_rows}
+            self.failed[work.key] = tuple(sorted(rows))
             self.causes.append(error)
 
     def _compute(self, gathering: _Gathering) -> None:

@@ -55,23 +55,20 @@ def route(
     weights_TK = topk_weights_TK.to("cpu", torch.float32)
     if active_T is None:
         active_T = torch.ones(ids_TK.shape[0], dtype=torch.bool)
-    restore_TK = restore_mask(ids_TK, weights_TK, top_n)
+    restore_TK = restore_mask(weights_TK, top_n)
     return Routing(ids_TK, weights_TK, restore_TK, active_T.to("cpu", torch.bool))
 
 
-def restore_mask(
-    topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, top_n: int
-) -> torch.Tensor:
+def restore_mask(topk_weights_TK: torch.Tensor, top_n: int) -> torch.Tensor:
     """[T, K] bool: the pairs among their token's `top_n` largest router weights.
 
     Sizes count, not signs: a large negative weight matters as much as a positive one. Of equal
-    weights the lower expert index goes first, so that the answer does not hang on column order.
+    weights the earlier column goes first: phimoe often gives both its experts weight 1 exactly, and
+    the first is the one its router scored higher.
     """
-    num_columns = topk_ids_TK.shape[1]
+    num_columns = topk_weights_TK.shape[1]
     if not 0 <= top_n <= num_columns:
         raise ValueError(f"top_n: got {top_n}, expected 0 to the router's top-k of {num_columns}")
-    by_id_TK = topk_ids_TK.argsort(dim=1)
-    sizes_TK = topk_weights_TK.abs().gather(1, by_id_TK)
-    by_size_TK = by_id_TK.gather(1, sizes_TK.argsort(dim=1, descending=True, stable=True))
-    mask_TK = torch.zeros_like(topk_ids_TK, dtype=torch.bool)
+    by_size_TK = topk_weights_TK.abs().argsort(dim=1, descending=True, stable=True)
+    mask_TK = torch.zeros_like(topk_weights_TK, dtype=torch.bool)
     return mask_TK.scatter_(1, by_size_TK[:, :top_n], True)

@@ -43,6 +43,7 @@ class _Arrival:
 class Streamer:
     """Fetches records in batches, each one call to the source, on `num_threads` threads.
 
+    A batch has `fetch_bytes` at most, or one expert that is larger; an expert is never cut.
     At most `max_in_flight_bytes` are fetched, or fetched and not yet released, at any time. What
     does not fit waits in the order it was asked for. On a CPU the source's memory is used as it
     is; on a GPU it goes through pinned memory and a copy stream of its own.
@@ -56,6 +57,7 @@ class Streamer:
         *,
         device: str,
         max_in_flight_bytes: int,
+        fetch_bytes: int,
         num_threads: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -69,8 +71,7 @@ class Streamer:
         self._device = torch.device(device)
         self._copy_stream = torch.cuda.Stream() if self._device.type == "cuda" else None
         self._max_bytes = max_in_flight_bytes
-        # Two batches fit, so that one is fetched while the other is used.
-        self._batch_bytes = max(max_in_flight_bytes // 2, largest)
+        self._fetch_bytes = min(fetch_bytes, max_in_flight_bytes)
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Stream, tuple[PlannedCopy, ...]]] = deque()
@@ -136,7 +137,7 @@ class Streamer:
         batch_bytes = 0
         for records in _by_expert(copies):
             num_bytes = sum(copy.num_bytes for copy in records)
-            if batch and batch_bytes + num_bytes > self._batch_bytes:
+            if batch and batch_bytes + num_bytes > self._fetch_bytes:
                 yield tuple(batch)
                 batch, batch_bytes = [], 0
             batch.extend(records)

@@ -129,7 +129,8 @@ def _write(
     header, entries = layout(tensors, {})
     file = record_file(kind, layer)
     chunks = [record.numpy().tobytes() for record in records]
-    Disk().write_atomic(folder / file, [header, *chunks])
+    num_bytes = len(header) + sum(len(chunk) for chunk in chunks)
+    Disk().write_atomic(folder / file, num_bytes, [header, *chunks])
     return [
         RecordInfo(file, entry.start, entry.num_bytes, hashlib.sha256(chunk).hexdigest())
         for entry, chunk in zip(entries, chunks, strict=True)

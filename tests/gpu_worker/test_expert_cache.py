@@ -1,0 +1,135 @@
+"""Goal: the cache keeps within its budget, never evicts what is in use, and is LRU.
+
+Method: random operations against a naive list with the same rules, integrity checked after each;
+then the books are falsified and the check must see it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expert_store.types import Compensator, ExpertKey, RecordRequest
+from gpu_worker.expert_cache import ExpertCache
+from kernels.types import GatedLowRank, LowRank
+
+_EMPTY = LowRank(torch.empty(0, dtype=torch.uint8), (), 64, 64, 3)
+NAMES = [
+    RecordRequest(ExpertKey(layer, expert), kind)
+    for layer in range(2)
+    for expert in range(3)
+    for kind in ("codes", "factors")
+]
+
+
+def record(request: RecordRequest, num_bytes: int = 1) -> Compensator:
+    return Compensator(request.key, GatedLowRank(_EMPTY, _EMPTY, _EMPTY), num_bytes)
+
+
+class NaiveCache:
+    """The same rules over a plain list, oldest first: [request, bytes, pins]."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.rows: list[list] = []
+
+    def put(self, request: RecordRequest, num_bytes: int) -> bool:
+        kept = list(self.rows)
+        while sum(row[1] for row in kept) + num_bytes > self.budget:
+            idle = [row for row in kept if row[2] == 0]
+            if not idle:
+                return False
+            kept.remove(idle[0])
+        self.rows = [*kept, [request, num_bytes, 1]]
+        return True
+
+    def find(self, request: RecordRequest) -> list | None:
+        return next((row for row in self.rows if row[0] == request), None)
+
+
+_operations = st.lists(
+    st.tuples(st.sampled_from(["use", "unpin"]), st.sampled_from(NAMES), st.integers(0, 12)),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 30), _operations)
+def test_cache_does_what_the_naive_one_does(budget: int, operations: list) -> None:
+    cache, naive = ExpertCache(budget), NaiveCache(budget)
+    for verb, request, num_bytes in operations:
+        row = naive.find(request)
+        if verb == "unpin":
+            if row is not None and row[2] > 0:
+                row[2] -= 1
+                cache.unpin([request])
+        elif row is not None:
+            row[2] += 1
+            naive.rows.remove(row)
+            naive.rows.append(row)
+            assert cache.pin(request).key == request.key
+        else:
+            kept = cache.put_pinned(request, record(request), num_bytes)
+            assert kept is naive.put(request, num_bytes)
+        cache.check_integrity()
+        assert {name for name in NAMES if name in cache} == {row[0] for row in naive.rows}
+        assert cache.used_bytes == sum(row[1] for row in naive.rows)
+        for layer in range(2):
+            assert cache.of_layer(layer) == {
+                row[0] for row in naive.rows if row[0].key.layer == layer
+            }
+
+
+def test_a_budget_of_zero_keeps_nothing() -> None:
+    cache = ExpertCache(0)
+    assert not cache.put_pinned(NAMES[0], record(NAMES[0]), 1)
+    assert len(cache) == 0
+    cache.check_integrity(idle=True)
+
+
+def test_a_record_in_use_is_not_evicted_for_another() -> None:
+    cache = ExpertCache(10)
+    assert cache.put_pinned(NAMES[0], record(NAMES[0]), 6)
+    assert not cache.put_pinned(NAMES[1], record(NAMES[1]), 6)
+    cache.unpin([NAMES[0]])
+    assert cache.put_pinned(NAMES[1], record(NAMES[1]), 6)
+    assert NAMES[0] not in cache
+
+
+def test_nothing_is_evicted_when_that_would_not_be_enough() -> None:
+    cache = ExpertCache(10)
+    for name in NAMES[:2]:
+        cache.put_pinned(name, record(name), 5)
+    cache.unpin([NAMES[0]])
+    assert not cache.put_pinned(NAMES[2], record(NAMES[2]), 6)
+    assert NAMES[0] in cache
+
+
+def test_integrity_names_what_does_not_balance() -> None:
+    cache = ExpertCache(10)
+    cache.put_pinned(NAMES[0], record(NAMES[0]), 4)
+    with pytest.raises(AssertionError, match="1 pins while nothing runs"):
+        cache.check_integrity(idle=True)
+    cache._used_bytes += 1
+    with pytest.raises(AssertionError, match="hold 4 bytes, the count says 5, the budget is 10"):
+        cache.check_integrity()
+    cache._used_bytes -= 1
+    cache._by_layer[0].clear()
+    with pytest.raises(AssertionError, match="0 in the index"):
+        cache.check_integrity()
+
+
+def test_misuse_is_an_assertion() -> None:
+    cache = ExpertCache(10)
+    with pytest.raises(AssertionError, match="planned as on the device"):
+        cache.pin(NAMES[0])
+    cache.put_pinned(NAMES[0], record(NAMES[0]), 1)
+    with pytest.raises(AssertionError, match="although it is on the device"):
+        cache.put_pinned(NAMES[0], record(NAMES[0]), 1)
+    cache.unpin([NAMES[0]])
+    with pytest.raises(AssertionError, match="once more than it was pinned"):
+        cache.unpin([NAMES[0]])
+    with pytest.raises(ValueError, match="budget_bytes: got -1"):
+        ExpertCache(-1)
