@@ -59,6 +59,17 @@ class Answer:
     result: torch.Tensor | StoreError | ValueError  # [P, H]
 
 
+def used_rows(work: Sequence[ExpertTokens]) -> tuple[list[int], tuple[ExpertTokens, ...]]:
+    """The rows of the hidden states that some expert needs, in order, and the same work on only
+    those rows: what the others hold does not have to travel.
+    """
+    rows = sorted({row for item in work for row in item.token_rows})
+    place = {row: index for index, row in enumerate(rows)}
+    return rows, tuple(
+        ExpertTokens(item.key, tuple(place[row] for row in item.token_rows)) for item in work
+    )
+
+
 def encode_call(request_id: int, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> bytes:
     """The bytes of a call; hidden_TH [T, H] on the CPU, `work` of one layer.
 
