@@ -1,0 +1,108 @@
+"""`moetier compress`: a checkpoint to a store, with a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cluster.commands.inspect import as_json, as_text
+from expert_store.compress import Progress, compress
+from expert_store.config import RECIPES, CompressionConfig
+from expert_store.inspect import summarize
+from expert_store.sources import DEFAULT_MODEL, resolve_model
+
+HELP = """Turn a checkpoint into a store: low-bit experts, each with a small compensator.
+
+MODEL is a folder with config.json and *.safetensors, a Hugging Face Hub id (downloaded), or
+mixtral-mini, the bundled model. An interrupted run goes on where it stopped when the same command
+is given again; STORE counts as a store only when all of it is written. Peak memory is a few experts
+per job. Exit code 1 for an unusable checkpoint or a full disk, 2 for a wrong argument."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="default: %(default)s"
+    )
+    parser.add_argument("store", type=Path, metavar="STORE", help="folder to write, new or empty")
+    parser.add_argument(
+        "--recipe",
+        default="paper",
+        metavar="|".join(RECIPES),
+        help="paper: codes and compensators; static: codes only; original: bf16 (default: paper)",
+    )
+    parser.add_argument("--bits", type=int, help="bits of a code: 2, 3 or 4 (default: 2)")
+    parser.add_argument(
+        "--avg-rank",
+        type=int,
+        metavar="R",
+        help="mean compensator rank over all experts; high-kurtosis experts get more, none so much "
+        "that one more bit would be cheaper (default: 16)",
+    )
+    parser.add_argument(
+        "--top-n",
+        type=int,
+        metavar="N",
+        help="experts per token to restore at run time, unless told otherwise then (default: 1)",
+    )
+    parser.add_argument(
+        "--group-size", type=int, default=64, help="inputs per scale: 64 is the only one there is"
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="J", help="experts at a time (default: one per core)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a finished store")
+    parser.add_argument(
+        "--json", action="store_true", help="print what `moetier inspect --json` prints"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compress and print a summary. Raises ValueError and StoreError, which the CLI prints."""
+    config = CompressionConfig(
+        recipe=args.recipe,
+        bits=args.bits,
+        avg_rank=args.avg_rank,
+        top_n=args.top_n,
+        group_size=args.group_size,
+    )
+    model = resolve_model(args.model)
+    started = time.monotonic()
+    with _Bar() as bar:
+        compress(model, args.store, config, progress=bar.show, jobs=args.jobs, force=args.force)
+    summary = summarize(args.store)
+    if args.json:
+        print(json.dumps(as_json(summary), indent=2))
+    else:
+        print(as_text(summary))
+        print(f"\nwritten in {time.monotonic() - started:.1f} s to {args.store}")
+    return 0
+
+
+class _Bar:
+    """tqdm on stderr, one bar per stage; silent where stderr is no terminal."""
+
+    def __enter__(self) -> _Bar:
+        self._stage, self._bar = "", tqdm(disable=True)
+        return self
+
+    def show(self, progress: Progress) -> None:
+        if progress.stage != self._stage:
+            self._bar.close()
+            self._stage = progress.stage
+            # disable=None: tqdm's word for "only on a terminal". It shows the time that remains.
+            self._bar = tqdm(
+                total=progress.total,
+                desc=progress.stage,
+                unit="expert",
+                file=sys.stderr,
+                disable=None,
+            )
+        self._bar.update(progress.done - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
