@@ -83,7 +83,9 @@ def unpack(matrix: QuantizedMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.T
         .permute(0, 3, 1, 2, 4)
         .reshape(blocks * TILE_ROWS, cols)
     )
-    half_tiles = tiles[:, :, code_bytes:].contiguous().view(torch.float16).float()
+    # A copy of its own starts at an aligned address, wherever the bytes lie.
+    scale_bytes = tiles[:, :, code_bytes:].clone(memory_format=torch.contiguous_format)
+    half_tiles = scale_bytes.view(torch.float16).float()
     per_row = half_tiles.view(blocks, groups, 2, TILE_ROWS).permute(2, 0, 3, 1)
     scale_NG, zero_scaled_NG = per_row.reshape(2, blocks * TILE_ROWS, groups)
     return codes_NK[:rows], scale_NG[:rows], zero_scaled_NG[:rows]

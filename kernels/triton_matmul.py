@@ -1,6 +1,7 @@
 """The Triton backend's two products: the decode or the prefill kernel, by the number of tokens.
 
-Loaded by `kernels/ops.py` only, on first use. Checked under Triton's interpreter and compiled for sm_90; not run on a GPU.
+Loaded by `kernels/ops.py` only, on first use. Checked under Triton's interpreter and compiled for
+sm_90; not run on a GPU.
 
 Legend: T tokens, N rows, K cols, R rank.
 """
