@@ -1,0 +1,191 @@
+"""Goal: what deploy/ renders is accepted by KubeRay, Kubernetes and Serve, and matches our code.
+
+Method: kubectl kustomize, then strict schemas (KubeRay's CRDs, Kubernetes' own), the operator's
+rules, Ray's ServeDeploySchema, our config parser; then every name and number that stands twice
+is compared.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from cluster.autoscaling import GpuWorkerPolicy
+from cluster.config import ClusterConfig, as_mapping, config_from_mapping
+from cluster.manifests import document_problems, schema_problems, serve_config
+from cluster.operator_rules import groups, template
+from cluster.pod_rules import pods, quantity
+from cluster.settings import split_label
+
+ROOT = Path(__file__).resolve().parents[2]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
+
+
+def cluster_of(rayservice) -> dict:
+    return rayservice["spec"]["rayClusterConfig"]
+
+
+@pytest.fixture
+def application(rayservice) -> dict:
+    (application,) = serve_config(rayservice)["applications"]
+    return application
+
+
+@pytest.fixture
+def config(application) -> ClusterConfig:
+    return config_from_mapping(application["args"], source="serveConfigV2").resolve()
+
+
+def test_nothing_is_found_wrong(documents, crds) -> None:
+    assert document_problems(documents, crds) == []
+
+
+def test_the_ray_document_was_really_checked(rayservice, crds) -> None:
+    assert (rayservice["apiVersion"], rayservice["kind"]) in crds
+    rayservice = {**rayservice, "spec": {**rayservice["spec"], "serveConfigV3": ""}}
+    assert any("serveConfigV3" in problem for problem in schema_problems(rayservice, crds))
+
+
+def test_core_kinds_pass_kubernetes_strict_schema(documents) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    core = [document for document in documents if document["kind"] != "RayService"]
+    assert {document["kind"] for document in core} == {"PersistentVolumeClaim", "Job"}
+    for document in core:
+        kubernetes_validate.validate(document, "1.32", strict=True)
+    broken = {**core[0], "spec": {**core[0]["spec"], "accesModes": []}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="accesModes"):
+        kubernetes_validate.validate(broken, "1.32", strict=True)
+
+
+def test_pod_templates_pass_kubernetes_strict_schema(documents) -> None:
+    """The pods inside the RayService too: this catches what a CRD leaves open."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    seen = 0
+    for document in documents:
+        for _, pod, _ in pods(document):
+            whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod}
+            kubernetes_validate.validate(whole, "1.32", strict=True)
+            seen += 1
+    assert seen >= 3
+
+
+def test_serve_accepts_the_config(rayservice) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(serve_config(rayservice))
+    assert [application.name for application in schema.applications] == ["moetier"]
+
+
+def test_import_path_is_the_app_builder(application) -> None:
+    module, _, name = application["import_path"].partition(":")
+    assert (module, name) == ("cluster.app", "build")
+    text = (ROOT / "cluster" / "app.py").read_text()
+    assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"cluster/app.py has no {name}()"
+
+
+def test_args_are_a_cluster_config(config) -> None:
+    assert config.ndp.enabled
+    assert config.worker.near_data == "low_bit"
+    assert config.replicas.autoscaling is not None
+    assert config.replicas.autoscaling.max_replicas > config.replicas.autoscaling.min_replicas
+    assert GpuWorkerPolicy(**as_mapping(config.replicas.autoscaling.targets))
+
+
+def test_every_actor_finds_a_group_with_its_label_and_room(config, rayservice) -> None:
+    needs = {
+        "store": (config.store.label, 0, 0),
+        "ndp": (config.ndp.label, config.ndp.num_threads or 1, 0),
+        "worker": (
+            config.replicas.label,
+            config.replicas.num_cpus,
+            config.replicas.num_gpus if config.worker.device == "cuda" else 0,
+        ),
+    }
+    for actor, (label, num_cpus, num_gpus) in needs.items():
+        assert label is not None
+        homes = []
+        for group in cluster_of(rayservice)["workerGroupSpecs"]:
+            limits = template(group)["containers"][0]["resources"]["limits"]
+            has_label = split_label(label).items() <= group.get("labels", {}).items()
+            has_room = quantity(limits["cpu"]) >= num_cpus and (
+                quantity(limits.get("nvidia.com/gpu", 0)) >= (num_gpus or 0)
+            )
+            if has_label and has_room:
+                homes.append(group["groupName"])
+        assert homes, f"{actor}: no worker group with {label}, {num_cpus} CPUs, {num_gpus} GPUs"
+
+
+def test_gpu_workers_ask_for_a_gpu_exactly_where_there_is_one(config, rayservice) -> None:
+    limits = [
+        template(group)["containers"][0]["resources"]["limits"]
+        for group in cluster_of(rayservice)["workerGroupSpecs"]
+    ]
+    has_gpu = any("nvidia.com/gpu" in each for each in limits)
+    assert has_gpu == (config.worker.device == "cuda")
+    assert (config.replicas.num_gpus or 0) == (1 if has_gpu else 0)
+
+
+def test_head_runs_no_workload(rayservice) -> None:
+    head = cluster_of(rayservice)["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert not head.get("labels"), "a label on the head would draw actors to it"
+
+
+def test_ports_agree(config, rayservice) -> None:
+    http = serve_config(rayservice)["http_options"]
+    assert http["port"] == config.http.port
+    assert http["host"] == config.http.host == "0.0.0.0"
+    assert http["request_timeout_s"] == config.http.request_timeout_s
+    for _, group in groups(cluster_of(rayservice)):
+        container = template(group)["containers"][0]
+        assert {"name": "serve", "containerPort": http["port"]} in container["ports"]
+        if container["name"] == "ray-worker":
+            assert container["readinessProbe"]["httpGet"]["port"] == http["port"]
+
+
+def test_store_is_mounted_where_the_config_looks_and_the_job_writes(
+    config, rayservice, documents
+) -> None:
+    (job,) = [document for document in documents if document["kind"] == "Job"]
+    (claim,) = [item for item in documents if item["kind"] == "PersistentVolumeClaim"]
+    command = template(job["spec"])["containers"][0]["command"]
+    assert command[:2] == ["moetier", "compress"]
+    assert command[3] == config.store.path
+    checked = [(job["spec"], False)]
+    checked += [(group, True) for group in cluster_of(rayservice)["workerGroupSpecs"]]
+    for holder, read_only in checked:
+        pod = template(holder)
+        (volume,) = [v for v in pod["volumes"] if "persistentVolumeClaim" in v]
+        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        (mount,) = [m for m in pod["containers"][0]["volumeMounts"] if m["name"] == volume["name"]]
+        assert PurePosixPath(config.store.path).is_relative_to(mount["mountPath"])
+        assert bool(mount.get("readOnly")) == read_only
+        for waiting in pod.get("initContainers", []):
+            assert f"{config.store.path}/manifest.json" in waiting["command"][-1]
+
+
+def test_images_are_those_of_the_dockerfile_and_of_this_version(documents) -> None:
+    targets = set(re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILE, re.MULTILINE))
+    for document in documents:
+        for place, pod, _ in pods(document):
+            for container in [*pod.get("initContainers", []), *pod["containers"]]:
+                name, _, tag = container["image"].partition(":")
+                version, _, target = tag.rpartition("-")
+                assert (name, version) == ("moetier", VERSION), place
+                assert target in targets, place
+                if "nvidia.com/gpu" in container["resources"]["limits"]:
+                    assert target == "gpu", place
+
+
+def test_user_and_versions_agree_with_dockerfile_and_constraints(documents, rayservice) -> None:
+    users = set(re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE))
+    for document in documents:
+        for place, pod, _ in pods(document):
+            context = pod["securityContext"]
+            assert {(str(context["runAsUser"]), str(context["runAsGroup"]))} == users, place
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"ray=={cluster_of(rayservice)['rayVersion']}" in constraints
