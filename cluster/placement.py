@@ -1,0 +1,136 @@
+"""Which node gets which actor: pure functions of what is needed and of the nodes there are.
+
+Knows no Ray; `cluster/orchestrator.py` takes the snapshot of nodes and starts what is placed here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cluster.settings import NdpSettings, ReplicaSettings, StoreSettings, split_label
+
+MAX_NODES_TOLD = 16
+"""Nodes that an error lists; a cluster may have thousands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A live node of the cluster."""
+
+    node_id: str
+    address: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    resources: Mapping[str, float] = field(default_factory=dict)  # in all, not what is left
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """An actor that wants a node: its label, and the resources it sets aside there."""
+
+    name: str  # "store-0", "ndp-1", "worker-0"
+    section: str  # of the config, that says the label: "store", "ndp", "replicas"
+    label: str | None
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An actor and the node it goes to."""
+
+    need: Need
+    node: Node
+
+
+class PlacementError(ValueError):
+    """No node can take an actor; the message names the label, the nodes and what to do."""
+
+
+def tier_needs(store: StoreSettings, ndp: NdpSettings) -> tuple[Need, ...]:
+    """The store actors, then the near-data workers. They set no CPU aside for themselves."""
+    stores = [Need(f"store-{i}", "store", store.label) for i in range(store.replicas)]
+    workers = [
+        Need(f"ndp-{i}", "ndp", ndp.label) for i in range(ndp.replicas if ndp.enabled else 0)
+    ]
+    return (*stores, *workers)
+
+
+def worker_need(replicas: ReplicaSettings, num_gpus: float) -> Need:
+    """One GPU worker. Serve places it; this says beforehand whether it can."""
+    resources = {"CPU": replicas.num_cpus, "GPU": num_gpus}
+    wanted = {name: amount for name, amount in resources.items() if amount}
+    return Need("worker-0", "replicas", replicas.label, wanted)
+
+
+def place(needs: Sequence[Need], nodes: Sequence[Node]) -> tuple[Placed, ...]:
+    """A node for every need, actors of one section spread evenly, whatever the order of the nodes.
+
+    Raises PlacementError that tells of every need without a node.
+    """
+    load: Counter[tuple[str, str]] = Counter()
+    placed: list[Placed] = []
+    missing: dict[str, Need] = {}
+    for need in needs:
+        fitting = [node for node in nodes if _fits(need, node)]
+        if not fitting:
+            missing.setdefault(need.section, need)
+            continue
+        node = min(fitting, key=lambda n: (load[need.section, n.node_id], n.node_id))
+        load[need.section, node.node_id] += 1
+        placed.append(Placed(need, node))
+    if missing:
+        raise PlacementError("\n".join(_explain(need, nodes) for need in missing.values()))
+    return tuple(placed)
+
+
+def _fits(need: Need, node: Node) -> bool:
+    return _has_label(need, node) and not _lacking(need, node)
+
+
+def _has_label(need: Need, node: Node) -> bool:
+    return split_label(need.label).items() <= node.labels.items()
+
+
+def _lacking(need: Need, node: Node) -> dict[str, float]:
+    return {
+        name: amount
+        for name, amount in need.resources.items()
+        if node.resources.get(name, 0.0) < amount
+    }
+
+
+def _explain(need: Need, nodes: Sequence[Node]) -> str:
+    labelled = [node for node in nodes if _has_label(need, node)]
+    if not labelled:
+        return (
+            f"cannot place {need.name}: no live node has the label {need.label}; "
+            f"nodes: {_told(nodes, _labels)}. Start a node with `ray start --labels {need.label}` "
+            f"(KubeRay: the group's `labels`), or change {need.section}.label (null is any node)"
+        )
+    wanted = ", ".join(f"{amount:g} {name}" for name, amount in need.resources.items())
+    where = f"with the label {need.label} " if need.label else ""
+    return (
+        f"cannot place {need.name}: no live node {where}has {wanted}; "
+        f"nodes: {_told(labelled, _resources)}. Add such a node, or change "
+        f"{need.section}.num_cpus or {need.section}.num_gpus"
+    )
+
+
+def _told(nodes: Sequence[Node], describe: object) -> str:
+    assert callable(describe)
+    if not nodes:
+        return "none"
+    told = [f"{node.address} ({node.node_id[:8]}) has {describe(node)}" for node in nodes]
+    more = len(told) - MAX_NODES_TOLD
+    return ", ".join(told[:MAX_NODES_TOLD]) + (f", and {more} more" if more > 0 else "")
+
+
+def _labels(node: Node) -> str:
+    own = sorted(f"{k}={v}" for k, v in node.labels.items() if not k.startswith("ray.io/"))
+    return " ".join(own) or "no labels"
+
+
+def _resources(node: Node) -> str:
+    shown = [f"{node.resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU")]
+    return " and ".join(shown)
