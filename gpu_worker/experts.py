@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 import torch
 
@@ -152,8 +152,17 @@ class StoreExperts:
         if not remote:
             return None
         assert self._near_data is not None, "a plan without near data has no remote work"
+        # Only rows that somebody there needs travel.
+        rows = sorted({row for work in remote for row in work.token_rows})
+        sent_at = {row: index for index, row in enumerate(rows)}
+        if len(rows) < hidden_SH.shape[0]:
+            hidden_SH = hidden_SH[torch.tensor(rows, device=hidden_SH.device)]
         return self._near_data.submit(
-            hidden_SH.cpu(), [ExpertTokens(work.key, work.token_rows) for work in remote]
+            hidden_SH.cpu(),
+            [
+                ExpertTokens(work.key, tuple(sent_at[row] for row in work.token_rows))
+                for work in remote
+            ],
         )
 
     def _collect(
@@ -167,6 +176,8 @@ class StoreExperts:
         if near is None:
             return []
         start_s = self._clock()
+        wait([near])
+        self._tally.wait_s += self._clock() - start_s
         try:
             output_PH = near.result()
         except StoreError as error:
@@ -174,8 +185,6 @@ class StoreExperts:
             on_device = self.cache.of_layer(layer)
             local.run(plan_local(remote, on_device=on_device, sizes=self._sizes))
             return []
-        finally:
-            self._tally.wait_s += self._clock() - start_s
         counts = [len(work.token_rows) for work in remote]
         self._tally.near_data_pairs += sum(counts)
         self._tally.low_bit_pairs += sum(counts)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import register_quantization_config, register_quantizer
@@ -127,13 +128,19 @@ def load_model(
     No parameter of a routed expert is ever made. `config` must be resolved.
     Raises StoreFormatError when the dense files do not hold the model that the manifest describes.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
-        store,
-        dtype=config.torch_dtype,
-        experts_implementation=METHOD,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            store,
+            dtype=config.torch_dtype,
+            experts_implementation=METHOD,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise StoreFormatError(
+            f"{store}: the dense part of {manifest.model.name} cannot be read: {error}; "
+            f"run `moetier verify {store}`"
+        ) from error
     _check_loaded(store, manifest, model, report)
     bind_experts(model, experts)
     model.to(config.device).eval()

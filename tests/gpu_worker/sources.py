@@ -148,8 +148,7 @@ class InProcessNearData:
         output = torch.cat(ops.gated_mlp_many(inputs, backend=self._backend, num_threads=1))
         output = output.to(hidden_TH.dtype)
         self.num_pairs += output.shape[0]
-        rows = {row for part in work for row in part.token_rows}
-        self._sent += len(rows) * hidden_TH.shape[1] * hidden_TH.element_size()
+        self._sent += hidden_TH.numel() * hidden_TH.element_size()
         self._received += output.numel() * output.element_size()
         future.set_result(output)
         return future

@@ -281,7 +281,7 @@ class TestLoss:
             assert relative(rest.run(experts), oracle(plain, rest, 1)) < CLOSE
 
     def test_failing_any_one_fetch_is_repaired_or_told(self, plain: Segment) -> None:
-        """A fetch of several records is asked for again, one by one; a lone one is lost and told."""
+        """A fetch of several records is asked for again, one by one; a lone one is lost."""
         steps = [Step(seed=seed, layer=layer) for seed in range(2) for layer in LAYERS]
         with running(plain, fetch_bytes=1) as experts:
             expected = [step.run(experts) for step in steps]
@@ -325,6 +325,15 @@ class TestNearData:
         expected = oracle(plain, step, 1)
         error = float((output - expected).norm() / expected.norm())
         assert 0 < error < INT8_CLOSE
+
+    def test_rows_that_nobody_there_needs_do_not_travel(self, plain: Segment) -> None:
+        step, near = Step(num_rows=4), InProcessNearData(plain, "reference")
+        with running(plain, near, near_data="low_bit") as experts:
+            experts.begin(torch.tensor([False, True, False, True]))
+            output = step.run(experts)
+        assert near.bytes_moved[0] == 2 * HIDDEN * 4
+        rest = step.rows([1, 3])
+        assert relative(output[[1, 3]], oracle(plain, rest, 1)) < CLOSE
 
     def test_with_exact_near_data_the_answer_is_that_of_off(self, plain: Segment) -> None:
         step, near = Step(num_rows=9), InProcessNearData(plain, "reference")

@@ -1,0 +1,85 @@
+"""Goal: a wrong setting is refused by name before anything starts; "auto" never reaches the worker.
+
+Method: a table of wrong values; `resolve` against a manifest made by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expert_store.types import Manifest
+from gpu_worker.config import WorkerConfig
+from tests.hand_store import build_store
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder: Path = tmp_path_factory.mktemp("store")
+    return build_store(folder, layers=(0,), experts=2, ffn=64, blocks=())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"near_data": "on"}, "near_data: got 'on', expected one of off, low_bit, cost"),
+        ({"device": "tpu"}, "device: got 'tpu', expected one of auto, cpu, cuda"),
+        ({"dtype": "int8"}, "dtype: got 'int8', expected one of auto, float32"),
+        ({"top_n": -1}, "top_n: got -1, expected a whole number of at least 0"),
+        ({"top_n": True}, "top_n: got True"),
+        ({"cache_bytes": -5}, "cache_bytes: got -5"),
+        ({"cache_bytes": 0.5}, "cache_bytes: got 0.5"),
+        ({"max_in_flight_bytes": 0}, "max_in_flight_bytes: got 0"),
+        ({"fetch_threads": 0}, "fetch_threads: got 0"),
+        ({"fetch_bytes": 0}, "fetch_bytes: got 0"),
+        ({"max_sequences": 0}, "max_sequences: got 0"),
+        ({"max_context": 0}, "max_context: got 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk: got 0"),
+        ({"near_data": "cost"}, "link_bytes_per_s: got None, near_data 'cost' needs a measured"),
+        (
+            {"near_data": "cost", "link_bytes_per_s": 1e9, "near_data_token_s": 0.0},
+            "near_data_token_s: got 0.0",
+        ),
+    ],
+)
+def test_wrong_values_are_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WorkerConfig(**wrong)
+
+
+def test_resolve_leaves_nothing_open(manifest: Manifest) -> None:
+    resolved = WorkerConfig().resolve(manifest)
+    costs = {"link_bytes_per_s", "near_data_token_s"}
+    for field in fields(resolved):
+        if field.name not in costs:
+            assert getattr(resolved, field.name) not in (None, "auto"), field.name
+    assert resolved.top_n == manifest.recipe.top_n
+    assert resolved.max_context == manifest.model.max_positions
+    has_cuda = torch.cuda.is_available()
+    assert resolved.device == ("cuda" if has_cuda else "cpu")
+    assert resolved.torch_dtype == (torch.bfloat16 if has_cuda else torch.float32)
+    assert resolved.resolve(manifest) == resolved
+
+
+def test_resolve_keeps_what_was_given(manifest: Manifest) -> None:
+    given = WorkerConfig(top_n=0, max_context=9, dtype="bfloat16", device="cpu", fetch_bytes=3)
+    resolved = given.resolve(manifest)
+    assert (resolved.top_n, resolved.max_context, resolved.fetch_bytes) == (0, 9, 3)
+    assert resolved.torch_dtype == torch.bfloat16
+
+
+def test_what_the_model_cannot_do_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(ValueError, match="top_n: got 3, but by hand routes a token to 2 experts"):
+        WorkerConfig(top_n=3).resolve(manifest)
+    with pytest.raises(ValueError, match="max_context: got 257, but by hand has only 256"):
+        WorkerConfig(max_context=257).resolve(manifest)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(ValueError, match="no usable GPU; use 'auto'"):
+        WorkerConfig(device="cuda").resolve(manifest)
