@@ -1,4 +1,4 @@
-"""Random packed matrices, factors and MLPs for the kernel tests, with the tolerances of each path."""
+"""Random packed matrices, factors and MLPs for the kernel tests, with each path's tolerance."""
 
 from __future__ import annotations
 
@@ -91,6 +91,13 @@ def random_factors(hidden: int, ffn: int, bits: int, num_blocks: int) -> GatedLo
 
 def random_inputs(num_tokens: int, cols: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_tokens, cols, generator=torch.Generator().manual_seed(seed + 77))
+
+
+def rounded_to_int8(x_TK: torch.Tensor) -> torch.Tensor:
+    """What the int8 kernels make of their inputs: multiples of a 127th of each group's largest."""
+    grouped = x_TK.view(x_TK.shape[0], -1, GROUP_SIZE)
+    scale = grouped.abs().amax(-1, keepdim=True) / 127
+    return ((grouped / scale).round() * scale).view(x_TK.shape)
 
 
 def poisoned(rows: int, cols: int) -> torch.Tensor:

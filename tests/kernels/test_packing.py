@@ -1,5 +1,5 @@
-"""Goal: the bytes of a tile are what the layout says, for good. Method: golden bytes of one small matrix,
-a bit-by-bit packer written differently as an oracle, a round-trip property, and refused inputs."""
+"""Goal: the bytes of a tile are what the layout says, for good. Method: golden bytes of one small
+matrix, a bit-by-bit packer as an oracle, a round-trip property, and refused inputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_golden_bytes(bits: int) -> None:
 
 
 def test_first_bytes_of_a_tile_by_hand() -> None:
-    """Row r of a 4-bit tile holds code r in inputs 0..3 and 15 - r in inputs 32..35 (vectors 0, 8)."""
+    """Row r of a 4-bit tile holds r in inputs 0..3 (vector 0), 15 - r in 32..35 (vector 8)."""
     codes = torch.zeros(16, 64, dtype=torch.uint8)
     codes[:, 0:4] = torch.arange(16, dtype=torch.uint8)[:, None]
     codes[:, 32:36] = 15 - torch.arange(16, dtype=torch.uint8)[:, None]

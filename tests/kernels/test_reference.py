@@ -1,4 +1,4 @@
-"""Goal: the truth is true. Method: against weights and a gated MLP written out by hand in plain torch."""
+"""Goal: the truth is true. Method: against weights and a gated MLP written out by hand."""
 
 from __future__ import annotations
 
