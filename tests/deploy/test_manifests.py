@@ -7,6 +7,7 @@ is compared.
 
 from __future__ import annotations
 
+import argparse
 import re
 import tomllib
 from pathlib import Path, PurePosixPath
@@ -14,11 +15,14 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from cluster.autoscaling import GpuWorkerPolicy
+from cluster.commands import compress
 from cluster.config import ClusterConfig, as_mapping, config_from_mapping
 from cluster.manifests import document_problems, schema_problems, serve_config
 from cluster.operator_rules import groups, template
 from cluster.pod_rules import pods, quantity
 from cluster.settings import split_label
+from expert_store.config import CompressionConfig
+from expert_store.sources import resolve_model
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -166,6 +170,17 @@ def test_store_is_mounted_where_the_config_looks_and_the_job_writes(
         assert bool(mount.get("readOnly")) == read_only
         for waiting in pod.get("initContainers", []):
             assert f"{config.store.path}/manifest.json" in waiting["command"][-1]
+
+
+def test_job_says_what_our_command_understands(documents) -> None:
+    (job,) = [document for document in documents if document["kind"] == "Job"]
+    container = template(job["spec"])["containers"][0]
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    compress.add_arguments(parser)
+    args = parser.parse_args(container["command"][2:])
+    assert resolve_model(args.model).is_dir(), "the bundled model needs no download"
+    CompressionConfig(recipe=args.recipe, bits=args.bits, avg_rank=args.avg_rank, top_n=args.top_n)
+    assert args.jobs <= quantity(container["resources"]["limits"]["cpu"])
 
 
 def test_images_are_those_of_the_dockerfile_and_of_this_version(documents) -> None:
