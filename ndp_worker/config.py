@@ -21,8 +21,7 @@ class NdpConfig:
 
     num_threads: int | Literal["auto"] = "auto"  # "auto": the cores this process may use
     backend: Backend = "cpu_int8"
-    tcp_address: str = "127.0.0.1:0"  # host:port; port 0 takes a free one
-    unix_socket: bool = True  # also listen on a unix socket, for callers of this host
+    tcp_address: str | None = None  # host:port; None is a free port on the node's own address
     max_connections: int = 32  # streams served at once, one thread each
     max_message_bytes: int = 64 * 2**20  # one call or one answer
 

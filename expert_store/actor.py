@@ -1,0 +1,259 @@
+"""The Ray shell of a store: an actor that holds a segment, and the source that reads its objects.
+
+The actor serves the same records two ways: as objects that it owns in Ray's object store (zero
+copy on one node) and over gRPC. What it does lies in plain classes: segment, rpc, holder, failover.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+
+from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreFormatError
+from expert_store.failover import Attempts, Batch, Copy, fetch_over
+from expert_store.holder import HolderStatus, OpenDirectory, Presence, SocketFolder
+from expert_store.listing import Listing
+from expert_store.rpc import RecordServer
+from expert_store.segment import Segment, locate, readonly_tensor
+from expert_store.types import ExpertKey, Manifest, RecordKind, RecordRequest
+
+RecordName = tuple[ExpertKey, RecordKind]
+
+MAX_PUT_BYTES = 4 * 2**30
+MAX_CACHED_REFS = 16384
+MAX_BATCH = 1024
+
+
+@ray.remote
+class StoreActor:
+    """Holds the segment of one node: `keys` of the store in folder `store`, all when None.
+
+    `tcp_address` None is a free port on the node's own address. At most `max_put_bytes` of records
+    are kept in the object store on the actor's account; the least recently asked for go first.
+    Creating it raises StoreFormatError or ValueError as `Segment` does.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        keys: Sequence[ExpertKey] | None = None,
+        *,
+        tcp_address: str | None = None,
+        directory: OpenDirectory | None = None,
+        max_put_bytes: int = MAX_PUT_BYTES,
+    ) -> None:
+        self._segment = Segment(Path(store), keys)
+        self._objects = OwnedObjects(self._segment, max_put_bytes=max_put_bytes)
+        self._socket = SocketFolder()
+        context = ray.get_runtime_context()
+        tcp = tcp_address or f"{ray.util.get_node_ip_address()}:0"
+        self._server = RecordServer(self._segment, (self._socket.address, tcp))
+        listing = Listing(
+            name=str(context.get_actor_id()),
+            role="records",
+            version=self._segment.manifest.version,
+            node_id=context.get_node_id(),
+            addresses=self._server.addresses,
+            keys=None if keys is None else self._segment.keys,
+        )
+        self._presence = Presence(
+            listing,
+            num_experts=len(self._segment.keys),
+            num_bytes=self._segment.num_bytes,
+            directory=directory,
+        )
+
+    def describe(self) -> HolderStatus:
+        """Its listing (name, node, version, gRPC addresses, keys), sizes and process."""
+        return self._presence.status
+
+    def ping(self) -> bool:
+        """True, when it is alive."""
+        return True
+
+    def refs(self, version: str, requests: Sequence[RecordRequest]) -> list[ray.ObjectRef]:
+        """Objects of whole records, numpy uint8, in request order; put once, owned by this actor.
+
+        Raises StoreFormatError when the asker's store version is another one, and as
+        `Segment.fetch` does.
+        """
+        if version != self._segment.manifest.version:
+            raise StoreFormatError(
+                f"this copy holds store version {self._segment.manifest.version}, the request is "
+                f"for {version}; restart whichever is older"
+            )
+        return self._objects.refs(requests)
+
+    def stop(self) -> None:
+        """Withdraw from the directory and stop serving; the actor can be killed afterwards."""
+        try:
+            self._presence.close()
+        finally:
+            self._server.close()
+            self._socket.close()
+            self._segment.close()
+
+
+class OwnedObjects:
+    """Records put into the object store once each, by whoever makes this: their owner."""
+
+    def __init__(self, segment: Segment, *, max_put_bytes: int) -> None:
+        if max_put_bytes < 1:
+            raise ValueError(f"max_put_bytes: got {max_put_bytes}, expected at least 1")
+        self._segment = segment
+        self._max_put_bytes = max_put_bytes
+        self._put: OrderedDict[RecordName, ray.ObjectRef] = OrderedDict()
+        self._put_bytes = 0
+        self._lock = threading.Lock()
+
+    def refs(self, requests: Sequence[RecordRequest]) -> list[ray.ObjectRef]:
+        with self._lock:
+            return [self._ref(request) for request in requests]
+
+    def _ref(self, request: RecordRequest) -> ray.ObjectRef:
+        name = (request.key, request.kind)
+        if name in self._put:
+            self._put.move_to_end(name)
+            return self._put[name]
+        (data,) = self._segment.fetch([replace(request, num_blocks=None)])
+        self._put[name] = ray.put(data.numpy())
+        self._put_bytes += data.numel()
+        while self._put_bytes > self._max_put_bytes and len(self._put) > 1:
+            # Who still holds the reference keeps the object; only our own claim goes.
+            (key, kind), _ = self._put.popitem(last=False)
+            record = locate(self._segment.manifest, RecordRequest(key, kind))
+            self._put_bytes -= record.num_bytes
+        return self._put[name]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreHandle:
+    """A store actor and what it said of itself."""
+
+    actor: Any  # handle of a StoreActor
+    listing: Listing
+
+
+class ObjectStoreSource:
+    """Reads records as Ray objects; tier "object_store". Thread-safe.
+
+    On the actor's node the tensors are the object store's own read-only pages; elsewhere Ray first
+    copies the object to this node. References are kept, so that a record is asked for once. An
+    actor that dies, restarts or loses an object is asked again, or another copy is, within
+    `deadline_s` for a whole fetch.
+    """
+
+    tier = "object_store"
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        stores: Sequence[StoreHandle],
+        *,
+        deadline_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if deadline_s <= 0:
+            raise ValueError(f"deadline_s: got {deadline_s}, expected a positive number")
+        self._manifest = manifest
+        self._deadline_s = deadline_s
+        self._clock = clock
+        node_id = ray.get_runtime_context().get_node_id()
+        self._actors = {store.listing.name: store.actor for store in stores}
+        self._copies = tuple(
+            Copy(s.listing.name, s.listing.keys, is_local=s.listing.node_id == node_id)
+            for s in stores
+        )
+        self._refs: OrderedDict[tuple[str, RecordName], ray.ObjectRef] = OrderedDict()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
+        """The records' bytes in request order, each a flat read-only uint8 view of an object.
+
+        Raises ValueError for a request no store could answer, ExpertUnavailableError when no copy
+        gave a record before the deadline, CorruptRecordError when every copy of it is damaged.
+        """
+        sizes = [locate(self._manifest, request).num_bytes for request in requests]
+        if self._closed.is_set():
+            raise ExpertUnavailableError("the source is closed")
+        records = fetch_over(
+            lambda refresh: self._copies,
+            lambda attempts, batches, left_s: self._ask(attempts, requests, batches, left_s),
+            requests,
+            max_batch=MAX_BATCH,
+            deadline_s=self._deadline_s,
+            clock=self._clock,
+            is_closed=self._closed.wait,
+        )
+        return [data[:size] for data, size in zip(records, sizes, strict=True)]
+
+    def close(self) -> None:
+        """Let go of all references; tensors that are still held stay valid."""
+        self._closed.set()
+        with self._lock:
+            self._refs.clear()
+
+    def _ask(
+        self,
+        attempts: Attempts,
+        requests: Sequence[RecordRequest],
+        batches: Sequence[Batch],
+        left_s: float,
+    ) -> None:
+        for batch in batches:
+            wanted = [requests[index] for index in batch.indices]
+            # While there is another copy, half of the time is kept for it.
+            until = self._clock() + (left_s if batch.is_last_hope else left_s / 2)
+            try:
+                attempts.answered(batch, self._read(batch.address, wanted, until))
+            except RayTaskError as error:
+                if isinstance(error.cause, ValueError):
+                    raise error.cause from error
+                if isinstance(error.cause, CorruptRecordError | ExpertUnavailableError):
+                    attempts.refused(batch, error.cause)
+                else:
+                    attempts.lost(batch, ExpertUnavailableError(f"{error.cause!r}"))
+            except (RayActorError, ObjectLostError, GetTimeoutError) as error:
+                self._forget(batch.address, wanted)
+                reason = str(error).strip().splitlines() or [""]
+                name = type(error).__name__
+                attempts.lost(batch, ExpertUnavailableError(f"{name}: {reason[0]}"))
+
+    def _read(self, name: str, wanted: Sequence[RecordRequest], until: float) -> list[torch.Tensor]:
+        names = [(name, (request.key, request.kind)) for request in wanted]
+        with self._lock:
+            known = {n: self._refs[n] for n in names if n in self._refs}
+        missing = [r for n, r in zip(names, wanted, strict=True) if n not in known]
+        if missing:
+            call = self._actors[name].refs.remote(self._manifest.version, missing)
+            found = ray.get(call, timeout=self._left(until))
+            added = {(name, (r.key, r.kind)): ref for r, ref in zip(missing, found, strict=True)}
+            known |= added
+            with self._lock:
+                self._refs |= added
+                while len(self._refs) > MAX_CACHED_REFS:
+                    self._refs.popitem(last=False)
+        arrays = ray.get([known[n] for n in names], timeout=self._left(until))
+        return [readonly_tensor(array) for array in arrays]
+
+    def _left(self, until: float) -> float:
+        return max(0.001, until - self._clock())
+
+    def _forget(self, name: str, wanted: Sequence[RecordRequest]) -> None:
+        with self._lock:
+            for request in wanted:
+                self._refs.pop((name, (request.key, request.kind)), None)

@@ -1,0 +1,68 @@
+"""What a store actor and a near-data actor have in common: where they listen, what they say of
+themselves, and their announcements. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from expert_store.directory import Announcer, Directory
+from expert_store.listing import Listing
+
+OpenDirectory = Callable[[], Directory]
+"""Opens a directory on the holder's own node, for instance `partial(RedisDirectory, url)`; it is
+sent to the actor, so it must pickle."""
+
+
+@dataclass(frozen=True, slots=True)
+class HolderStatus:
+    """What a running holder says of itself."""
+
+    listing: Listing
+    num_experts: int
+    num_bytes: int  # of all records of its segment
+    pid: int
+
+
+class SocketFolder:
+    """A private folder for a unix socket, short enough for the 107 bytes that its path may have."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="moetier-"))
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self._folder / 's'}"
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Presence:
+    """A holder's listing, announced to a directory as long as the holder lives, if there is one."""
+
+    def __init__(
+        self,
+        listing: Listing,
+        *,
+        num_experts: int,
+        num_bytes: int,
+        directory: OpenDirectory | None,
+        interval_s: float = 5.0,
+    ) -> None:
+        self.status = HolderStatus(listing, num_experts, num_bytes, os.getpid())
+        self._directory = directory() if directory else None
+        self._announcer = (
+            Announcer(self._directory, listing, interval_s=interval_s) if self._directory else None
+        )
+
+    def close(self) -> None:
+        """Withdraw the listing. Raises DirectoryError when the directory is lost."""
+        if self._announcer is not None and self._directory is not None:
+            self._announcer.close()
+            self._directory.close()
