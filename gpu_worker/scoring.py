@@ -9,6 +9,7 @@ Legend: W windows, B windows at once, T tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from dataclasses import dataclass
 
@@ -55,23 +56,30 @@ class Score:
         return (self.counters.sent_bytes + self.counters.received_bytes) / self.num_tokens
 
 
-def cut_windows(token_ids: list[int], *, num_windows: int, window_tokens: int) -> torch.Tensor:
-    """[W, window_tokens + 1] windows spread evenly over the text: each predicts window_tokens.
+def cut_windows(
+    token_ids: list[int], *, num_windows: int, window_tokens: int, seed: int | None = None
+) -> torch.Tensor:
+    """[W, window_tokens + 1] windows, one from each of W equal parts of the text.
 
-    Raises ValueError when the text is too short for that many windows that do not overlap.
+    Each predicts window_tokens tokens. They start where their part does or, with a seed, at a
+    random place in it. Raises ValueError when the text is too short for windows that do not overlap.
     """
     width = window_tokens + 1
     if num_windows < 1 or window_tokens < 1:
         raise ValueError(
             f"windows: got {num_windows} of {window_tokens} tokens, expected at least 1 of 1"
         )
-    if num_windows * width > len(token_ids):
+    part = len(token_ids) // num_windows
+    if part < width:
         raise ValueError(
             f"text: {len(token_ids)} tokens are too few for {num_windows} windows of {width}; "
             f"ask for at most {len(token_ids) // width} windows, or give more text"
         )
-    room = len(token_ids) - width
-    starts = [round(i * room / max(1, num_windows - 1)) for i in range(num_windows)]
+    shift = random.Random(seed)
+    starts = [
+        i * part + (0 if seed is None else shift.randint(0, part - width))
+        for i in range(num_windows)
+    ]
     return torch.tensor([token_ids[start : start + width] for start in starts])
 
 

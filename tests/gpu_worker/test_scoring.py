@@ -70,7 +70,12 @@ def test_score_arithmetic() -> None:
 def test_windows_are_spread_over_the_text_and_do_not_overlap() -> None:
     windows = cut_windows(list(range(100)), num_windows=4, window_tokens=9)
     assert windows.shape == (4, 10)
-    assert windows[:, 0].tolist() == [0, 30, 60, 90]
+    assert windows[:, 0].tolist() == [0, 25, 50, 75]
+    shifted = cut_windows(list(range(100)), num_windows=4, window_tokens=9, seed=1)
+    again = cut_windows(list(range(100)), num_windows=4, window_tokens=9, seed=1)
+    assert torch.equal(shifted, again)
+    assert not torch.equal(shifted, windows)
+    assert (shifted[:, 0] // 25).tolist() == (shifted[:, -1] // 25).tolist() == [0, 1, 2, 3]
     assert cut_windows(list(range(40)), num_windows=4, window_tokens=9).flatten().tolist() == list(
         range(40)
     )

@@ -1,0 +1,58 @@
+"""Stores that can be made again, kept in the cache folder: the bundled model's, and bf16 baselines.
+
+Knows which model each is made of; how is `expert_store/compress.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.environment import cache_folder, default_store
+from expert_store.compress import Progress, compress
+from expert_store.config import CompressionConfig
+from expert_store.errors import StoreFormatError
+from expert_store.format import is_store, load_manifest
+from models import MIXTRAL_MINI
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[Progress], None]
+
+
+def bundled_store(report: Report | None = None) -> Path:
+    """The store of the bundled model with the default recipe, made on first use (seconds)."""
+    return _ensure(MIXTRAL_MINI, default_store(), CompressionConfig(), report)
+
+
+def original_store(model: Path, report: Report | None = None) -> Path:
+    """A store of the checkpoint's own bfloat16 experts, so that its bytes are counted alike.
+
+    As large as the checkpoint. Made on first use, and again when the checkpoint's files change.
+    """
+    files = sorted(path for path in model.iterdir() if path.is_file())
+    told = [str(model.resolve()), *(f"{f.name} {_stamp(f)}" for f in files)]
+    digest = hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
+    name = f"{model.resolve().name}-original-{digest}"
+    config = CompressionConfig(recipe="original")
+    return _ensure(model, cache_folder() / "stores" / name, config, report)
+
+
+def _stamp(file: Path) -> str:
+    status = file.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _ensure(model: Path, store: Path, config: CompressionConfig, report: Report | None) -> Path:
+    """`store`, made if it is not there or of a format that this version does not read."""
+    if is_store(store):
+        try:
+            load_manifest(store)
+            return store
+        except StoreFormatError as error:
+            logger.warning("making the store again: %s", error)
+    store.parent.mkdir(parents=True, exist_ok=True)
+    compress(model, store, config, progress=report, force=True)
+    return store
