@@ -216,11 +216,14 @@ def test_a_manifest_of_another_model_is_refused(store: Path, runners: Runners) -
         load_model(store, other, CONFIG.resolve(manifest), runners.experts(segment))
 
 
-_LOAD_AND_MEASURE = """
-import resource, sys, torch
+_LOAD_AND_MEASURE = r"""
+import re, sys, torch
+from pathlib import Path
 import gpu_worker.model
 from transformers import AutoModelForCausalLM
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# VmHWM is this process's own; ru_maxrss would begin with the parent's.
+peak = lambda: 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before = peak()
 model = AutoModelForCausalLM.from_pretrained(
     sys.argv[1], experts_implementation="moetier", dtype=torch.float32
@@ -257,4 +260,5 @@ def test_experts_are_never_allocated(tmp_path: Path) -> None:
     before, after, loaded = map(int, done.stdout.split()[-3:])
     assert experts * 4 > 3e9
     assert loaded == sum(tensor.numel() for tensor in dense.values())
+    assert after - before > sum(tensor.nbytes for tensor in dense.values()) / 2  # it does measure
     assert after - before < experts * 4 / 10, f"grew by {(after - before) / 1e6:.0f} MB"
