@@ -1,0 +1,128 @@
+"""Goal: several workers answer as one would, and a lost one's experts go to the next.
+
+Method: workers that compute a known function of expert and row at once, later, or never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from expert_store.errors import CorruptRecordError, ExpertUnavailableError
+from expert_store.types import ExpertKey, ExpertTokens
+from ndp_worker.group import Member, NearDataGroup
+
+KEYS = [ExpertKey(2, expert) for expert in range(4)]
+WORK = [
+    ExpertTokens(KEYS[3], (0, 2)),
+    ExpertTokens(KEYS[0], (1,)),
+    ExpertTokens(KEYS[1], ()),
+    ExpertTokens(KEYS[2], (2, 2, 0)),
+]
+HIDDEN_TH = torch.randn(3, 4)
+
+
+def outputs(work: Sequence[ExpertTokens]) -> torch.Tensor:
+    parts = [HIDDEN_TH[list(item.token_rows)] * (item.key.expert + 1) for item in work]
+    return torch.cat(parts)
+
+
+class FakeWorker:
+    """Answers when told to; or fails every call with `error`."""
+
+    def __init__(self, error: Exception | None = None, *, at_once: bool = True) -> None:
+        self.error = error
+        self.at_once = at_once
+        self.calls: list[tuple[list[ExpertTokens], Future[torch.Tensor]]] = []
+        self.closed = False
+
+    def submit(self, hidden_TH: torch.Tensor, work: list[ExpertTokens]) -> Future[torch.Tensor]:
+        assert hidden_TH is HIDDEN_TH
+        self.calls.append((work, Future()))
+        if self.at_once:
+            self.answer()
+        return self.calls[-1][1]
+
+    def answer(self) -> None:
+        work, future = self.calls[-1]
+        if self.error is not None:
+            future.set_exception(self.error)
+        else:
+            future.set_result(outputs(work))
+
+    @property
+    def bytes_moved(self) -> tuple[int, int]:
+        return 10 * len(self.calls), len(self.calls)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def group(*members: tuple[FakeWorker, list[ExpertKey] | None]) -> NearDataGroup:
+    return NearDataGroup(
+        [Member(worker, None if keys is None else frozenset(keys)) for worker, keys in members]
+    )
+
+
+def test_each_expert_goes_to_its_holder_and_comes_back_in_order() -> None:
+    low, high = FakeWorker(), FakeWorker()
+    near = group((low, KEYS[:2]), (high, KEYS[2:]))
+    found = near.submit(HIDDEN_TH, WORK).result(0)
+    assert torch.equal(found, outputs(WORK))
+    assert [item.key.expert for item in low.calls[0][0]] == [0, 1]
+    assert [item.key.expert for item in high.calls[0][0]] == [3, 2]
+    assert near.bytes_moved == (20, 2)
+    near.close()
+    assert low.closed
+    assert high.closed
+
+
+def test_copies_share_the_load() -> None:
+    workers = [FakeWorker(), FakeWorker()]
+    near = group(*((worker, None) for worker in workers))
+    assert torch.equal(near.submit(HIDDEN_TH, WORK).result(0), outputs(WORK))
+    assert [len(worker.calls[0][0]) for worker in workers] == [2, 2]
+
+
+def test_the_order_of_arrival_does_not_matter() -> None:
+    first, second = FakeWorker(at_once=False), FakeWorker(at_once=False)
+    future = group((first, KEYS[:2]), (second, KEYS[2:])).submit(HIDDEN_TH, WORK)
+    second.answer()
+    assert not future.done()
+    first.answer()
+    assert torch.equal(future.result(0), outputs(WORK))
+
+
+@pytest.mark.parametrize("error", [ExpertUnavailableError("gone"), CorruptRecordError("bits")])
+def test_a_lost_workers_experts_go_to_the_next(error: Exception) -> None:
+    bad, good = FakeWorker(error), FakeWorker()
+    near = group((bad, None), (good, None))
+    assert torch.equal(near.submit(HIDDEN_TH, WORK).result(0), outputs(WORK))
+    assert len(bad.calls) == 1
+
+
+def test_nobody_left_is_a_typed_error() -> None:
+    near = group((FakeWorker(ExpertUnavailableError("gone")), None))
+    with pytest.raises(ExpertUnavailableError, match="no near-data worker is left") as caught:
+        near.submit(HIDDEN_TH, WORK).result(0)
+    assert str(caught.value.__cause__) == "gone"
+    partial = group((FakeWorker(), KEYS[:1]))
+    with pytest.raises(ExpertUnavailableError, match="0 of 1 hold it"):
+        partial.submit(HIDDEN_TH, WORK).result(0)
+
+
+def test_the_callers_mistakes_are_not_retried() -> None:
+    bad, good = FakeWorker(ValueError("row 9")), FakeWorker()
+    with pytest.raises(ValueError, match="row 9"):
+        group((bad, None), (good, None)).submit(HIDDEN_TH, WORK).result(0)
+    with pytest.raises(ValueError, match="members"):
+        NearDataGroup([])
+
+
+def test_nothing_to_do_asks_nobody() -> None:
+    worker = FakeWorker()
+    assert group((worker, None)).submit(HIDDEN_TH, []).result(0).shape == (0, 4)
+    assert not worker.calls
