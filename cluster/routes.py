@@ -100,13 +100,15 @@ class Routes:
         again = self._settings.retry_after_s
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                model = await self._worker.describe()
+                model = await self._described()
                 snapshot = await self._tiers.snapshot(self.stats)
         except TimeoutError as error:
             message = f"no answer from a GPU worker and the tier manager in {HEALTH_TIMEOUT_S:g} s"
             raise ApiError(503, message, code="unavailable", retry_after_s=again) from error
-        if snapshot.problems:
-            message = "; ".join(snapshot.problems)
+        # A worker that is busy reports all the same, so load alone never looks like an illness.
+        problems = [*snapshot.problems, *([] if snapshot.workers else ["no GPU worker reports"])]
+        if problems:
+            message = "; ".join(problems)
             raise ApiError(503, message, code="unavailable", retry_after_s=again)
         tiers = [{"name": t.name, "role": t.role, "node": t.node} for t in snapshot.tiers]
         workers = [worker.replica for worker in snapshot.workers]

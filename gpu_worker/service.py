@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from expert_store.errors import StoreError
 from gpu_worker.channel import Channel
@@ -88,7 +88,7 @@ class EngineService:
         """Requests that the engine will be told of before its next step."""
         return len(self._arriving)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """The answer's pieces, then exactly one Finished or Failed; nothing is raised for those.
 
         Leaving the iteration (closing it, or cancelling its task) ends the request in the engine.

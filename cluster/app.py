@@ -1,0 +1,269 @@
+"""The composition root: which class gets which, as one Serve application; and a local Ray for it.
+
+`build` is the import path for `serve run`, `serve deploy` and KubeRay (`cluster.app:build`, the
+config as args); `app` is the same for `serve build`, which gives no arguments (MOETIER_CONFIG).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+from cluster.autoscaling import POLICY_IMPORT_PATH
+from cluster.config import ClusterConfig, config_from_mapping, load_config
+from cluster.door import check_port, check_store, free_port, wait_healthy
+from cluster.environment import config_path, prepare_for_ray
+from cluster.ingress import Ingress
+from cluster.orchestrator import TierManager, TierSettings, live_nodes
+from cluster.placement import place, tier_needs, worker_need
+from cluster.processes import Process, descendants, end
+from cluster.settings import AutoscalingSettings, split_label
+from cluster.tier_link import connect, open_directory
+from expert_store.errors import StoreError
+from gpu_worker.actor import GpuWorker, WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "moetier"
+SPARE_CALLS = 8
+"""Calls that a busy GPU worker still takes besides its requests: describe and stats."""
+MAX_INGRESS_CALLS = 1024
+MAX_TIER_CALLS = 1024
+HEALTH_PERIOD_S = 5.0
+START_DEADLINE_S = 300.0
+END_PATIENCE_S = 10.0
+
+
+class ClusterStartError(StoreError):
+    """The application did not come up; the message is what Serve says of it."""
+
+
+def build(args: Mapping[str, Any]) -> Application:
+    """The application for a config given as plain values, or as {"config_path": FILE}.
+
+    Raises ValueError for a config that is wrong, naming the field.
+    """
+    if "config_path" in args:
+        if set(args) != {"config_path"}:
+            raise ValueError("args: give config_path alone, or the config's own sections")
+        return compose(load_config(Path(args["config_path"])))
+    return compose(config_from_mapping(args, source="args"))
+
+
+def compose(config: ClusterConfig) -> Application:
+    """The application for a config: ingress, GPU workers, tier manager."""
+    config = config.resolve()
+    logger.info("resolved config: %s", config)
+    tiers = serve.deployment(
+        TierManager,
+        name="TierManager",
+        num_replicas=1,
+        max_ongoing_requests=MAX_TIER_CALLS,
+        health_check_period_s=HEALTH_PERIOD_S,
+        ray_actor_options={"num_cpus": 0},
+    ).bind(TierSettings(config.store, config.ndp, config.directory))
+    worker = _worker_deployment(config).bind(
+        WorkerSettings(
+            store=config.store.path,
+            config=config.worker,
+            max_waiting=config.replicas.max_waiting,
+            name=None if config.model == "auto" else config.model,
+        ),
+        tiers,
+        partial(
+            connect,
+            store=config.store.path,
+            transport=config.store.transport,
+            directory=open_directory(config.directory),
+        ),
+    )
+    ingress = serve.deployment(
+        Ingress,
+        name="Ingress",
+        num_replicas=config.http.replicas,
+        max_ongoing_requests=MAX_INGRESS_CALLS,
+        max_queued_requests=MAX_INGRESS_CALLS,
+        health_check_period_s=HEALTH_PERIOD_S,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return ingress.bind(worker, tiers, config.http)
+
+
+def num_gpus(config: ClusterConfig) -> float:
+    """GPUs that Ray sets aside for each GPU worker."""
+    if config.replicas.num_gpus is not None:
+        return config.replicas.num_gpus
+    if config.worker.device != "auto":
+        return 1.0 if config.worker.device == "cuda" else 0.0
+    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def _worker_deployment(config: ClusterConfig) -> Any:
+    replicas = config.replicas
+    capacity = config.worker.max_sequences + replicas.max_waiting
+    options: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": num_gpus(config)}
+    if label := split_label(replicas.label):
+        options["label_selector"] = label
+    how_many: dict[str, Any] = {"num_replicas": replicas.num_replicas}
+    if replicas.autoscaling is not None:
+        how_many = {"autoscaling_config": _autoscaling(replicas.autoscaling, capacity)}
+    return serve.deployment(
+        GpuWorker,
+        name="GpuWorker",
+        max_ongoing_requests=capacity + SPARE_CALLS,
+        max_queued_requests=config.http.max_queued,
+        health_check_period_s=HEALTH_PERIOD_S,
+        ray_actor_options=options,
+        **how_many,
+    )
+
+
+def _autoscaling(settings: AutoscalingSettings, capacity: int) -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=settings.min_replicas,
+        max_replicas=settings.max_replicas,
+        upscale_delay_s=settings.upscale_delay_s,
+        downscale_delay_s=settings.downscale_delay_s,
+        target_ongoing_requests=capacity,  # of Serve's own policy; ours has its targets
+        policy=AutoscalingPolicy(
+            policy_function=POLICY_IMPORT_PATH,
+            policy_kwargs=dataclasses.asdict(settings.targets),
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RunningCluster:
+    """A cluster that answers at `address` (http://HOST:PORT). Close it, or use it in a `with`."""
+
+    address: str
+    model: str  # the name to ask for
+    config: ClusterConfig  # resolved
+    ours: frozenset[Process] | None  # what ran before we started Ray; None when Ray was there
+
+    def close(self) -> None:
+        """Shut down what was started for it: the application, and Ray if it was ours."""
+        if self.ours is None:
+            serve.delete(APP_NAME)
+            ray.shutdown()
+        else:
+            _end_local(self.ours)
+
+    def __enter__(self) -> RunningCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def start_local_cluster(config: ClusterConfig) -> RunningCluster:
+    """Ray on this machine, with every label that the config asks for, and the application on it.
+
+    Returns once /health is 200. Nothing is left running when it raises: ValueError for what the
+    config or the machine does not allow (port in use, no store), StoreError when a part fails.
+    """
+    config = config.resolve()
+    http = config.http if config.http.port else replace(config.http, port=free_port(config.http))
+    config = replace(config, http=http)
+    check_port(http)
+    check_store(config.store)
+    prepare_for_ray()
+    before = descendants(os.getpid())
+    try:
+        ray.init(
+            address="local",
+            num_cpus=_local_cpus(config),
+            labels=_local_labels(config),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+        model = _deploy(config)
+    except BaseException:
+        _end_local(before)
+        raise
+    return RunningCluster(_url(config), model, config, before)
+
+
+def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
+    """The application on a Ray cluster that runs already ("auto" or HOST:PORT).
+
+    The HTTP address of Serve there is its own if Serve runs already. Raises as
+    `start_local_cluster`, and PlacementError when a node with a label is missing.
+    """
+    config = config.resolve()
+    prepare_for_ray()
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        return RunningCluster(_url(config), _deploy(config), config, None)
+    except BaseException:
+        ray.shutdown()
+        raise
+
+
+def _deploy(config: ClusterConfig) -> str:
+    """Run the application until it is healthy; the model's name."""
+    needs = tier_needs(config.store, config.ndp)
+    place([*needs, worker_need(config.replicas, num_gpus(config))], live_nodes())
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(
+        proxy_location="HeadOnly", http_options={"host": config.http.host, "port": config.http.port}
+    )
+    try:
+        serve.run(compose(config), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        told = serve.status().applications.get(APP_NAME)
+        messages = [d.message for d in told.deployments.values() if d.message] if told else []
+        raise ClusterStartError("\n".join([str(error), *messages])) from error
+    return wait_healthy(_url(config), START_DEADLINE_S)
+
+
+def _end_local(before: frozenset[Process]) -> None:
+    """End our Ray and every process of it."""
+    started = descendants(os.getpid()) - before
+    if ray.is_initialized():
+        # Lets the replicas and the tier actors close what they hold (sockets, directory entries).
+        serve.shutdown()
+        started |= descendants(os.getpid()) - before
+        ray.shutdown()
+    for process in end(started, patience_s=END_PATIENCE_S):
+        logger.warning("process %d did not end by itself and was ended", process.pid)
+
+
+def _local_cpus(config: ClusterConfig) -> int:
+    """The machine's cores, or more where the config's workers could not be placed otherwise."""
+    replicas = config.replicas
+    most = replicas.autoscaling.max_replicas if replicas.autoscaling else replicas.num_replicas
+    return max(os.cpu_count() or 1, math.ceil(replicas.num_cpus * most))
+
+
+def _local_labels(config: ClusterConfig) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for label in (config.store.label, config.ndp.label, config.replicas.label):
+        labels |= split_label(label)
+    return labels
+
+
+def _url(config: ClusterConfig) -> str:
+    host = config.http.host
+    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{config.http.port}"
+
+
+def __getattr__(name: str) -> Application:
+    """`app`, built when it is asked for: importing this module must not need a config."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    path = config_path()
+    return compose(ClusterConfig() if path is None else load_config(path))

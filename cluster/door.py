@@ -1,0 +1,84 @@
+"""Checks before anything starts, and the wait until what started answers. Knows no Ray."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from cluster.settings import HttpSettings, StoreSettings
+from expert_store.errors import StoreError
+from expert_store.format import is_store, load_manifest
+
+POLL_S = 0.1
+
+
+def check_port(http: HttpSettings) -> None:
+    """Raises ValueError when nobody can listen on the endpoint's address now."""
+    try:
+        _listen(http.host, http.port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(
+                f"http.port: {http.port} on {http.host} is in use by another program; choose "
+                "another one with --port, or --port 0 for any free one"
+            ) from error
+        raise ValueError(
+            f"http.host: cannot listen on {http.host}:{http.port}: {error}; "
+            "choose another --host or --port"
+        ) from error
+
+
+def free_port(http: HttpSettings) -> int:
+    """A port of the host that was free a moment ago."""
+    try:
+        return _listen(http.host, 0)
+    except OSError as error:
+        raise ValueError(f"http.host: cannot listen on {http.host}: {error}") from error
+
+
+def check_store(store: StoreSettings) -> None:
+    """Raises ValueError when there is no store, StoreFormatError when it cannot be read."""
+    path = Path(store.path)
+    if not is_store(path):
+        raise ValueError(
+            f"store.path: {path} is not a store (no manifest.json there); make one with "
+            f"`moetier compress MODEL {path}`"
+        )
+    load_manifest(path)
+
+
+def wait_healthy(url: str, deadline_s: float) -> str:
+    """Ask /health until it is 200; the name of the model that it tells.
+
+    Raises StoreError with the last answer when the deadline passes.
+    """
+    end = time.monotonic() + deadline_s
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
+                body: dict[str, Any] = json.load(answer)
+                return str(body["model"])
+        except urllib.error.HTTPError as error:
+            told = error.read(2000).decode(errors="replace")
+        except OSError as error:
+            told = str(error)
+        if time.monotonic() > end:
+            raise StoreError(f"{url}/health was not 200 within {deadline_s:g} s: {told}")
+        time.sleep(POLL_S)
+
+
+def _listen(host: str, port: int) -> int:
+    """Listen and let go again; the port that it was."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1)
+        number: int = listener.getsockname()[1]
+        return number

@@ -1,0 +1,116 @@
+"""The HTTP ingress as a Serve deployment: the routes, over Serve's handles.
+
+The only file that knows how a call to a replica can fail; `cluster/routes.py` sees events and
+ApiErrors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from cluster.openai_errors import ApiError
+from cluster.routes import create_app
+from cluster.settings import HttpSettings
+from cluster.snapshot import ClusterSnapshot, IngressStats
+from gpu_worker.messages import Event, Failed, GenerateRequest, ModelDescription, Piece
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 3
+"""Times that a request is sent to a worker while nothing of its answer has come."""
+DESCRIBE_TIMEOUT_S = 10.0
+SHARE_INTERVAL_S = 3.0
+
+
+@serve.ingress()
+class Ingress:
+    """One ingress replica."""
+
+    def __init__(self, worker: Any, tiers: Any, settings: HttpSettings) -> None:
+        self._worker = RoutedWorker(worker)
+        self._tiers = RemoteTiers(tiers, settings.retry_after_s)
+        self._settings = settings
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        replica = serve.get_replica_context().replica_id.unique_id
+        app = create_app(self._worker, self._tiers, self._settings, replica=replica)
+        self._sharing = asyncio.create_task(self._share(app))
+        return app
+
+    async def _share(self, app: FastAPI) -> None:
+        """Tell the tier manager what was answered here, so that any replica can show all."""
+        while True:
+            await asyncio.sleep(SHARE_INTERVAL_S)
+            try:
+                await self._tiers.snapshot(app.state.routes.stats)
+            except ApiError as error:
+                logger.warning("counts not shared: %s", error)
+
+
+class RoutedWorker:
+    """All GPU workers behind Serve's router, as one."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._streams = handle.options(stream=True)
+
+    async def describe(self) -> ModelDescription:
+        try:
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                description: ModelDescription = await self._handle.describe.remote()
+                return description
+        except (RayError, RayServeException, TimeoutError) as error:
+            message = "no GPU worker answers; it may be starting"
+            raise ApiError(503, message, code="unavailable", retry_after_s=1) from error
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """As a worker's own; a worker that dies before its first event is replaced by another."""
+        for attempt in range(1, MAX_TRIES + 1):
+            started = False
+            response = self._streams.generate.remote(request)
+            ended = False
+            try:
+                async for event in response:
+                    started = True
+                    ended = not isinstance(event, Piece)
+                    yield event
+                return
+            except BackPressureError as error:
+                ended = True
+                yield Failed("queue_full", f"{error.message} Try again later.")
+                return
+            except (RayError, RayServeException) as error:
+                ended = True
+                logger.warning("request %s, try %d: %r", request.request_id, attempt, error)
+                if started or attempt == MAX_TRIES:
+                    yield Failed("unavailable", "the GPU worker was lost; ask again")
+                    return
+            finally:
+                if not ended:
+                    response.cancel()
+
+
+class RemoteTiers:
+    """The tier manager behind its handle."""
+
+    def __init__(self, handle: Any, retry_after_s: int) -> None:
+        self._handle = handle
+        self._retry_after_s = retry_after_s
+
+    async def snapshot(self, ingress: IngressStats) -> ClusterSnapshot:
+        try:
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                snapshot: ClusterSnapshot = await self._handle.snapshot.remote(ingress)
+                return snapshot
+        except (RayError, RayServeException, TimeoutError) as error:
+            message = "the tier manager does not answer; it may be starting"
+            again = self._retry_after_s
+            raise ApiError(503, message, code="unavailable", retry_after_s=again) from error

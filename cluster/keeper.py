@@ -1,0 +1,212 @@
+"""Keeps the tier actors running: starts them where placed, asks how they are, replaces them.
+
+Knows no Ray: what starts and asks actors is a `Launcher`; the clock is passed in. A process that
+dies is restarted by Ray behind the same handle; this finds a new place when that is not enough.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cluster.placement import Need, Node, Placed, PlacementError, place
+from cluster.snapshot import Role, TierStatus
+from expert_store.errors import StoreError
+from expert_store.holder import HolderStatus
+
+logger = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 5.0
+FIRST_BACKOFF_S = 0.5
+MAX_BACKOFF_S = 30.0
+
+
+class TierStartError(StoreError):
+    """A tier actor did not come up; the message names it, its node and the cause."""
+
+
+class TierLost(Exception):
+    """An actor did not answer. `is_final` says that it never will again."""
+
+    def __init__(self, message: str, *, is_final: bool) -> None:
+        super().__init__(message)
+        self.is_final = is_final
+
+
+class Launcher(Protocol):
+    """Whoever can start actors. `start` returns a handle that only the launcher reads."""
+
+    async def nodes(self) -> Sequence[Node]: ...
+
+    async def start(self, placed: Placed) -> Any: ...
+
+    async def ask(self, handle: Any) -> HolderStatus:
+        """How the actor is. Raises TierLost; may wait for one that is starting."""
+        ...
+
+    async def stop(self, handle: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An actor that answers: its handle, and what it last said of itself."""
+
+    role: Role
+    handle: Any
+    status: HolderStatus
+
+
+@dataclass(slots=True)
+class _Kept:
+    """One actor that should run. `silent_since` is when it stopped answering, or began to start."""
+
+    need: Need
+    node: Node | None = None
+    handle: Any = None
+    status: HolderStatus | None = None
+    problem: str | None = "not started"
+    restarts: int = 0
+    failures: int = 0
+    retry_at: float = 0.0
+    silent_since: float | None = None
+
+    @property
+    def role(self) -> Role:
+        return "store" if self.need.section == "store" else "ndp"
+
+
+class Keeper:
+    """The tier actors of one cluster. Used by one event loop.
+
+    An actor that is silent for `start_timeout_s` is replaced; replacements that fail are tried
+    again after 0.5, 1, 2 ... 30 s. `generation` counts the changes of who runs and where.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        needs: Sequence[Need],
+        *,
+        start_timeout_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._launcher = launcher
+        self._kept = tuple(_Kept(need) for need in needs)
+        self._start_timeout_s = start_timeout_s
+        self._clock = clock
+        self.generation = 0
+
+    def running(self) -> tuple[Running, ...]:
+        """The actors that have answered and were not given up."""
+        return tuple(
+            Running(kept.role, kept.handle, kept.status)
+            for kept in self._kept
+            if kept.handle is not None and kept.status is not None
+        )
+
+    def statuses(self) -> tuple[TierStatus, ...]:
+        """How each actor was in the last round."""
+        return tuple(
+            TierStatus(
+                name=kept.need.name,
+                role=kept.role,
+                node=kept.node.address if kept.node else "",
+                restarts=kept.restarts,
+                problem=kept.problem,
+            )
+            for kept in self._kept
+        )
+
+    async def start(self) -> None:
+        """Place and start all, and wait until each answers.
+
+        Raises PlacementError at once, TierStartError when one fails or needs too long.
+        """
+        placed = place([kept.need for kept in self._kept], await self._launcher.nodes())
+        for kept, where in zip(self._kept, placed, strict=True):
+            await self._launch(kept, where)
+        try:
+            await asyncio.gather(*(self._first_answer(kept) for kept in self._kept))
+        except TierStartError:
+            await self.close()
+            raise
+
+    async def tend(self) -> None:
+        """One round over all actors."""
+        await asyncio.gather(*(self._tend(kept) for kept in self._kept))
+
+    async def close(self) -> None:
+        """Stop all."""
+        handles = [kept.handle for kept in self._kept if kept.handle is not None]
+        for kept in self._kept:
+            kept.handle, kept.problem = None, "stopped"
+        await asyncio.gather(*(self._launcher.stop(handle) for handle in handles))
+
+    async def _first_answer(self, kept: _Kept) -> None:
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                self._answered(kept, await self._launcher.ask(kept.handle))
+        except (TierLost, TimeoutError) as error:
+            assert kept.node is not None
+            cause = str(error) or f"no answer within {self._start_timeout_s:g} s"
+            raise TierStartError(
+                f"{kept.need.name} did not start on {kept.node.address}: {cause}"
+            ) from error
+
+    async def _tend(self, kept: _Kept) -> None:
+        if kept.handle is None:
+            if self._clock() >= kept.retry_at:
+                await self._replace(kept)
+            return
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                status = await self._launcher.ask(kept.handle)
+        except TimeoutError:
+            await self._silent(kept, f"no answer within {ASK_TIMEOUT_S:g} s", is_final=False)
+        except TierLost as error:
+            await self._silent(kept, str(error), is_final=error.is_final)
+        else:
+            self._answered(kept, status)
+
+    async def _replace(self, kept: _Kept) -> None:
+        try:
+            (where,) = place([kept.need], await self._launcher.nodes())
+        except PlacementError as error:
+            self._failed(kept, str(error))
+            return
+        await self._launch(kept, where)
+
+    async def _launch(self, kept: _Kept, where: Placed) -> None:
+        kept.handle = await self._launcher.start(where)
+        kept.node, kept.problem, kept.silent_since = where.node, "starting", self._clock()
+        logger.info("starting %s on %s", kept.need.name, where.node.address)
+
+    def _answered(self, kept: _Kept, status: HolderStatus) -> None:
+        if status != kept.status:
+            self.generation += 1
+            if kept.status is not None:
+                kept.restarts += 1
+            logger.info("%s answers: %s", kept.need.name, status)
+        kept.status, kept.problem, kept.silent_since, kept.failures = status, None, None, 0
+
+    async def _silent(self, kept: _Kept, problem: str, *, is_final: bool) -> None:
+        if kept.problem is None:
+            logger.warning("%s: %s", kept.need.name, problem)
+        kept.problem = problem
+        now = self._clock()
+        kept.silent_since = now if kept.silent_since is None else kept.silent_since
+        if is_final or now - kept.silent_since >= self._start_timeout_s:
+            handle, kept.handle = kept.handle, None
+            self.generation += 1
+            self._failed(kept, problem)
+            await self._launcher.stop(handle)
+
+    def _failed(self, kept: _Kept, problem: str) -> None:
+        backoff_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**kept.failures)
+        kept.failures += 1
+        kept.retry_at = self._clock() + backoff_s
+        kept.problem = problem
+        logger.warning("%s: %s; trying again in %g s", kept.need.name, problem, backoff_s)

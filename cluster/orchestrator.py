@@ -1,0 +1,166 @@
+"""The tier manager: a small Serve deployment that starts, heals and hands out the tier actors.
+
+The one place that creates StoreActors and NdpActors. What to do when is `cluster/keeper.py`, where
+they go is `cluster/placement.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.keeper import Keeper, TierLost
+from cluster.placement import Node, Placed, tier_needs
+from cluster.settings import DirectorySettings, NdpSettings, StoreSettings
+from cluster.snapshot import ClusterSnapshot, IngressStats
+from cluster.tier_link import Endpoints, open_directory
+from expert_store.actor import StoreActor, StoreHandle
+from expert_store.holder import HolderStatus
+from gpu_worker.messages import WorkerStats
+from ndp_worker.actor import NdpActor
+from ndp_worker.config import NdpConfig
+
+logger = logging.getLogger(__name__)
+
+TEND_INTERVAL_S = 1.0
+REPORT_EXPIRY_S = 10.0
+"""A GPU worker or ingress that has not reported for so long is not counted as running."""
+STOP_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class TierSettings:
+    """The sections of the config that the tiers are made of."""
+
+    store: StoreSettings
+    ndp: NdpSettings
+    directory: DirectorySettings
+
+
+class TierManager:
+    """Serve runs one. Its constructor fails, with the reason, when a tier does not start."""
+
+    async def __init__(self, settings: TierSettings) -> None:  # type: ignore[misc] # Serve awaits it
+        self._keeper = Keeper(
+            RayLauncher(settings),
+            tier_needs(settings.store, settings.ndp),
+            start_timeout_s=settings.store.start_timeout_s,
+            clock=time.monotonic,
+        )
+        self._workers: dict[str, tuple[float, WorkerStats]] = {}
+        self._ingresses: dict[str, tuple[float, IngressStats]] = {}
+        await self._keeper.start()
+        self._tending = asyncio.create_task(self._tend())
+
+    async def endpoints(self) -> Endpoints:
+        """Who answers now."""
+        running = self._keeper.running()
+        return Endpoints(
+            self._keeper.generation,
+            tuple(StoreHandle(r.handle, r.status.listing) for r in running if r.role == "store"),
+            tuple(r.status.listing for r in running if r.role == "ndp"),
+        )
+
+    async def report(self, stats: WorkerStats, generation: int) -> Endpoints | None:
+        """A GPU worker's sign of life; the endpoints when it knows an older generation of them."""
+        self._workers[stats.replica] = (time.monotonic(), stats)
+        return None if generation == self._keeper.generation else await self.endpoints()
+
+    async def snapshot(self, ingress: IngressStats) -> ClusterSnapshot:
+        """The cluster now; `ingress` is the asker's own part of it."""
+        now = time.monotonic()
+        self._ingresses[ingress.replica] = (now, ingress)
+        for reports in (self._workers, self._ingresses):
+            for replica in [r for r, (at, _) in reports.items() if now - at > REPORT_EXPIRY_S]:
+                del reports[replica]
+        return ClusterSnapshot(
+            self._keeper.statuses(),
+            tuple(stats for _, stats in self._workers.values()),
+            tuple(stats for _, stats in self._ingresses.values()),
+        )
+
+    def check_health(self) -> None:
+        """Raises when nobody looks after the tiers. A lost tier is not this one's illness."""
+        if self._tending.done():
+            raise RuntimeError("the tier manager no longer tends its actors")
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_tending"):
+            self._tending.cancel()
+            await self._keeper.close()
+
+    async def _tend(self) -> None:
+        while True:
+            await self._keeper.tend()
+            await asyncio.sleep(TEND_INTERVAL_S)
+
+
+class RayLauncher:
+    """Starts tier actors with Ray. They are owned, so they end with the tier manager's process."""
+
+    def __init__(self, settings: TierSettings) -> None:
+        self._settings = settings
+        self._directory = open_directory(settings.directory)
+
+    async def nodes(self) -> Sequence[Node]:
+        return await asyncio.to_thread(live_nodes)
+
+    async def start(self, placed: Placed) -> Any:
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            # Ray restarts a process that died, behind the same handle and on the same node.
+            "max_restarts": -1,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(placed.node.node_id, soft=False),
+        }
+        store = self._settings.store.path
+        store_actor: Any = StoreActor  # what ray.remote makes of the class, mypy does not know
+        ndp_actor: Any = NdpActor
+        if placed.need.section == "store":
+            return store_actor.options(**options).remote(store, directory=self._directory)
+        config = NdpConfig(num_threads=self._settings.ndp.num_threads or "auto")
+        return ndp_actor.options(**options).remote(store, config=config, directory=self._directory)
+
+    async def ask(self, handle: Any) -> HolderStatus:
+        try:
+            status: HolderStatus = await handle.describe.remote()
+            return status
+        except RayActorError as error:
+            final = isinstance(error, ActorDiedError)
+            raise TierLost(_first_lines(error), is_final=final) from error
+        except RayTaskError as error:
+            raise TierLost(f"its describe failed: {error.cause!r}", is_final=False) from error
+
+    async def stop(self, handle: Any) -> None:
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await handle.stop.remote()
+        except (RayError, TimeoutError) as error:
+            logger.info("an actor did not stop by itself: %s", _first_lines(error))
+        ray.kill(handle)
+
+
+def live_nodes() -> tuple[Node, ...]:
+    """The live nodes of the cluster that this process is connected to."""
+    return tuple(
+        Node(n["NodeID"], n["NodeManagerAddress"], n.get("Labels", {}), n.get("Resources", {}))
+        for n in ray.nodes()
+        if n["Alive"]
+    )
+
+
+def _first_lines(error: BaseException) -> str:
+    """What an actor died of, without the frames of Ray's own traceback."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return str(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("File ", "^", "Traceback"))]
+    return " ".join(told[:1] + told[-1:]) if told else type(error).__name__

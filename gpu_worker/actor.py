@@ -1,0 +1,141 @@
+"""The Ray shell of a GPU worker: what a Serve replica runs around an EngineService.
+
+Reports its load to the tier manager and follows the tiers as they move. Knows the tiers only
+through what the composition root passes in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray import serve
+
+from gpu_worker.build import build_engine
+from gpu_worker.config import WorkerConfig
+from gpu_worker.messages import Event, GenerateRequest, ModelDescription, WorkerStats
+from gpu_worker.protocols import ExpertSource, NearData
+from gpu_worker.service import EngineService
+
+logger = logging.getLogger(__name__)
+
+REPORT_INTERVAL_S = 1.0
+
+
+class Link(Protocol):
+    """The way to the tiers: a source and maybe near data, behind which actors may be replaced."""
+
+    @property
+    def source(self) -> ExpertSource: ...
+
+    @property
+    def near_data(self) -> NearData | None: ...
+
+    @property
+    def generation(self) -> int: ...
+
+    def follow(self, endpoints: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+Connect = Callable[[Any, str], Link]
+"""(the tier manager's endpoints, this node's id) -> the link. Sent to the replica; must pickle."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What one replica is told. `name` None is the store's own name of its model."""
+
+    store: str
+    config: WorkerConfig
+    max_waiting: int
+    name: str | None = None
+
+
+class GpuWorker:
+    """Serve runs as many of these as there are replicas.
+
+    `tiers` is the tier manager's handle: `endpoints()` once, then `report(stats, generation)` every
+    second, which gives new endpoints when they have changed.
+    """
+
+    async def __init__(  # type: ignore[misc] # Serve awaits it
+        self, settings: WorkerSettings, tiers: Any, connect: Connect
+    ) -> None:
+        self._tiers = tiers
+        endpoints = await tiers.endpoints.remote()
+        node_id = ray.get_runtime_context().get_node_id()
+        self._link = connect(endpoints, node_id)
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._service = await asyncio.to_thread(_open, settings, self._link, replica)
+        self._reporting = asyncio.create_task(self._report())
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """As `EngineService.generate`."""
+        events = self._service.generate(request)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield event
+
+    async def describe(self) -> ModelDescription:
+        return await self._service.describe()
+
+    async def stats(self) -> WorkerStats:
+        return await self._service.stats()
+
+    def check_health(self) -> None:
+        """Deep but bounded: the engine's thread lives and no step hangs. Asks nobody else."""
+        self._service.check_health()
+        if self._reporting.done():
+            raise RuntimeError("the worker no longer reports to the tier manager")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy decides on (`cluster/autoscaling.py`)."""
+        stats = self._service.load()
+        return {
+            "moetier_running_sequences": stats.running_sequences,
+            "moetier_waiting_sequences": stats.waiting_sequences,
+            "moetier_waiting_tokens": stats.waiting_tokens,
+        }
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_reporting"):
+            self._reporting.cancel()
+            await asyncio.to_thread(self._service.close)
+            self._link.close()
+
+    async def _report(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(5 * REPORT_INTERVAL_S):
+                    endpoints = await self._tiers.report.remote(
+                        self._service.load(), self._link.generation
+                    )
+                if endpoints is not None:
+                    await asyncio.to_thread(self._link.follow, endpoints)
+            except (ray.exceptions.RayError, serve.exceptions.RayServeException, TimeoutError) as e:
+                # The last known endpoints go on to serve until the tier manager is back.
+                logger.warning("no report to the tier manager: %s", e)
+            await asyncio.sleep(REPORT_INTERVAL_S)
+
+
+def _open(settings: WorkerSettings, link: Link, replica: str) -> EngineService:
+    engine = build_engine(
+        Path(settings.store),
+        link.source,
+        link.near_data,
+        settings.config,
+        max_waiting=settings.max_waiting,
+    )
+    model = link.source.manifest.model
+    name = settings.name or model.name
+    description = ModelDescription(name, model.model_type, engine.max_context, int(time.time()))
+    return EngineService(engine, description, replica=replica)
