@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from typing import Any
 
 import torch
 
@@ -53,6 +54,10 @@ class ExpertsFailed(StoreError):
             f"layer {layer}: {len(self.failed)} of its experts could not be had, which token rows "
             f"{sorted(self.token_rows)} need; the first cause: {cause}"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is pickled as its message alone unless it says how it was made.
+        return ExpertsFailed, (self.layer, self.failed, self.cause, self.counters)
 
     @property
     def token_rows(self) -> frozenset[int]:

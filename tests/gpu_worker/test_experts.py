@@ -7,6 +7,7 @@ Method: a real store made by hand, random routing, and an oracle that runs each 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -273,6 +274,9 @@ class TestLoss:
             assert failure.counters.total_moved_bytes > 0
             assert "no copy (test)" in str(failure)
             assert isinstance(failure.cause, ExpertUnavailableError)
+            again = pickle.loads(pickle.dumps(failure))  # it may cross an actor's border
+            assert (again.failed, again.counters) == (failure.failed, failure.counters)
+            assert str(again) == str(failure)
             # The rows that were not hit go on.
             others = [row for row in range(20) if row not in failure.token_rows]
             assert others

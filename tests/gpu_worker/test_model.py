@@ -32,7 +32,7 @@ from expert_store.types import ExpertKey, RecordRequest
 from gpu_worker.config import WorkerConfig
 from gpu_worker.experts import ExpertsFailed, StoreExperts
 from gpu_worker.model import ModelRunner, bind_experts, load_model, register
-from tests.gpu_worker.sources import LossySource
+from tests.gpu_worker.sources import LossySource, ShuffledSource
 from tests.tiny_checkpoints import tiny_config, write_tiny_checkpoint
 
 CONFIG = WorkerConfig(device="cpu", dtype="float32")
@@ -66,8 +66,8 @@ class Runners:
     def __init__(self) -> None:
         self._open: list[StoreExperts] = []
 
-    def experts(self, source: Any) -> StoreExperts:
-        self._open.append(StoreExperts(source, CONFIG.resolve(source.manifest)))
+    def experts(self, source: Any, config: WorkerConfig = CONFIG) -> StoreExperts:
+        self._open.append(StoreExperts(source, config.resolve(source.manifest)))
         return self._open[-1]
 
     def __call__(self, store: Path, source: Any = None) -> ModelRunner:
@@ -148,6 +148,20 @@ def test_counters_of_a_step_add_up(store: Path, runners: Runners) -> None:
     # All of it fits the cache, so the same step again moves nothing.
     assert second.total_moved_bytes == 0
     assert sum(second.cache_hits.values()) == sum(first.cache_misses.values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_in_which_copies_land_changes_no_bit_of_the_logits(
+    mixtral: Path, runners: Runners, seed: int
+) -> None:
+    expected = forward(runners(mixtral), IDS).logits
+    source = ShuffledSource(Segment(mixtral), seed)
+    config = replace(CONFIG, cache_bytes=0, fetch_bytes=1, fetch_threads=4)
+    experts = runners.experts(source, config)
+    source.attach(experts.streamer)
+    runner = load_model(mixtral, source.manifest, config.resolve(source.manifest), experts)
+    assert torch.equal(forward(runner, IDS).logits, expected)
+    assert len(source.landed) > 4
 
 
 def test_padding_neither_moves_bytes_nor_changes_the_others(
