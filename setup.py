@@ -8,7 +8,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CompileError, LinkError
 
 NATIVE = Path("kernels/native")
 NOTICE = """
@@ -25,9 +25,8 @@ class OptionalBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             super().build_extension(ext)
-        except (BaseError, OSError) as error:
-            # setuptools' compile, link and platform errors: the compiler is missing or broken.
-            sys.stderr.write(NOTICE.format(reason=error))
+        except (BaseError, CompileError, LinkError, OSError) as error:
+            sys.stderr.write(NOTICE.format(reason=str(error)[:200]))
 
 
 setup(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -41,14 +42,15 @@ class _GatedMlp(ctypes.Structure):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled library with its signatures; None when it was not built."""
-    spec = importlib.util.find_spec("kernels._native")
-    if spec is None or spec.origin is None:
+    names = (f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)
+    path = next((p for p in map(Path(__file__).with_name, names) if p.exists()), None)
+    if path is None:
         return None
-    library = ctypes.CDLL(spec.origin)
+    library = ctypes.CDLL(str(path))
     found = library.moetier_abi_version()
     if found != ABI_VERSION:
         raise ImportError(
-            f"{spec.origin} is a build of another version (ABI {found}, expected {ABI_VERSION}): "
+            f"{path} is a build of another version (ABI {found}, expected {ABI_VERSION}): "
             "reinstall moetier (pip install --force-reinstall --no-deps .)"
         )
     library.moetier_dequantize.argtypes = (

@@ -1,5 +1,5 @@
 """Goal: one face, any backend, the same answer. Method: every backend against the reference with
-factors, restore masks and odd token counts; refused inputs; transformers beside our package name."""
+factors, restore masks and odd token counts; refused inputs; transformers beside our package."""
 
 from __future__ import annotations
 
