@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from cluster.autoscaling import GpuWorkerPolicy
+from cluster.app import APP_NAME, build
+from cluster.autoscaling import POLICY_IMPORT_PATH, GpuWorkerPolicy
 from cluster.commands import compress
 from cluster.config import ClusterConfig, as_mapping, config_from_mapping
 from cluster.manifests import document_problems, schema_problems, serve_config
@@ -85,10 +86,27 @@ def test_serve_accepts_the_config(rayservice) -> None:
 
 
 def test_import_path_is_the_app_builder(application) -> None:
-    module, _, name = application["import_path"].partition(":")
-    assert (module, name) == ("cluster.app", "build")
-    text = (ROOT / "cluster" / "app.py").read_text()
-    assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"cluster/app.py has no {name}()"
+    assert application["import_path"] == f"{build.__module__}:{build.__name__}"
+    assert application["name"] == APP_NAME
+
+
+def test_every_deployment_keeps_off_the_head_and_scales_by_our_policy(application, config) -> None:
+    """The app is built as Serve would build it; the manifest's overrides are laid over it."""
+    from ray.serve._private.build_app import build_app
+
+    built = build_app(build(application["args"]), name="test").deployments
+    options = {each.name: dict(each.ray_actor_options) for each in built}
+    for override in application["deployments"]:
+        assert override["name"] in options, "an override of a deployment that the app has not"
+        options[override["name"]] = override["ray_actor_options"]
+    for name, asked in options.items():
+        assert asked["num_cpus"] > 0, f"{name} would also start on the head"
+    tiers = options["TierManager"]["label_selector"]
+    assert tiers == split_label(config.store.label), "started before a store can be placed"
+    (worker,) = [each for each in built if each.name == "GpuWorker"]
+    scaling = worker._deployment_config.autoscaling_config
+    assert POLICY_IMPORT_PATH.replace(":", ".") in scaling.policy.policy_function.replace(":", ".")
+    assert scaling.max_replicas == config.replicas.autoscaling.max_replicas
 
 
 def test_args_are_a_cluster_config(config) -> None:
