@@ -1,0 +1,138 @@
+"""Goal: the rendered RayService, run as the operator would run it, answers over HTTP.
+
+Method: no Kubernetes, so its pods are Ray nodes of one local cluster with the manifest's own start
+parameters and labels: the head first, then serveConfigV2 put to the dashboard, and only then the
+worker group, because that is the order in which pods come up. Only ports and paths are changed.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.manifests import serve_config
+from cluster.operator_rules import template
+from cluster.pod_rules import quantity
+from expert_store.compress import compress
+from expert_store.config import CompressionConfig
+from models import MIXTRAL_MINI
+
+ROOT = Path(__file__).resolve().parents[2]
+OVERLAY = "deploy/overlays/cpu-local"
+DEADLINE_S = 180
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def call(url: str, body: object = None, *, method: str | None = None) -> Any:
+    """The JSON answer, or the HTTP status when it is an error."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code
+    return json.loads(text) if text else None
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stores") / "model"
+    compress(MIXTRAL_MINI, folder, CompressionConfig(recipe="paper"), jobs=2)
+    return folder
+
+
+@pytest.fixture
+def head(rendered, monkeypatch):
+    """(cluster of the manifest's head alone, the RayService, the dashboard's URL)."""
+    (rayservice,) = [each for each in rendered[OVERLAY] if each["kind"] == "RayService"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the image has moetier installed
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the operator's token is not there
+    from ray.cluster_utils import Cluster
+
+    params = rayservice["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]
+    port = free_port()
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": int(params["num-cpus"]),
+            "object_store_memory": int(params["object-store-memory"]),
+            "include_dashboard": True,
+            "dashboard_port": port,
+        },
+    )
+    url = f"http://127.0.0.1:{port}"
+    yield cluster, rayservice, url
+    call(f"{url}/api/serve/applications/", method="DELETE")
+    cluster.shutdown()
+
+
+def add_worker_group(cluster: Any, rayservice: dict[str, Any]) -> None:
+    (group,) = rayservice["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    limits = template(group)["containers"][0]["resources"]["limits"]
+    cluster.add_node(
+        num_cpus=int(quantity(limits["cpu"])),
+        object_store_memory=int(group["rayStartParams"]["object-store-memory"]),
+        labels=group["labels"],
+    )
+
+
+def until(condition, what: str) -> Any:
+    """The first true value of condition(), asked every second."""
+    end, seen = time.monotonic() + DEADLINE_S, None
+    while time.monotonic() < end:
+        seen = condition()
+        if seen:
+            return seen
+        time.sleep(1)
+    raise AssertionError(f"{what}: not within {DEADLINE_S} s, last seen {seen!r}")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_manifest_runs_and_answers(head, store) -> None:
+    cluster, rayservice, dashboard = head
+    config = serve_config(rayservice)
+    config["http_options"] = {**config["http_options"], "host": "127.0.0.1", "port": free_port()}
+    (application,) = config["applications"]
+    application["args"]["store"]["path"] = str(store)
+    application["args"]["http"]["port"] = config["http_options"]["port"]
+
+    def status() -> dict[str, Any]:
+        return call(f"{dashboard}/api/serve/applications/")["applications"].get("moetier", {})
+
+    until(lambda: call(f"{dashboard}/api/serve/applications/") not in (404, 503), "dashboard")
+    call(f"{dashboard}/api/serve/applications/", config, method="PUT")
+    until(lambda: status().get("status") == "DEPLOYING", "deploying without a worker node")
+    add_worker_group(cluster, rayservice)
+
+    def running() -> bool:
+        now = status()
+        assert now.get("status") != "DEPLOY_FAILED", yaml.safe_dump(now)
+        return now.get("status") == "RUNNING"
+
+    until(running, "the application")
+    deployments = status()["deployments"]
+    assert set(deployments) == {"TierManager", "GpuWorker", "Ingress"}
+    nodes = {r["node_id"] for each in deployments.values() for r in each["replicas"]}
+    assert nodes == {node.node_id for node in cluster.worker_nodes}, "a workload on the head"
+
+    address = f"http://127.0.0.1:{config['http_options']['port']}"
+    (model,) = call(f"{address}/v1/models")["data"]
+    body = {"model": model["id"], "prompt": "The if statement", "max_tokens": 8, "temperature": 0}
+    answer = call(f"{address}/v1/completions", body)
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["choices"][0]["text"].strip()
