@@ -32,10 +32,12 @@ from expert_store.types import ExpertKey, RecordRequest
 from gpu_worker.config import WorkerConfig
 from gpu_worker.experts import ExpertsFailed, StoreExperts
 from gpu_worker.model import ModelRunner, bind_experts, load_model, register
-from tests.gpu_worker.sources import LossySource, ShuffledSource
+from tests.gpu_worker.sources import InProcessNearData, LossySource, ShuffledSource
 from tests.tiny_checkpoints import tiny_config, write_tiny_checkpoint
 
 CONFIG = WorkerConfig(device="cpu", dtype="float32")
+NEAR_DATA_TOLERANCE = 2e-2
+"""Relative RMS of logits. int8 activations cost 1-2e-2 per MLP, and experts are a part of a layer."""
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,8 @@ class Runners:
     def __init__(self) -> None:
         self._open: list[StoreExperts] = []
 
-    def experts(self, source: Any, config: WorkerConfig = CONFIG) -> StoreExperts:
-        self._open.append(StoreExperts(source, config.resolve(source.manifest)))
+    def experts(self, source: Any, config: WorkerConfig = CONFIG, near: Any = None) -> StoreExperts:
+        self._open.append(StoreExperts(source, config.resolve(source.manifest), near))
         return self._open[-1]
 
     def __call__(self, store: Path, source: Any = None) -> ModelRunner:
@@ -162,6 +164,21 @@ def test_the_order_in_which_copies_land_changes_no_bit_of_the_logits(
     runner = load_model(mixtral, source.manifest, config.resolve(source.manifest), experts)
     assert torch.equal(forward(runner, IDS).logits, expected)
     assert len(source.landed) > 4
+
+
+def test_near_data_agrees_within_the_tolerance_of_int8_activations(
+    mixtral: Path, runners: Runners
+) -> None:
+    segment = Segment(mixtral)
+    off = forward(runners(mixtral), IDS)
+    config = replace(CONFIG, near_data="low_bit")
+    experts = runners.experts(segment, config, InProcessNearData(segment))
+    runner = load_model(mixtral, segment.manifest, config.resolve(segment.manifest), experts)
+    on = forward(runner, IDS)
+    error = float((on.logits - off.logits).norm() / off.logits.norm())
+    assert 0 < error < NEAR_DATA_TOLERANCE
+    assert on.counters.near_data_pairs == off.counters.low_bit_pairs > 0
+    assert on.counters.restored_pairs == off.counters.restored_pairs
 
 
 def test_padding_neither_moves_bytes_nor_changes_the_others(
