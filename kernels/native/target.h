@@ -8,7 +8,8 @@
 #define ALWAYS_INLINE inline
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// MOETIER_PORTABLE_ONLY builds what a processor that is not x86 gets.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(MOETIER_PORTABLE_ONLY)
 #define MOETIER_X86 1
 #define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define TARGET_AVX512 \

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import zipfile
 from pathlib import Path
@@ -74,6 +75,41 @@ def test_without_the_library_torch_answers_and_one_warning_says_so(tmp_path: Pat
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert result.stdout.strip() == "right", result.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_portable_sources_build_and_have_no_x86_in_them(tmp_path: Path) -> None:
+    """What a processor that is not x86 compiles, run here in place of the real library."""
+    sources = sorted(str(p) for p in (ROOT / "kernels/native").glob("*.cpp"))
+    copy_sources(tmp_path, package_only=True)
+    library = tmp_path / "kernels/_native.abi3.so"
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-DMOETIER_PORTABLE_ONLY"]
+        + [f"-I{sysconfig.get_paths()['include']}", *sources, "-o", str(library)],
+        check=True,
+        timeout=240,
+    )
+    check = (
+        "import sys; sys.path.append(sys.argv[1])\n"
+        "from kernel_matrices import random_inputs, random_mlp\n"
+        "from kernels import ops, reference\n"
+        "mlp, x = random_mlp(64, 128, 3), random_inputs(5, 64)\n"
+        "y = ops.gated_mlp(x, mlp, backend='cpu_int8')\n"
+        "expected = reference.gated_mlp(x, mlp)\n"
+        "assert 0 < (y - expected).norm() < 0.03 * expected.norm()\n"
+        "print(ops.native_isa())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", check, str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert result.stdout.strip() == "scalar", result.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ counts, output memory full of NaN, packed bytes at odd addresses, inputs that mu
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import pytest
@@ -182,6 +184,27 @@ def test_more_threads_than_items_or_cores() -> None:
     matrix, x = random_matrix(16, 128, 3), random_inputs(4, 128)
     expected = cpu_native.matmul(matrix, x)
     assert torch.equal(cpu_native.matmul(matrix, x, num_threads=64), expected)
+
+
+def test_callers_in_several_threads() -> None:
+    """The pool serves one caller at a time; the others work alone, with the same results."""
+    mlp, x = random_mlp(128, 192, 3), random_inputs(5, 128)
+    (expected,) = cpu_native.gated_mlp_many([(x, mlp)])
+    with ThreadPoolExecutor(4) as callers:
+        results = list(
+            callers.map(lambda _: cpu_native.gated_mlp_many([(x, mlp)], num_threads=3), range(200))
+        )
+    assert all(torch.equal(got, expected) for (got,) in results)
+
+
+def test_a_forked_child_has_no_helpers_and_still_answers() -> None:
+    matrix, x = random_matrix(160, 128, 3), random_inputs(4, 128)
+    expected = cpu_native.matmul(matrix, x, num_threads=2)  # starts a helper in this process
+    child = os.fork()
+    if child == 0:
+        got = cpu_native.matmul(matrix, x, num_threads=2)
+        os._exit(0 if torch.equal(got, expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 MATRIX, X = random_matrix(16, 64, 2), random_inputs(2, 64)
