@@ -145,10 +145,11 @@ def as_cells(row: EvalRow) -> dict[str, Any]:
 
 def conditions(settings: EvalSettings) -> str:
     """What the table was measured with, in a sentence."""
+    num_steps = settings.decode_tokens - settings.warm_up
     return (
         f"Perplexity over {settings.windows} windows of {settings.window_tokens} tokens; bytes "
-        f"moved per token over {settings.decode_tokens - settings.warm_up} steps of {settings.batch} "
-        f"sequences side by side, expert cache {settings.cache_percent:g} % of a line's own codes; "
+        f"moved per token over {num_steps} steps of {settings.batch} sequences side by side, "
+        f"expert cache {settings.cache_percent:g} % of a line's own codes; "
         '"more nats" is the loss over the first line on the same windows.'
     )
 

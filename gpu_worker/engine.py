@@ -162,10 +162,10 @@ class Engine:
             try:
                 return _Forwarded(batch, self._run(batch), failed, wasted)
             except ExpertsFailed as error:
-                hit = {batch.sequences[row // batch.num_tokens] for row in error.token_rows}
+                hit = _sequences_hit(batch, error)
                 failed.update(dict.fromkeys(hit, error))
                 wasted += error.counters
-                batch = batch.without(hit)  # smaller each time: an error names at least one row
+                batch = batch.without(hit)
         return _Forwarded(None, None, failed, wasted)
 
     def _run(self, batch: Batch) -> ForwardOutput:
@@ -236,6 +236,13 @@ class Engine:
         if slot is not None:
             self._cache.release(slot)
         return _event(sequence, token_id, text)
+
+
+def _sequences_hit(batch: Batch, error: ExpertsFailed) -> set[Sequence]:
+    """Those of the batch that need an expert that failed; rows are sequence by sequence."""
+    hit = {batch.sequences[row // batch.num_tokens] for row in error.token_rows}
+    assert hit, f"experts failed for no token: {error}"
+    return hit
 
 
 def _event(sequence: Sequence, token_id: int | None, text: str) -> TokenEvent:

@@ -62,7 +62,7 @@ def cut_windows(
     """[W, window_tokens + 1] windows, one from each of W equal parts of the text.
 
     Each predicts window_tokens tokens. They start where their part does or, with a seed, at a
-    random place in it. Raises ValueError when the text is too short for windows that do not overlap.
+    random place in it. Raises ValueError when the text is too short for windows without overlap.
     """
     width = window_tokens + 1
     if num_windows < 1 or window_tokens < 1:

@@ -14,14 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from plain_engine import mini_model, mini_tokenizer, plain_engine, play, text_of, tokens_of
-from tiny_checkpoints import tiny_config, write_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 from gpu_worker.engine import Engine
 from gpu_worker.sampler import BadLogitsError
 from gpu_worker.scheduler import QueueFullError
 from gpu_worker.sequence import SamplingParams, Sequence
+from tests.gpu_worker.plain_engine import (
+    mini_model,
+    mini_tokenizer,
+    plain_engine,
+    play,
+    text_of,
+    tokens_of,
+)
+from tests.tiny_checkpoints import tiny_config, write_tiny_checkpoint
 
 PROMPTS = [
     "The",

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from plain_engine import OwnExperts, mini_model, mini_tokenizer
 
 from gpu_worker.counters import StepCounters
 from gpu_worker.model import ModelRunner, StepReport
 from gpu_worker.scoring import Score, cut_windows, score_decode, score_windows
+from tests.gpu_worker.plain_engine import OwnExperts, mini_model, mini_tokenizer
 
 
 class CountedExperts(OwnExperts):

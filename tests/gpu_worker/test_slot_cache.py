@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoints import tiny_config
 
 from gpu_worker.slot_cache import AttentionMasks, SlotCache
+from tests.tiny_checkpoints import tiny_config
 
 
 def states(rows: int, tokens: int, width: int, seed: int) -> torch.Tensor:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_engine import mini_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gpu_worker.text import UNFINISHED, Detokenizer, StopFilter, TextStream
+from tests.gpu_worker.plain_engine import mini_tokenizer
 
 TEXTS = [
     "Plain English, with  two spaces.\n\tTab and newline.\r\n",

@@ -1,0 +1,163 @@
+"""Goal: `moetier eval` tells perplexity and bytes moved per token truly, for every kind of experts.
+
+Method: the command on the bundled model's store; the original's perplexity against transformers'
+own, bytes against what the manifest and a cache of everything or nothing leave no choice about.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluster.evaluate import EvalSettings, as_cells, demo_rows
+from cluster.stores import bundled_store, original_store
+from cluster.texts import built_in_text, read_texts
+from expert_store.format import load_manifest
+from gpu_worker.scoring import cut_windows
+from models import MIXTRAL_MINI
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = ("--windows", 4, "--window-tokens", 64, "--decode-tokens", 12, "--warm-up", 4, "--batch", 2)
+
+
+@pytest.fixture(scope="module")
+def rows(mini_cache: Path) -> list[dict[str, Any]]:
+    """The four rows of the demo's table, small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOETIER_CACHE", str(mini_cache))
+        original = original_store(MIXTRAL_MINI)
+        settings = EvalSettings(
+            windows=6, window_tokens=128, decode_tokens=16, warm_up=8, batch=2, cache_percent=0
+        )
+        found = list(demo_rows(bundled_store(), original, settings))
+    assert all(as_cells(row) for row in found)
+    return [{name: getattr(row, name) for name in row.__dataclass_fields__} for row in found]
+
+
+def test_the_original_row_is_the_plain_models_perplexity(rows: list[dict[str, Any]]) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(MIXTRAL_MINI, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MIXTRAL_MINI)
+    ids = tokenizer(built_in_text().text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = cut_windows(ids, num_windows=6, window_tokens=128)
+    with torch.no_grad():
+        nats = [float(plain(input_ids=w[None], labels=w[None]).loss) for w in windows]
+    assert rows[0]["nats"] == pytest.approx(sum(nats) / 6, rel=1e-4)
+    assert rows[0]["perplexity"] == pytest.approx(math.exp(sum(nats) / 6), rel=1e-3)
+
+
+def test_the_four_rows_are_ordered_as_the_method_promises(rows: list[dict[str, Any]]) -> None:
+    original, static, compensated, near = rows
+    assert original["more_nats"] is None
+    assert static["more_nats"] > 0
+    assert compensated["more_nats"] < static["more_nats"]
+    # int8 activations near data change the loss by far less than a compensator does.
+    assert near["more_nats"] == pytest.approx(compensated["more_nats"], abs=0.003)
+    assert static["more_nats_error"] < static["nats_error"]
+    assert static["moved_bytes"] < original["moved_bytes"] / 6
+    assert static["factors_bytes"] == 0 < compensated["factors_bytes"]
+    assert near["moved_bytes"] < compensated["moved_bytes"]
+    assert near["near_data_bytes"] > 0 == compensated["near_data_bytes"]
+    for row in rows:
+        assert row["moved_bytes"] == row["planned_bytes"] > 0
+        assert row["moved_bytes"] == pytest.approx(row["codes_bytes"] + row["factors_bytes"])
+        assert row["degraded_pairs"] == 0
+
+
+def test_bytes_without_a_cache_are_those_of_the_experts_used(
+    rows: list[dict[str, Any]], mini_cache: Path
+) -> None:
+    manifest = load_manifest(mini_cache / "stores" / "mixtral-mini")
+    (codes,) = {info.codes.num_bytes for info in manifest.experts.values()}
+    # Two sequences in six layers use two to four experts a layer: six to twelve a token.
+    assert 6 * codes <= rows[1]["moved_bytes"] <= 12 * codes
+    assert rows[0]["moved_bytes"] / rows[1]["moved_bytes"] == pytest.approx(
+        3 * 384 * 320 * 2 / codes, rel=0.25
+    )
+
+
+def test_command_with_text_files(moetier: Run, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"A sentence about the number {name}. " * 100)
+    (tmp_path / "ignored.md").write_text("x")
+    code, out, _ = moetier("eval", "--text", tmp_path, *SMALL, "--top-n", 0, "--top-n", 1, "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert [(row["experts"], row["text"]) for row in report["rows"]] == [
+        ("2-bit codes", "one"),
+        ("2-bit codes", "two"),
+        ("2-bit + compensators Top-1", "one"),
+        ("2-bit + compensators Top-1", "two"),
+    ]
+    assert report["settings"]["windows"] == 4
+    assert all(row["perplexity"] > 1 for row in report["rows"])
+
+
+def test_table_says_what_it_was_measured_with(moetier: Run) -> None:
+    code, out, _ = moetier("eval", *SMALL, "--cache-percent", 200, "--near-data", "--seed", 5)
+    assert code == 0
+    header = out.splitlines()[0]
+    assert all(name in header for name in ("perplexity", "expert KB/token", "near-data KB/token"))
+    assert "4 windows of 64 tokens" in out
+    assert "cache 200 %" in out
+    assert "has seen text of that kind" in out
+    assert "Top-1, near data" in out
+
+
+def test_everything_cached_moves_less_than_nothing_cached(moetier: Run) -> None:
+    def moved(percent: int) -> float:
+        out = moetier("eval", *SMALL, "--cache-percent", percent, "--json")[1]
+        return float(json.loads(out)["rows"][0]["moved_bytes"])
+
+    assert moved(300) < moved(0) / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--text", "/no/such/file"), "/no/such/file does not exist"),
+        (("--windows", "0"), "windows: got 0"),
+        (("--windows", "100000"), "too few for 100000 windows"),
+        (("--window-tokens", "4096"), "2048 positions"),
+        (("--warm-up", "40"), "warm_up: got 40"),
+        (("--cache-percent", "-1"), "cache_percent: got -1"),
+        (("--cache-percent", "nan"), "cache_percent: got nan"),
+        (("--batch", "0"), "batch: got 0"),
+        (("--top-n", "3"), "--top-n: got 3"),
+    ],
+)
+def test_bad_input_is_the_callers_mistake(
+    moetier: Run, arguments: tuple[str, ...], message: str
+) -> None:
+    code, out, err = moetier("eval", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no \*.txt"):
+        read_texts([tmp_path])
+    (tmp_path / "bytes.txt").write_bytes(b"abc\xff")
+    with pytest.raises(ValueError, match="not UTF-8 text .byte 3"):
+        read_texts([tmp_path])
+
+
+def test_an_original_store_is_made_once_and_again_when_the_model_changes(
+    mini_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOETIER_CACHE", str(tmp_path / "cache"))
+    model = Path(shutil.copytree(MIXTRAL_MINI, tmp_path / "model"))
+    first = original_store(model)
+    made = (first / "manifest.json").stat().st_mtime_ns
+    assert load_manifest(first).recipe.bits == 16
+    assert original_store(model) == first
+    assert (first / "manifest.json").stat().st_mtime_ns == made
+    (model / "training.json").write_text("{}")
+    assert original_store(model) != first
