@@ -1,0 +1,271 @@
+"""One expert's time on the CPU: low-bit kernels against dequantise-and-multiply and dense torch.
+
+Weights come from pools several times the last-level cache, contestants take turns in every round,
+and the machine's read bandwidth is measured in the same rounds. The gate, every contestant against
+the reference, runs first. `python -m benchmarks.kernels` prints rows and writes a CSV.
+
+Legend: T tokens, H hidden, F ffn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from kernels import ops, reference
+from kernels.packing import pack
+from kernels.types import GatedMLP, QuantizedMatrix
+
+RESULTS = Path(__file__).parent / "results" / "kernels-cpu.csv"
+TOKENS = (1, 4, 16)
+POOL_BYTES = 192 << 20
+"""Weights each contestant cycles through: six times a 32 MiB last-level cache."""
+READ_BYTES = 4 << 20
+"""One read of the bandwidth measurement: near a low-bit expert's size, so that a busy machine's
+interruptions fall on both alike."""
+# Relative RMS error allowed by the gate, as in tests/kernels.
+TOLERANCE = {"cpu_int8": 3e-2, "cpu_fp32": 1e-5, "torch fp32": 1e-5, "torch bf16": 2e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the CSV. Bytes are those of the weights read per call."""
+
+    what: str
+    shape: str
+    tokens: int
+    num_bytes: int
+    p20: float
+    p50: float
+    p80: float
+    unit: str
+    gb_per_s: float
+    share_of_read_bandwidth: float
+    rounds: int
+    threads: int
+    hardware: str
+    load: str  # 1-minute load average at the end, over cores: others shared the machine
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """`calls[i](x)` runs the expert on the i-th copy of its weights."""
+
+    what: str
+    num_bytes: int
+    calls: list[Callable[[torch.Tensor], torch.Tensor]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--ffn", type=int, default=1408)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        rows = measure(
+            arguments.hidden, arguments.ffn, arguments.rounds, num_threads=arguments.threads
+        )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    print(f"wrote {arguments.out}")
+
+
+def measure(hidden: int, ffn: int, rounds: int, *, num_threads: int) -> list[Row]:
+    """Gate, then time every contestant at every token count; prints each row."""
+    mlps = {bits: random_mlp(hidden, ffn, bits) for bits in (2, 3, 4)}
+    contestants = [int8_contestant(bits, mlp, num_threads) for bits, mlp in mlps.items()]
+    contestants.append(fp32_contestant(mlps[2]))
+    contestants += [dense_contestant(mlps[2], dtype) for dtype in (torch.float32, torch.bfloat16)]
+    expected = {f"{bits} bits": mlp for bits, mlp in mlps.items()}
+    for contestant in contestants:
+        mlp = next((m for name, m in expected.items() if name in contestant.what), mlps[2])
+        gate(contestant, mlp)
+
+    ballast = torch.ones(POOL_BYTES // READ_BYTES, READ_BYTES // 4)
+    rows = []
+    for num_tokens in TOKENS:
+        x_TH = torch.randn(num_tokens, hidden)
+        times, reads = time_in_turns(contestants, x_TH, ballast, rounds)
+        bandwidth = READ_BYTES / statistics.median(reads) / 1e9
+        print(f"\n{num_tokens} tokens; read bandwidth {bandwidth:.1f} GB/s on this run's threads")
+        for contestant in contestants:
+            row = make_row(
+                contestant, times[contestant.what], bandwidth, f"H {hidden}, F {ffn}", num_tokens,
+                num_threads,
+            )  # fmt: skip
+            print(
+                f"{row.what:24} {row.p20:9.1f} {row.p50:9.1f} {row.p80:9.1f} {row.unit}"
+                f" {row.gb_per_s:6.1f} GB/s {row.share_of_read_bandwidth:6.0%} of read bandwidth"
+            )
+            rows.append(row)
+    return rows
+
+
+def time_in_turns(
+    contestants: list[Contestant], x_TH: torch.Tensor, ballast: torch.Tensor, rounds: int
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds per call of each contestant, and seconds per read of a ballast row, round by round."""
+    times: dict[str, list[float]] = {contestant.what: [] for contestant in contestants}
+    reads = []
+    for round_number in range(rounds):
+        piece = ballast[round_number % len(ballast)]
+        started = time.perf_counter()
+        torch.dot(piece, piece)
+        reads.append(time.perf_counter() - started)
+        for contestant in contestants:
+            calls = contestant.calls
+            # The first call after another contestant also pays for cold code; time the second.
+            calls[2 * round_number % len(calls)](x_TH)
+            started = time.perf_counter()
+            calls[(2 * round_number + 1) % len(calls)](x_TH)
+            times[contestant.what].append(time.perf_counter() - started)
+    return times, reads
+
+
+def make_row(
+    contestant: Contestant,
+    seconds: list[float],
+    bandwidth: float,
+    shape: str,
+    num_tokens: int,
+    num_threads: int,
+) -> Row:
+    p20, p50, p80 = (statistics.quantiles(seconds, n=10)[i] * 1e6 for i in (1, 4, 7))
+    speed = contestant.num_bytes / p50 / 1e3
+    return Row(
+        what=contestant.what,
+        shape=shape,
+        tokens=num_tokens,
+        num_bytes=contestant.num_bytes,
+        p20=round(p20, 1),
+        p50=round(p50, 1),
+        p80=round(p80, 1),
+        unit="us",
+        gb_per_s=round(speed, 2),
+        share_of_read_bandwidth=round(speed / bandwidth, 3),
+        rounds=len(seconds),
+        threads=num_threads,
+        hardware=f"{processor()}, {os.cpu_count()} cores, {ops.native_isa()}",
+        load=f"{os.getloadavg()[0]:.1f}/{os.cpu_count()}",
+        commit=commit(),
+        date=datetime.date.today().isoformat(),
+    )
+
+
+def gate(contestant: Contestant, mlp: GatedMLP) -> None:
+    """Raises AssertionError when a contestant's answer is not the reference's."""
+    x_TH = torch.randn(3, mlp.gate.cols)
+    expected = reference.gated_mlp(x_TH, mlp)
+    error = float((contestant.calls[0](x_TH).float() - expected).norm() / expected.norm())
+    allowed = next(value for name, value in TOLERANCE.items() if contestant.what.startswith(name))
+    assert error < allowed, f"{contestant.what}: relative error {error:.2e}, allowed {allowed:.0e}"
+
+
+def int8_contestant(bits: int, mlp: GatedMLP, num_threads: int) -> Contestant:
+    def call(copy: GatedMLP) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: ops.gated_mlp_many([(x, copy)], num_threads=num_threads)[0]
+
+    num_bytes = sum(m.data.numel() for m in (mlp.gate, mlp.up, mlp.down))
+    copies = [copy_mlp(mlp) for _ in range(pool_size(num_bytes))]
+    return Contestant(f"cpu_int8 {bits} bits", num_bytes, [call(copy) for copy in copies])
+
+
+def fp32_contestant(mlp: GatedMLP) -> Contestant:
+    def call(copy: GatedMLP) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: ops.gated_mlp(x, copy, backend="cpu_fp32")
+
+    num_bytes = sum(m.data.numel() for m in (mlp.gate, mlp.up, mlp.down))
+    copies = [copy_mlp(mlp) for _ in range(pool_size(num_bytes))]
+    return Contestant("cpu_fp32 2 bits", num_bytes, [call(copy) for copy in copies])
+
+
+def dense_contestant(mlp: GatedMLP, dtype: torch.dtype) -> Contestant:
+    """Plain torch linears on the dequantised weights, which the link would have had to carry."""
+    weights = [reference.dequantize(m).to(dtype) for m in (mlp.gate, mlp.up, mlp.down)]
+
+    def call(copy: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        gate, up, down = copy
+
+        def run(x_TH: torch.Tensor) -> torch.Tensor:
+            x = x_TH.to(dtype)
+            h_TF = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+            return h_TF @ down.T
+
+        return run
+
+    num_bytes = sum(w.numel() * w.element_size() for w in weights)
+    copies = [[w.clone() for w in weights] for _ in range(pool_size(num_bytes))]
+    name = "torch fp32" if dtype == torch.float32 else "torch bf16"
+    return Contestant(name, num_bytes, [call(copy) for copy in copies])
+
+
+def pool_size(num_bytes: int) -> int:
+    return max(2, -(-POOL_BYTES // num_bytes))
+
+
+def random_mlp(hidden: int, ffn: int, bits: int) -> GatedMLP:
+    return GatedMLP(
+        random_matrix(ffn, hidden, bits),
+        random_matrix(ffn, hidden, bits),
+        random_matrix(hidden, ffn, bits),
+        "silu",
+    )
+
+
+def random_matrix(rows: int, cols: int, bits: int) -> QuantizedMatrix:
+    codes = torch.randint(0, 2**bits, (rows, cols), dtype=torch.uint8)
+    scale = (torch.rand(rows, cols // 64) + 0.5) / (cols**0.5 * 2 ** (bits - 1))
+    return pack(codes, scale, torch.full_like(scale, (2**bits - 1) / 2), bits)
+
+
+def copy_mlp(mlp: GatedMLP) -> GatedMLP:
+    gate, up, down = (
+        QuantizedMatrix(m.data.clone(), m.rows, m.cols, m.bits)
+        for m in (mlp.gate, mlp.up, mlp.down)
+    )
+    return GatedMLP(gate, up, down, mlp.activation)
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    result = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return result.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
