@@ -42,6 +42,10 @@ SPARE_CALLS = 8
 MAX_INGRESS_CALLS = 1024
 MAX_TIER_CALLS = 1024
 HEALTH_PERIOD_S = 5.0
+_SHUTDOWN: dict[str, Any] = {
+    "graceful_shutdown_wait_loop_s": 0.5,
+    "graceful_shutdown_timeout_s": 20.0,
+}
 START_DEADLINE_S = 300.0
 END_PATIENCE_S = 10.0
 
@@ -73,6 +77,7 @@ def compose(config: ClusterConfig) -> Application:
         max_ongoing_requests=MAX_TIER_CALLS,
         health_check_period_s=HEALTH_PERIOD_S,
         ray_actor_options={"num_cpus": 0},
+        **_SHUTDOWN,
     ).bind(TierSettings(config.store, config.ndp, config.directory))
     worker = _worker_deployment(config).bind(
         WorkerSettings(
@@ -97,6 +102,7 @@ def compose(config: ClusterConfig) -> Application:
         max_queued_requests=MAX_INGRESS_CALLS,
         health_check_period_s=HEALTH_PERIOD_S,
         ray_actor_options={"num_cpus": 0},
+        **_SHUTDOWN,
     )
     return ingress.bind(worker, tiers, config.http)
 
@@ -126,6 +132,7 @@ def _worker_deployment(config: ClusterConfig) -> Any:
         max_queued_requests=config.http.max_queued,
         health_check_period_s=HEALTH_PERIOD_S,
         ray_actor_options=options,
+        **_SHUTDOWN,
         **how_many,
     )
 

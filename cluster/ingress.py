@@ -41,7 +41,9 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         replica = serve.get_replica_context().replica_id.unique_id
-        app = create_app(self._worker, self._tiers, self._settings, replica=replica)
+        app = create_app(
+            self._worker, self._tiers, self._settings, replica=replica, stamp_request_id=False
+        )
         self._sharing = asyncio.create_task(self._share(app))
         return app
 

@@ -23,11 +23,15 @@ NO_RESPONSE = 499
 
 
 class RequestLog:
-    """ASGI middleware. `answered` is shared with whoever reads the counts."""
+    """ASGI middleware. `answered` is shared with whoever reads the counts.
 
-    def __init__(self, app: ASGIApp, answered: Counter[tuple[str, int]]) -> None:
+    With `stamp` the response carries the id; Serve's own proxy does that by itself.
+    """
+
+    def __init__(self, app: ASGIApp, answered: Counter[tuple[str, int]], stamp: bool) -> None:
         self._app = app
         self._answered = answered
+        self._stamp = stamp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,8 +46,9 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [h for h in message.get("headers", []) if h[0].lower() != HEADER]
-                message = {**message, "headers": [*headers, (HEADER, request_id.encode())]}
+                if self._stamp:
+                    headers = [*message.get("headers", []), (HEADER, request_id.encode())]
+                    message = {**message, "headers": headers}
             await send(message)
 
         try:

@@ -42,13 +42,21 @@ class Tiers(Protocol):
 
 
 def create_app(
-    worker: Worker, tiers: Tiers, settings: HttpSettings, *, replica: str = "local"
+    worker: Worker,
+    tiers: Tiers,
+    settings: HttpSettings,
+    *,
+    replica: str = "local",
+    stamp_request_id: bool = True,
 ) -> FastAPI:
-    """All routes of the endpoint; `app.state.routes` is the `Routes` behind them."""
+    """All routes of the endpoint; `app.state.routes` is the `Routes` behind them.
+
+    `stamp_request_id` is False behind a proxy that puts x-request-id on responses itself.
+    """
     routes = Routes(worker, tiers, settings, replica)
     app = FastAPI(title="moetier", docs_url=None, redoc_url=None)
     app.state.routes = routes
-    app.add_middleware(RequestLog, answered=routes.answered)
+    app.add_middleware(RequestLog, answered=routes.answered, stamp=stamp_request_id)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(HTTPException, _on_http_exception)

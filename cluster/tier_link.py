@@ -25,6 +25,7 @@ from expert_store.listing import Listing
 from expert_store.rpc import GrpcSource
 from expert_store.types import ExpertTokens, Manifest, RecordRequest
 from gpu_worker.protocols import ExpertSource
+from ndp_worker.group import Member, NearDataGroup
 from ndp_worker.rpc import NdpClient
 
 logger = logging.getLogger(__name__)
@@ -61,18 +62,14 @@ class TierLink:
         *,
         transport: Transport,
         directory: OpenDirectory | None,
-        node_id: str,
     ) -> None:
         self._manifest = manifest
-        self._node_id = node_id
         self._transport = transport
         self._endpoints = endpoints
         self._directory = LastKnownDirectory(directory()) if directory else None
         self.source = FollowingSource(self._open_source(endpoints))
-        near_data = self._near_data_addresses(endpoints)
-        self.near_data = (
-            FollowingNearData(near_data, manifest.version) if endpoints.near_data else None
-        )
+        listings = endpoints.near_data
+        self.near_data = FollowingNearData(listings, manifest.version) if listings else None
 
     @property
     def generation(self) -> int:
@@ -86,9 +83,9 @@ class TierLink:
         # A gRPC source asks `_listings` itself. Handles outlive restarts: only new ones matter.
         if self._transport == "object_store" and _names(before) != _names(endpoints):
             self.source.switch(self._open_source(endpoints))
-        addresses = self._near_data_addresses(endpoints)
-        if self.near_data is not None and addresses:
-            self.near_data.switch(addresses)
+        # With none left the old ones are kept: calls fail, and their experts are streamed instead.
+        if self.near_data is not None and endpoints.near_data:
+            self.near_data.follow(endpoints.near_data)
 
     def close(self) -> None:
         self.source.close()
@@ -106,15 +103,6 @@ class TierLink:
         if self._directory is not None:
             return self._directory.listings()
         return [store.listing for store in self._endpoints.stores]
-
-    def _near_data_addresses(self, endpoints: Endpoints) -> tuple[str, ...]:
-        """Of one near-data worker: on this node if there is one, else spread by node."""
-        local = [each for each in endpoints.near_data if each.node_id == self._node_id]
-        candidates = local or list(endpoints.near_data)
-        if not candidates:
-            return ()
-        chosen = candidates[sum(self._node_id.encode()) % len(candidates)]
-        return chosen.addresses
 
 
 class FollowingSource:
@@ -150,58 +138,66 @@ class FollowingSource:
 
 
 class FollowingNearData:
-    """A NearData whose worker can be exchanged; bytes are counted over all of them."""
+    """A NearData over the near-data workers there are; its bytes count those gone too."""
 
-    def __init__(self, addresses: tuple[str, ...], version: str) -> None:
+    def __init__(self, listings: Sequence[Listing], version: str) -> None:
         self._version = version
-        self._addresses = addresses
         self._lock = threading.Lock()
-        self._client = NdpClient(addresses, version=version)
-        self._before = (0, 0)
+        self._gone_bytes = (0, 0)
+        self._clients: dict[Listing, NdpClient] = {}
+        self._group = self._regroup(listings)
 
     def submit(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> Future[torch.Tensor]:
         with self._lock:
-            return self._client.submit(hidden_TH, work)
+            return self._group.submit(hidden_TH, work)
 
     @property
     def bytes_moved(self) -> tuple[int, int]:
         with self._lock:
-            sent, received = self._client.bytes_moved
-            return self._before[0] + sent, self._before[1] + received
+            return _sum(self._gone_bytes, self._group.bytes_moved)
 
-    def switch(self, addresses: tuple[str, ...]) -> None:
-        """Go on with the worker at these addresses; calls to the former one fail."""
-        if addresses == self._addresses:
-            return
-        client = NdpClient(addresses, version=self._version)
+    def follow(self, listings: Sequence[Listing]) -> None:
+        """Go on with these workers, at least one; calls to those that are not among them fail."""
         with self._lock:
-            before, self._client, self._addresses = self._client, client, addresses
-        before.close()
-        with self._lock:
-            sent, received = before.bytes_moved
-            self._before = (self._before[0] + sent, self._before[1] + received)
+            before = dict(self._clients)
+            self._group = self._regroup(listings)
+            gone = [client for listing, client in before.items() if listing not in self._clients]
+        for client in gone:
+            client.close()
+            with self._lock:
+                self._gone_bytes = _sum(self._gone_bytes, client.bytes_moved)
 
     def close(self) -> None:
-        self._client.close()
+        self._group.close()
+
+    def _regroup(self, listings: Sequence[Listing]) -> NearDataGroup:
+        """Connections to workers that stay are kept."""
+        self._clients = {
+            each: self._clients.get(each) or NdpClient(each.addresses, version=self._version)
+            for each in listings
+        }
+        return NearDataGroup([Member(client, e.keys) for e, client in self._clients.items()])
 
 
 def connect(
     endpoints: Endpoints,
-    node_id: str,
     *,
     store: str,
     transport: Transport,
     directory: OpenDirectory | None,
 ) -> TierLink:
-    """The link of a worker on node `node_id` that has the folder `store` for the dense part."""
+    """The link of a worker that has the folder `store` too, for the dense part and the manifest."""
     return TierLink(
         load_manifest(Path(store)),
         endpoints,
         transport=transport,
         directory=directory,
-        node_id=node_id,
     )
 
 
 def _names(endpoints: Endpoints) -> set[str]:
     return {store.listing.name for store in endpoints.stores}
+
+
+def _sum(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:
+    return left[0] + right[0], left[1] + right[1]

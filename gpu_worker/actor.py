@@ -46,8 +46,8 @@ class Link(Protocol):
     def close(self) -> None: ...
 
 
-Connect = Callable[[Any, str], Link]
-"""(the tier manager's endpoints, this node's id) -> the link. Sent to the replica; must pickle."""
+Connect = Callable[[Any], Link]
+"""The tier manager's endpoints -> the link. Sent to the replica, so it must pickle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,7 @@ class GpuWorker:
     ) -> None:
         self._tiers = tiers
         endpoints = await tiers.endpoints.remote()
-        node_id = ray.get_runtime_context().get_node_id()
-        self._link = connect(endpoints, node_id)
+        self._link = await asyncio.to_thread(connect, endpoints)
         replica = serve.get_replica_context().replica_id.unique_id
         self._service = await asyncio.to_thread(_open, settings, self._link, replica)
         self._reporting = asyncio.create_task(self._report())
