@@ -26,11 +26,10 @@ from expert_store.listing import Listing
 from expert_store.manifest_json import decode_manifest, encode_manifest
 from expert_store.segment import Segment, locate
 from expert_store.types import Manifest, RecordRequest
-from expert_store.wire import MAX_REQUESTS, Assembly, chunks, decode_call, encode_call
+from expert_store.wire import CHUNK_BYTES, MAX_REQUESTS, Assembly, chunks, decode_call, encode_call
 
 SERVICE = "moetier.Records"
 MAX_MESSAGE_BYTES = 8 * 2**20
-MAX_MANIFEST_BYTES = 512 * 2**20
 MAX_DETAIL_CHARS = 1000  # of an error's text: it travels as a header, and those are small
 
 _STATUS = (
@@ -59,6 +58,7 @@ class RecordServer:
         self._version = segment.manifest.version
         handlers = {
             "Fetch": grpc.unary_stream_rpc_method_handler(self._fetch),
+            "FetchSmall": grpc.unary_unary_rpc_method_handler(self._fetch_small),
             "Manifest": grpc.unary_stream_rpc_method_handler(self._manifest),
         }
         self._server, self._addresses = start_server(
@@ -70,16 +70,18 @@ class RecordServer:
         """Where it listens, real ports filled in, in the order given."""
         return self._addresses
 
-    @property
-    def version(self) -> str:
-        """The store's version; requests for another one are refused."""
-        return self._version
-
     def close(self, grace_s: float = 1.0) -> None:
         """Take no new call; cut the running ones off after `grace_s`."""
         self._server.stop(grace_s).wait()
 
     def _fetch(self, message: bytes, context: Any) -> Iterator[bytes]:
+        for data in self._read(message, context):
+            yield from chunks(memoryview(data.numpy()))
+
+    def _fetch_small(self, message: bytes, context: Any) -> bytes:
+        return b"".join(self._fetch(message, context))
+
+    def _read(self, message: bytes, context: Any) -> list[torch.Tensor]:
         try:
             call = decode_call(message)
             if call.version != self._version:
@@ -87,12 +89,11 @@ class RecordServer:
                     f"this copy holds store version {self._version}, the request is for "
                     f"{call.version}; restart whichever is older"
                 )
-            records = self._segment.fetch(call.requests)
+            return self._segment.fetch(call.requests)
         except (ValueError, StoreError) as error:
             status = next(status for kind, status in _STATUS if isinstance(error, kind))
             context.abort(status, str(error)[:MAX_DETAIL_CHARS])
-        for data in records:
-            yield from chunks(memoryview(data.numpy()))
+            raise AssertionError("abort() raises") from error
 
     def _manifest(self, message: bytes, context: Any) -> Iterator[bytes]:
         yield from chunks(memoryview(encode_manifest(self._segment.manifest)))
@@ -143,7 +144,7 @@ class GrpcSource:
         gave a record before the deadline, CorruptRecordError when every copy of it is damaged.
         """
         for request in requests:
-            self._num_bytes(request)
+            locate(self._manifest, request)
         return fetch_over(
             self._copies,
             lambda attempts, batches, left_s: self._ask(attempts, requests, batches, left_s),
@@ -170,42 +171,41 @@ class GrpcSource:
         left_s: float,
     ) -> None:
         """Start every batch, then take the answers in turn."""
-        calls = []
+        answers = []
         for batch in batches:
-            message = encode_call(self._manifest.version, [requests[i] for i in batch.indices])
+            wanted = [requests[index] for index in batch.indices]
+            message = encode_call(self._manifest.version, wanted)
+            assembly = Assembly([locate(self._manifest, r).num_bytes for r in wanted])
             # While there is another copy, half of the time is kept for it.
             timeout_s = left_s if batch.is_last_hope else left_s / 2
             channel = self._channel(batch.address)
-            calls.append(channel.unary_stream(f"/{SERVICE}/Fetch")(message, timeout=timeout_s))
+            if len(batches) == 1 and assembly.num_bytes <= CHUNK_BYTES:
+                answer = _one_message(channel, message, timeout_s)
+            else:
+                answer = channel.unary_stream(f"/{SERVICE}/Fetch")(message, timeout=timeout_s)
+            answers.append((batch, assembly, answer))
             self._count(len(message), 0)
-        for batch, call in zip(batches, calls, strict=True):
+        for batch, assembly, answer in answers:
             try:
-                assembly = Assembly([self._num_bytes(requests[i]) for i in batch.indices])
-                for chunk in call:
+                for chunk in answer:
                     self._count(0, len(chunk))
                     assembly.add(chunk)
                 attempts.answered(batch, assembly.finish())
             except StoreFormatError as error:
-                call.cancel()
                 attempts.lost(batch, error)
             except grpc.RpcError as error:
                 self._report(attempts, batch, error)
 
     def _report(self, attempts: Attempts, batch: Batch, error: grpc.RpcError) -> None:
         code, details = error.code(), error.details() or ""
-        if code == grpc.StatusCode.DATA_LOSS:
-            attempts.refused(batch, CorruptRecordError(details))
-        elif code == grpc.StatusCode.NOT_FOUND:
-            attempts.refused(batch, ExpertUnavailableError(details))
-        elif code == grpc.StatusCode.FAILED_PRECONDITION:
-            attempts.lost(batch, StoreFormatError(details))
+        if code in (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.NOT_FOUND):
+            damaged = code == grpc.StatusCode.DATA_LOSS
+            kind = CorruptRecordError if damaged else ExpertUnavailableError
+            attempts.refused(batch, kind(details))
         elif code == grpc.StatusCode.INVALID_ARGUMENT:
             raise ValueError(f"{batch.address} refused the request: {details}") from error
         else:
             attempts.lost(batch, ExpertUnavailableError(f"{code.name}: {details}"))
-
-    def _num_bytes(self, request: RecordRequest) -> int:
-        return locate(self._manifest, request).num_bytes
 
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:
@@ -221,19 +221,21 @@ class GrpcSource:
             self._bytes_received += received
 
 
+def _one_message(channel: grpc.Channel, message: bytes, timeout_s: float) -> Iterator[bytes]:
+    """A small answer by a blocking call, which wakes fewer threads than a stream does."""
+    yield channel.unary_unary(f"/{SERVICE}/FetchSmall")(message, timeout=timeout_s)
+
+
 def fetch_manifest(address: str, *, deadline_s: float = 10.0) -> Manifest:
     """The manifest of the store behind a record server.
 
-    Raises ExpertUnavailableError when it does not answer, StoreFormatError when what it sends is
-    no manifest.
+    Raises ExpertUnavailableError when it does not answer, StoreFormatError for no manifest.
     """
     with open_channel(address, max_bytes=MAX_MESSAGE_BYTES) as channel:
         text = bytearray()
         try:
             for chunk in channel.unary_stream(f"/{SERVICE}/Manifest")(b"", timeout=deadline_s):
                 text += chunk
-                if len(text) > MAX_MANIFEST_BYTES:
-                    raise StoreFormatError(f"{address}: a manifest of over {MAX_MANIFEST_BYTES} B")
         except grpc.RpcError as error:
             raise ExpertUnavailableError(
                 f"{address} gave no manifest within {deadline_s:g} s: {error.code().name}: "
@@ -253,10 +255,10 @@ def start_server(
     """A started server of raw-bytes handlers, and where it listens with real ports.
 
     `max_calls` run at once, each on a thread; more are refused. `max_bytes` bounds a message.
-    Raises ValueError for no address, StoreError when one cannot be listened on.
+    Raises ValueError without an address, StoreError when one cannot be listened on.
     """
     if not addresses:
-        raise ValueError("addresses: got none, expected at least one to listen on")
+        raise ValueError("addresses: got none, expected one to listen on")
     server = grpc.server(
         futures.ThreadPoolExecutor(max_calls, thread_name_prefix=service),
         maximum_concurrent_rpcs=max_calls,
@@ -274,11 +276,10 @@ def start_server(
         except RuntimeError as error:
             server.stop(None)
             raise StoreError(
-                f"{service} cannot listen on {address}: {error}; is the port or path in use? "
-                "Choose another one, or port 0 for any free one"
+                f"{service} cannot listen on {address}: {error}; choose another (0: any free)"
             ) from error
-        host = address.rpartition(":")[0]
-        bound.append(address if address.startswith("unix:") else f"{host}:{port}")
+        is_unix = address.startswith("unix:")
+        bound.append(address if is_unix else f"{address.rpartition(':')[0]}:{port}")
     server.start()
     return server, tuple(bound)
 

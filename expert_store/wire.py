@@ -89,6 +89,7 @@ class Assembly:
     def __init__(self, lengths: Sequence[int]) -> None:
         self._records = [torch.empty(length, dtype=torch.uint8) for length in lengths]
         self._rooms = [memoryview(record.numpy()) for record in self._records]
+        self.num_bytes = sum(lengths)
 
     def add(self, chunk: bytes) -> None:
         """The next bytes. Raises StoreFormatError when there are more than expected."""
@@ -97,7 +98,7 @@ class Assembly:
             while self._rooms and not self._rooms[0]:
                 self._rooms.pop(0)
             if not self._rooms:
-                raise StoreFormatError(f"{len(rest)} bytes more than the records' {self._total()}")
+                raise StoreFormatError(f"{len(rest)} bytes more than the records' {self.num_bytes}")
             num_bytes = min(len(rest), len(self._rooms[0]))
             self._rooms[0][:num_bytes] = rest[:num_bytes]
             self._rooms[0], rest = self._rooms[0][num_bytes:], rest[num_bytes:]
@@ -105,11 +106,8 @@ class Assembly:
     def finish(self) -> list[torch.Tensor]:
         """The records. Raises StoreFormatError when bytes are missing."""
         if missing := sum(len(room) for room in self._rooms):
-            raise StoreFormatError(f"{missing} of the records' {self._total()} bytes did not come")
+            raise StoreFormatError(f"{missing} of the records' {self.num_bytes} bytes did not come")
         return self._records
-
-    def _total(self) -> int:
-        return sum(record.numel() for record in self._records)
 
 
 def _decode_request(layer: int, expert: int, kind: int, num_blocks: int) -> RecordRequest:

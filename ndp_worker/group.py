@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -107,9 +108,7 @@ class _GroupCall:
             part = self._members[member].worker.submit(
                 self._hidden_TH, [self._work[item] for item in batch]
             )
-            part.add_done_callback(
-                lambda done, member=member, batch=batch: self._receive(member, batch, done)
-            )
+            part.add_done_callback(partial(self._receive, member, batch))
 
     def _choose(self, key: ExpertKey) -> int:
         holders = [i for i, member in enumerate(self._members) if member.holds(key)]

@@ -56,7 +56,7 @@ def serve(stack: ExitStack, store: Path, *addresses: str, **kwargs: object) -> R
 
 
 def listing(server: RecordServer, name: str = "a", **kwargs: object) -> Listing:
-    fields = {"role": "records", "version": server.version, "node_id": "n", "keys": None}
+    fields = {"role": "records", "version": server._version, "node_id": "n", "keys": None}
     return Listing(name=name, addresses=server.addresses, **{**fields, **kwargs})
 
 
@@ -91,8 +91,10 @@ def test_every_record_and_prefix_is_the_segments(
     assert source.tier == "grpc"
     for found, truth in zip(source.fetch(requests), expected, strict=True):
         assert torch.equal(found, truth)
+    for request, truth in zip(requests, expected, strict=True):  # alone: by one small message
+        assert torch.equal(source.fetch([request])[0], truth)
     sent, received = source.bytes_moved
-    assert received == sum(data.numel() for data in expected)
+    assert received == 2 * sum(data.numel() for data in expected)
     assert 0 < sent < 10_000
     assert source.fetch([]) == []
 
