@@ -125,7 +125,7 @@ def measure(hidden: int, ffn: int, rounds: int, *, num_threads: int) -> list[Row
 def time_in_turns(
     contestants: list[Contestant], x_TH: torch.Tensor, ballast: torch.Tensor, rounds: int
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds per call of each contestant, and seconds per read of a ballast row, round by round."""
+    """Seconds per call of each contestant, and per read of a ballast row, round by round."""
     times: dict[str, list[float]] = {contestant.what: [] for contestant in contestants}
     reads = []
     for round_number in range(rounds):

@@ -77,12 +77,10 @@ def unpack(matrix: QuantizedMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.T
     tiles = matrix.data.view(blocks, groups, tile_bytes(bits))
     code_bytes = bits * 2 * VECTOR_BYTES
     planes = tiles[:, :, :code_bytes].view(blocks, groups, 2 * bits, VECTOR_BYTES)
-    codes_NK = (
-        _get_vectors(planes, bits)
-        .view(blocks, groups, VECTORS, TILE_ROWS, INPUTS_PER_LANE)
-        .permute(0, 3, 1, 2, 4)
-        .reshape(blocks * TILE_ROWS, cols)
-    )
+    # The four inputs of a row in one vector move together, as one int32.
+    lanes = _get_vectors(planes, bits).view(torch.int32)  # [B, G, V, 16]
+    codes_NK = lanes.permute(0, 3, 1, 2).contiguous().view(torch.uint8)
+    codes_NK = codes_NK.view(blocks * TILE_ROWS, cols)
     # A copy of its own starts at an aligned address, wherever the bytes lie.
     scale_bytes = tiles[:, :, code_bytes:].clone(memory_format=torch.contiguous_format)
     half_tiles = scale_bytes.view(torch.float16).float()

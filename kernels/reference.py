@@ -19,9 +19,10 @@ def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
     if matrix.bits == 16:
         return bf16_weight(matrix).float()
     codes_NK, scale_NG, zero_scaled_NG = unpack(matrix)
-    codes_NGK = codes_NK.view(matrix.rows, -1, GROUP_SIZE).float()
-    weight_NGK = scale_NG[:, :, None] * codes_NGK - zero_scaled_NG[:, :, None]
-    return weight_NGK.reshape(matrix.rows, matrix.cols)
+    weight_NGK = codes_NK.float().view(matrix.rows, -1, GROUP_SIZE)
+    weight_NGK *= scale_NG[:, :, None]
+    weight_NGK -= zero_scaled_NG[:, :, None]
+    return weight_NGK.view(matrix.rows, matrix.cols)
 
 
 def dequantize_low_rank(factors: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
