@@ -1,0 +1,213 @@
+"""Goal: tier actors come up where they belong, are replaced when lost, and never in a busy loop.
+
+Method: a launcher of this process whose actors die on command, and a clock that only tests move.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cluster.keeper import Keeper, TierLost, TierStartError
+from cluster.placement import Need, Node, Placed, PlacementError
+from expert_store.holder import HolderStatus
+from expert_store.listing import Listing
+
+NODES = (Node("a", "10.0.0.1", {"tier": "x"}), Node("b", "10.0.0.2", {"tier": "x"}))
+STORE = Need("store-0", "store", "tier=x")
+NDP = Need("ndp-0", "ndp", "tier=x")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class FakeLauncher:
+    """Handles are numbers; `sick` says how a handle answers from now on."""
+
+    def __init__(self, nodes: Sequence[Node] = NODES) -> None:
+        self.live = list(nodes)
+        self.started: list[tuple[str, str]] = []
+        self.stopped: list[int] = []
+        self.sick: dict[int, TierLost] = {}
+        self.pids: dict[int, int] = {}
+
+    async def nodes(self) -> Sequence[Node]:
+        return self.live
+
+    async def start(self, placed: Placed) -> int:
+        self.started.append((placed.need.name, placed.node.node_id))
+        return len(self.started)
+
+    async def ask(self, handle: int) -> HolderStatus:
+        if handle in self.sick:
+            raise self.sick[handle]
+        listing = Listing(f"actor-{handle}", "records", "v", "a", ("127.0.0.1:1",))
+        return HolderStatus(listing, 1, 1, self.pids.get(handle, handle))
+
+    async def stop(self, handle: int) -> None:
+        self.stopped.append(handle)
+
+
+def keeper_of(launcher: FakeLauncher, clock: Clock, *needs: Need) -> Keeper:
+    return Keeper(launcher, needs or (STORE,), start_timeout_s=30, clock=clock)
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(coroutine)
+
+
+def test_all_start_and_answer() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        keeper = keeper_of(launcher, Clock(), STORE, replace(STORE, name="store-1"), NDP)
+        await keeper.start()
+        assert launcher.started == [("store-0", "a"), ("store-1", "b"), ("ndp-0", "a")]
+        assert [s.problem for s in keeper.statuses()] == [None] * 3
+        assert [r.role for r in keeper.running()] == ["store", "store", "ndp"]
+        await keeper.close()
+        assert launcher.stopped == [1, 2, 3]
+        assert keeper.running() == ()
+
+    run(scenario())
+
+
+def test_a_missing_label_fails_before_anything_starts() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher([Node("a", "10.0.0.1")])
+        with pytest.raises(PlacementError, match="tier=x"):
+            await keeper_of(launcher, Clock()).start()
+        assert launcher.started == []
+
+    run(scenario())
+
+
+def test_an_actor_that_cannot_start_is_named_and_the_others_are_stopped() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        launcher.sick[2] = TierLost("no store at /x", is_final=True)
+        with pytest.raises(TierStartError, match=r"ndp-0 did not start on 10\.0\.0\.1: no store"):
+            await keeper_of(launcher, Clock(), STORE, NDP).start()
+        assert sorted(launcher.stopped) == [1, 2]
+
+    run(scenario())
+
+
+def test_a_restart_behind_the_same_handle_is_noticed() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        keeper = keeper_of(launcher, Clock())
+        await keeper.start()
+        generation = keeper.generation
+        await keeper.tend()
+        assert keeper.generation == generation, "nothing changed"
+        launcher.sick[1] = TierLost("restarting", is_final=False)
+        await keeper.tend()
+        assert [s.problem for s in keeper.statuses()] == ["restarting"]
+        del launcher.sick[1]
+        launcher.pids[1] = 999
+        await keeper.tend()
+        (status,) = keeper.statuses()
+        assert (status.problem, status.restarts) == (None, 1)
+        assert keeper.generation == generation + 1
+        assert launcher.started == [("store-0", "a")]
+
+    run(scenario())
+
+
+def test_a_dead_actor_is_replaced_on_a_live_node() -> None:
+    async def scenario() -> None:
+        launcher, clock = FakeLauncher(), Clock()
+        keeper = keeper_of(launcher, clock)
+        await keeper.start()
+        launcher.live = [NODES[1]]
+        launcher.sick[1] = TierLost("its node died", is_final=True)
+        await keeper.tend()
+        assert launcher.stopped == [1]
+        assert keeper.running() == ()
+        await keeper.tend()
+        assert len(launcher.started) == 1, "not before the backoff has passed"
+        clock.now_s += 0.5
+        await keeper.tend()
+        await keeper.tend()
+        assert launcher.started == [("store-0", "a"), ("store-0", "b")]
+        (running,) = keeper.running()
+        assert running.handle == 2
+        (status,) = keeper.statuses()
+        assert (status.node, status.problem, status.restarts) == ("10.0.0.2", None, 1)
+
+    run(scenario())
+
+
+def test_a_silent_actor_is_given_up_after_the_start_timeout() -> None:
+    async def scenario() -> None:
+        launcher, clock = FakeLauncher(), Clock()
+        keeper = keeper_of(launcher, clock)
+        await keeper.start()
+        launcher.sick[1] = TierLost("unavailable", is_final=False)
+        await keeper.tend()
+        clock.now_s += 29
+        await keeper.tend()
+        assert launcher.stopped == []
+        clock.now_s += 1
+        await keeper.tend()
+        assert launcher.stopped == [1]
+
+    run(scenario())
+
+
+def test_the_backoff_doubles_to_its_bound_and_a_success_resets_it() -> None:
+    async def scenario() -> None:
+        launcher, clock = FakeLauncher(), Clock()
+        keeper = keeper_of(launcher, clock)
+        await keeper.start()
+        launcher.sick = {n: TierLost("crash", is_final=True) for n in range(100)}
+        starts: list[float] = []
+        for _ in range(4000):
+            before = len(launcher.started)
+            await keeper.tend()
+            if len(launcher.started) > before:
+                starts.append(clock.now_s)
+            clock.now_s += 0.25
+        gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        assert gaps[0] <= 2
+        assert gaps == sorted(gaps)
+        assert 30 <= gaps[-1] <= 31
+        launcher.sick = {}
+        clock.now_s += 30
+        await keeper.tend()
+        await keeper.tend()
+        assert [s.problem for s in keeper.statuses()] == [None]
+        launcher.sick[len(launcher.started)] = TierLost("crash", is_final=True)
+        await keeper.tend()
+        clock.now_s += 0.5
+        before = len(launcher.started)
+        await keeper.tend()
+        assert len(launcher.started) == before + 1
+
+    run(scenario())
+
+
+def test_a_node_that_is_gone_is_told_as_the_problem() -> None:
+    async def scenario() -> None:
+        launcher, clock = FakeLauncher(), Clock()
+        keeper = keeper_of(launcher, clock)
+        await keeper.start()
+        launcher.live = []
+        launcher.sick[1] = TierLost("its node died", is_final=True)
+        await keeper.tend()
+        clock.now_s += 1
+        await keeper.tend()
+        (status,) = keeper.statuses()
+        assert status.problem is not None
+        assert "no live node has the label tier=x" in status.problem
+
+    run(scenario())

@@ -1,0 +1,162 @@
+"""Goal: what `moetier serve` can know beforehand it says beforehand, and what it ends is ended.
+
+Method: real sockets, real folders and real child processes; no Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from hand_store import build_store
+
+from cluster.commands import serve
+from cluster.door import check_port, check_store, free_port, wait_healthy
+from cluster.processes import Process, descendants, end
+from cluster.settings import HttpSettings, StoreSettings
+from expert_store.errors import StoreError, StoreFormatError
+
+
+def test_a_port_in_use_is_named_with_the_way_out() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"http.port: {port} .* in use .*--port 0"):
+            check_port(HttpSettings(port=port))
+    check_port(HttpSettings(port=port))
+
+
+def test_a_host_that_is_not_ours_is_named() -> None:
+    with pytest.raises(ValueError, match=r"http.host: cannot listen on 192\.0\.2\.250"):
+        free_port(HttpSettings(host="192.0.2.250"))
+
+
+def test_a_folder_that_is_no_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"store.path: .*moetier compress MODEL"):
+        check_store(StoreSettings(path=str(tmp_path)))
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StoreFormatError):
+        check_store(StoreSettings(path=str(tmp_path)))
+    build_store(tmp_path / "store")
+    check_store(StoreSettings(path=str(tmp_path / "store")))
+
+
+def test_waiting_for_health_ends_with_the_last_answer() -> None:
+    answers = [503, 200]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answers.pop(0) if len(answers) > 1 else answers[0])
+            self.end_headers()
+            self.wfile.write(b'{"model": "mini"}')
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        try:
+            assert wait_healthy(url, 20) == "mini"
+            answers[:] = [503]
+            with pytest.raises(StoreError, match=r'not 200 within 0 s: \{"model"'):
+                wait_healthy(url, 0)
+        finally:
+            server.shutdown()
+            thread.join()
+    with pytest.raises(StoreError, match="refused"):
+        wait_healthy(url, 0)
+
+
+def options(**given: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    args = parser.parse_args([])
+    for name, value in given.items():
+        setattr(args, name, value)
+    return args
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "store: {path: /a, transport: grpc}\nhttp: {port: 1}\n"
+        "ndp: {enabled: true}\nworker: {near_data: low_bit}\n"
+    )
+    config = serve.configured(options(config=file))
+    assert (config.store.path, config.store.transport, config.http.port) == ("/a", "grpc", 1)
+    config = serve.configured(
+        options(config=file, store="/b", transport="object_store", port=0, ndp=False, model="m")
+    )
+    assert (config.store.path, config.store.transport) == ("/b", "object_store")
+    assert (config.http.port, config.model) == (0, "m")
+    assert (config.ndp.enabled, config.worker.near_data) == (False, "off")
+
+
+def test_a_bad_option_is_an_error_with_its_field() -> None:
+    with pytest.raises(ValueError, match="port: got 70000"):
+        serve.configured(options(store="/b", port=70000))
+
+
+SLEEPER = [sys.executable, "-c", "import sys; print('up', flush=True); sys.stdin.read()"]
+STUBBORN = [
+    sys.executable,
+    "-c",
+    "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "print('up', flush=True); sys.stdin.read()",
+]
+
+
+def start(command: list[str]) -> tuple[subprocess.Popen[str], Process]:
+    before = descendants(os.getpid())
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "up\n"
+    (process,) = descendants(os.getpid()) - before
+    assert process.pid == child.pid
+    return child, process
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [(SLEEPER, -signal.SIGTERM), (STUBBORN, -signal.SIGKILL)]
+)
+def test_what_does_not_end_by_itself_is_ended(command: list[str], code: int) -> None:
+    child, process = start(command)
+    with child:
+        assert end([process], patience_s=0.1) == {process}
+        assert not process.is_alive
+        assert child.wait(10) == code
+
+
+def test_what_ends_by_itself_is_left_alone() -> None:
+    child, process = start(SLEEPER)
+    with child:
+        slept: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            if len(slept) == 2:
+                child.communicate()
+
+        assert end([process], patience_s=5, sleep=sleep) == frozenset()
+        assert child.returncode == 0
+
+
+def test_another_process_with_the_same_number_is_not_the_same() -> None:
+    child, process = start(SLEEPER)
+    with child:
+        assert process.is_alive
+        assert not Process(process.pid, process.start_ticks + 1).is_alive
+        child.communicate()

@@ -1,0 +1,181 @@
+"""Goal: a GPU worker's source and near-data worker go on when the actors behind them are replaced.
+
+Method: real record servers and near-data servers of this process, over a store made by hand; the
+object-store transport needs Ray and is in test_serve_ray.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hand_store import build_store
+
+from cluster.settings import DirectorySettings
+from cluster.tier_link import Endpoints, FollowingSource, TierLink, connect, open_directory
+from expert_store.actor import StoreHandle
+from expert_store.directory import RedisDirectory
+from expert_store.errors import ExpertUnavailableError
+from expert_store.listing import Listing
+from expert_store.rpc import RecordServer
+from expert_store.segment import Segment
+from expert_store.types import ExpertKey, ExpertTokens, RecordRequest
+from ndp_worker.executor import Executor
+from ndp_worker.rpc import NdpServer
+
+CODES = [RecordRequest(ExpertKey(0, 1), "codes"), RecordRequest(ExpertKey(1, 2), "factors")]
+WORK = [ExpertTokens(ExpertKey(0, 0), (0, 2)), ExpertTokens(ExpertKey(0, 1), (1,))]
+
+
+class Tiers:
+    """Servers over one segment, and what the tier manager would say of them."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self.segment = Segment(folder)
+        stack.callback(self.segment.close)
+        self._stack = stack
+        self._num = 0
+
+    def record_server(self) -> tuple[RecordServer, StoreHandle]:
+        server = RecordServer(self.segment)
+        self._stack.callback(server.close)
+        return server, StoreHandle(None, self._listing("records", server.addresses))
+
+    def near_data_server(self) -> tuple[NdpServer, Listing]:
+        server = NdpServer(Executor(self.segment, num_threads=1))
+        self._stack.callback(server.close)
+        return server, self._listing("near_data", server.addresses)
+
+    def _listing(self, role: Any, addresses: tuple[str, ...]) -> Listing:
+        self._num += 1
+        version = self.segment.manifest.version
+        return Listing(f"actor-{self._num}", role, version, "node", addresses)
+
+
+@pytest.fixture
+def tiers(tmp_path: Path) -> Iterator[Tiers]:
+    build_store(tmp_path / "store")
+    with ExitStack() as stack:
+        yield Tiers(tmp_path / "store", stack)
+
+
+def link_to(tiers: Tiers, endpoints: Endpoints) -> TierLink:
+    return connect(endpoints, store=str(tiers.folder), transport="grpc", directory=None)
+
+
+def test_records_go_on_from_another_server(tiers: Tiers) -> None:
+    first, first_handle = tiers.record_server()
+    _, second_handle = tiers.record_server()
+    expected = tiers.segment.fetch(CODES)
+    link = link_to(tiers, Endpoints(1, (first_handle,), ()))
+    try:
+        assert link.source.tier == "grpc"
+        for got, want in zip(link.source.fetch(CODES), expected, strict=True):
+            assert torch.equal(got, want)
+        first.close(0)
+        link.follow(Endpoints(2, (second_handle,), ()))
+        assert link.generation == 2
+        for got, want in zip(link.source.fetch(CODES), expected, strict=True):
+            assert torch.equal(got, want)
+    finally:
+        link.close()
+
+
+def test_near_data_goes_on_with_another_worker_and_counts_all_bytes(tiers: Tiers) -> None:
+    _, store = tiers.record_server()
+    first, first_listing = tiers.near_data_server()
+    _, second_listing = tiers.near_data_server()
+    hidden_TH = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    link = link_to(tiers, Endpoints(1, (store,), (first_listing,)))
+    try:
+        assert link.near_data is not None
+        before = link.near_data.submit(hidden_TH, WORK).result(20)
+        moved = link.near_data.bytes_moved
+        assert min(moved) > 0
+        first.close(0)
+        with pytest.raises(ExpertUnavailableError):
+            link.near_data.submit(hidden_TH, WORK).result(20)
+        link.follow(Endpoints(2, (store,), ()))
+        with pytest.raises(ExpertUnavailableError):
+            link.near_data.submit(hidden_TH, WORK).result(20)
+        link.follow(Endpoints(3, (store,), (second_listing,)))
+        assert torch.equal(link.near_data.submit(hidden_TH, WORK).result(20), before)
+        assert all(now > then for now, then in zip(link.near_data.bytes_moved, moved, strict=True))
+    finally:
+        link.close()
+
+
+def test_two_near_data_workers_share_and_one_is_enough(tiers: Tiers) -> None:
+    _, store = tiers.record_server()
+    first, first_listing = tiers.near_data_server()
+    _, second_listing = tiers.near_data_server()
+    hidden_TH = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    link = link_to(tiers, Endpoints(1, (store,), (first_listing, second_listing)))
+    try:
+        assert link.near_data is not None
+        before = link.near_data.submit(hidden_TH, WORK).result(20)
+        first.close(0)
+        assert torch.equal(link.near_data.submit(hidden_TH, WORK).result(20), before)
+    finally:
+        link.close()
+
+
+def test_without_near_data_there_is_none(tiers: Tiers) -> None:
+    _, store = tiers.record_server()
+    link = link_to(tiers, Endpoints(1, (store,), ()))
+    assert link.near_data is None
+    link.close()
+
+
+class Lost:
+    """A source that fails, and is exchanged in the middle of that if told so."""
+
+    tier = "test"
+
+    def __init__(self, manifest: Any, during: Any = None) -> None:
+        self.manifest = manifest
+        self._during = during
+        self.closed = False
+
+    def fetch(self, requests: Any) -> list[torch.Tensor]:
+        if self._during is not None:
+            self._during()
+        raise ExpertUnavailableError("its actor is gone (test)")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_fetch_that_fails_on_an_exchanged_source_is_asked_again(tiers: Tiers) -> None:
+    manifest = tiers.segment.manifest
+    lost = Lost(manifest, lambda: source.switch(Segment(tiers.folder)))
+    source = FollowingSource(lost)
+    (data, _) = source.fetch(CODES)
+    assert torch.equal(data, tiers.segment.fetch(CODES)[0])
+    assert lost.closed
+    source.close()
+
+
+def test_a_fetch_that_fails_on_the_source_of_today_fails(tiers: Tiers) -> None:
+    with pytest.raises(ExpertUnavailableError):
+        FollowingSource(Lost(tiers.segment.manifest)).fetch(CODES)
+
+
+def test_the_directory_is_opened_where_it_is_used(tmp_path: Path) -> None:
+    assert open_directory(DirectorySettings()) is None
+    password = tmp_path / "password"
+    password.write_text("hunter2\n")
+    opener = open_directory(
+        DirectorySettings(
+            kind="redis", redis_url="redis://127.0.0.1:1/0", password_file=str(password)
+        )
+    )
+    assert opener is not None
+    directory = opener()
+    assert isinstance(directory, RedisDirectory)
+    directory.close()
