@@ -109,7 +109,7 @@ def evaluate(
                 yield _against(baseline.setdefault(text.name, row), row)
 
 
-DEMO_SETTINGS = EvalSettings(windows=24)
+DEMO_SETTINGS = EvalSettings(windows=24, decode_tokens=64, warm_up=0, batch=1, cache_percent=0)
 
 
 def demo_rows(

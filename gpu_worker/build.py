@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
@@ -41,11 +41,14 @@ def open_model(
 
     Raises ValueError when the config does not fit, StoreFormatError when the store is not whole.
     """
+    asked_context = config.max_context
     config = config.resolve(source.manifest)
-    logger.info("worker config: %s", config)
     experts = StoreExperts(source, config, near_data)
     try:
         runner = load_model(store, source.manifest, config, experts)
+        context = usable_context(runner.model.config, config.max_context, asked_context)
+        config = replace(config, max_context=context)
+        logger.info("worker config: %s", config)
         return OpenModel(runner, load_tokenizer(store), config, experts.close)
     except BaseException:
         experts.close()
@@ -72,6 +75,29 @@ def build_engine(
         max_waiting=max_waiting,
         on_close=opened.close,
     )
+
+
+def usable_context(model: PretrainedConfig, resolved: int | None, asked: int | None) -> int:
+    """The context in which a position's rotation is the same for every sequence.
+
+    "longrope" models (Phi-3.5-MoE) rotate all positions of a step another way once any is past the
+    original context: keys that are cached, and other sequences, would be wrong.
+    Raises ValueError when more than that was asked for.
+    """
+    assert resolved is not None, "resolved configs have a context"
+    rope = getattr(model, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") != "longrope" or limit is None or resolved <= limit:
+        return resolved
+    if asked is not None:
+        raise ValueError(
+            f"max_context: got {asked}, but this model's longrope changes all positions past "
+            f"{limit}, which keys of running sequences do not survive; use at most {limit}"
+        )
+    logger.warning(
+        "context cut from %d to %d tokens: longrope beyond is not served", resolved, limit
+    )
+    return int(limit)
 
 
 def load_tokenizer(store: Path) -> PreTrainedTokenizerBase | None:

@@ -1,7 +1,8 @@
 """Keys and values of all sequences, one slot each, behind transformers' Cache interface.
 
 A step says which slots it runs and at which positions; each layer then writes there and reads its
-slots back. Layers are allocated when first written, with whatever widths they use (MLA's differ).
+slots back. Layers are allocated when first written, with whatever widths they use (MLA's differ),
+and grow with the longest sequence so far.
 Sliding-window layers keep all positions and are masked. Knows no request and no scheduling.
 
 Legend: S slots, B sequences of a step, T tokens of each, C context, L positions read, N heads,
@@ -17,10 +18,12 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+MIN_POSITIONS = 256
+"""A slot's first allocation, where the context is not shorter."""
 
 
 class SlotCache(Cache):
-    """[S, N, C, D] keys and values per layer, on the device and in the dtype of the first write."""
+    """Keys and values [S, N, up to C, D] per layer, on the device and in the dtype they come in."""
 
     def __init__(self, num_slots: int, max_positions: int) -> None:
         super().__init__(layers=[])
@@ -64,21 +67,26 @@ class SlotCache(Cache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the step's keys and values, return those of its slots, [B, N, L, D] each."""
-        if layer_idx not in self._layers:
-            # Zeros, not empty: a masked position enters attention as 0 * value, and 0 * NaN is NaN.
-            self._layers[layer_idx] = (
-                key_states.new_zeros(self._shape(key_states)),
-                value_states.new_zeros(self._shape(value_states)),
-            )
-        keys, values = self._layers[layer_idx]
+        keys, values = self._layers.get(layer_idx, (None, None))
+        keys, values = self._grown(keys, key_states), self._grown(values, value_states)
+        self._layers[layer_idx] = keys, values
         rows_BT = self._rows_B[:, None].expand_as(self._positions_BT)
         keys[rows_BT, :, self._positions_BT] = key_states.transpose(1, 2)
         values[rows_BT, :, self._positions_BT] = value_states.transpose(1, 2)
         rows = self._rows_B if self._view is None else self._view  # a slice does not copy
         return keys[rows, :, : self._span], values[rows, :, : self._span]
 
-    def _shape(self, states: torch.Tensor) -> tuple[int, int, int, int]:
-        return (self.num_slots, states.shape[1], self.max_positions, states.shape[3])
+    def _grown(self, slots: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+        """`slots` with room for this step: as it is, or copied into twice the room."""
+        held = 0 if slots is None else slots.shape[2]
+        if slots is not None and held >= self._span:
+            return slots
+        room = min(self.max_positions, max(self._span, 2 * held, MIN_POSITIONS))
+        # Zeros, not empty: a masked position enters attention as 0 * value, and 0 * NaN is NaN.
+        grown = states.new_zeros(self.num_slots, states.shape[1], room, states.shape[3])
+        if slots is not None:
+            grown[:, :, :held] = slots
+        return grown
 
     def release(self, slot: int) -> None:
         """Forget a slot: what was written there is zeroed in every layer; nobody can read it."""

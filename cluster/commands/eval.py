@@ -137,10 +137,12 @@ def as_text(rows: list[EvalRow], settings: EvalSettings) -> str:
 
 
 def as_json(rows: list[EvalRow], settings: EvalSettings) -> dict[str, Any]:
-    """Settings and rows; bytes are per decoded token."""
-    return {
-        "settings": dataclasses.asdict(settings),
-        "rows": [
-            {k: v for k, v in dataclasses.asdict(row).items() if k != "window_nats"} for row in rows
-        ],
-    }
+    """Settings and rows; bytes are per decoded token. The error of a single window is null."""
+
+    def plain(row: EvalRow) -> dict[str, Any]:
+        values = dataclasses.asdict(row)
+        del values["window_nats"]
+        is_nan = {name for name, value in values.items() if value != value}
+        return {name: None if name in is_nan else value for name, value in values.items()}
+
+    return {"settings": dataclasses.asdict(settings), "rows": [plain(row) for row in rows]}

@@ -18,8 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.evaluate import EvalSettings, as_cells, demo_rows
+from cluster.progress import store_progress
 from cluster.stores import bundled_store, original_store
 from cluster.texts import built_in_text, read_texts
+from expert_store.compress import Progress
 from expert_store.format import load_manifest
 from gpu_worker.scoring import cut_windows
 from models import MIXTRAL_MINI
@@ -111,6 +113,17 @@ def test_table_says_what_it_was_measured_with(moetier: Run) -> None:
     assert "Top-1, near data" in out
 
 
+def test_command_against_the_original(moetier: Run) -> None:
+    one = ("--windows", 1, "--window-tokens", 64, "--decode-tokens", 4, "--warm-up", 0)
+    code, out, _ = moetier("eval", *one, "--compare-original", "--json")
+    assert code == 0
+    original, ours = json.loads(out, parse_constant=pytest.fail)["rows"]
+    assert original["experts"] == "original bf16"
+    assert original["more_nats"] is None
+    assert ours["more_nats"] is not None
+    assert ours["nats_error"] is None, "one window has no spread"
+
+
 def test_everything_cached_moves_less_than_nothing_cached(moetier: Run) -> None:
     def moved(percent: int) -> float:
         out = moetier("eval", *SMALL, "--cache-percent", percent, "--json")[1]
@@ -139,6 +152,13 @@ def test_bad_input_is_the_callers_mistake(
     code, out, err = moetier("eval", *arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_progress_shows_each_stage_and_closes() -> None:
+    with store_progress() as report:
+        for stage in ("scan", "compress"):
+            for done in range(1, 4):
+                report(Progress(stage, done, 3))  # type: ignore[arg-type]
 
 
 def test_texts_that_cannot_be_read(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from expert_store.config import CompressionConfig
 from expert_store.errors import StoreError
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey, RecordRequest
-from gpu_worker.build import build_engine, open_model
+from gpu_worker.build import build_engine, open_model, usable_context
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters
 from gpu_worker.engine import Engine
@@ -26,7 +26,7 @@ from gpu_worker.experts import ExpertsFailed
 from gpu_worker.sequence import SamplingParams, Sequence
 from tests.gpu_worker.plain_engine import play, tokens_of
 from tests.gpu_worker.sources import CountingSource, InProcessNearData, LossySource
-from tests.tiny_checkpoints import write_tiny_checkpoint
+from tests.tiny_checkpoints import tiny_config, write_tiny_checkpoint
 
 CONFIG = WorkerConfig(device="cpu", dtype="float32", cache_bytes=100_000, prefill_chunk=5)
 
@@ -164,6 +164,24 @@ def test_engine_closes_what_it_opened_and_leaves_the_source(store: Path) -> None
     assert engine.tokenizer is None
     engine.close()
     assert segment.fetch([RecordRequest(ExpertKey(0, 0), "codes")])[0].dtype == torch.uint8
+
+
+def test_longrope_is_served_up_to_where_it_switches() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "short_mscale": 1.0,
+        "long_mscale": 1.2,
+    }
+    config = tiny_config("phimoe", rope_parameters=rope)
+    assert usable_context(config, 256, None) == 64
+    assert usable_context(config, 60, 60) == 60
+    with pytest.raises(ValueError, match="max_context: got 128.*at most 64"):
+        usable_context(config, 128, 128)
+    assert usable_context(tiny_config("mixtral"), 256, None) == 256
 
 
 def test_a_config_that_does_not_fit_is_refused(store: Path) -> None:

@@ -45,6 +45,27 @@ def test_layers_are_allocated_when_first_written() -> None:
     assert cache.num_bytes == 2 * 2 * 16 * (24 + 8) * 4
 
 
+def test_slots_grow_with_the_longest_sequence_and_keep_what_they_hold() -> None:
+    cache = SlotCache(2, 1000)
+    first = states(1, 3, 4, 0)
+    cache.begin([1], torch.arange(3)[None])
+    cache.update(first, first, 0)
+    small = cache.num_bytes
+    assert small == 2 * 2 * 256 * (4 + 4) * 4
+    longer = states(1, 300, 4, 1)
+    cache.begin([0], torch.arange(300)[None])
+    keys, _ = cache.update(longer, longer, 0)
+    torch.testing.assert_close(keys, longer)
+    assert cache.num_bytes == 2 * small
+    cache.begin([0, 1], torch.tensor([[300], [3]]))
+    keys, _ = cache.update(states(2, 1, 4, 2), states(2, 1, 4, 2), 0)
+    torch.testing.assert_close(keys[1, :, :3], first[0])
+    torch.testing.assert_close(keys[0, :, :300], longer[0])
+    cache.begin([0], torch.tensor([[999]]))
+    cache.update(states(1, 1, 4, 3), states(1, 1, 4, 3), 0)
+    assert cache.num_bytes == 2 * 2 * 1000 * (4 + 4) * 4, "never more than the context"
+
+
 def test_released_slots_hold_nothing() -> None:
     cache = SlotCache(2, 8)
     poison = torch.full((1, 2, 6, 4), float("nan"))
