@@ -52,7 +52,7 @@ WITHOUT_LIBRARY = textwrap.dedent("""
 
 def copy_sources(target: Path, *, package_only: bool) -> None:
     """The package without compiled files; with package_only False also what a build needs."""
-    no_builds = shutil.ignore_patterns("*.so", "__pycache__", "build", "*.egg-info")
+    no_builds = shutil.ignore_patterns("*.so", "__pycache__", "*.safetensors")
     if package_only:
         shutil.copytree(ROOT / "kernels", target / "kernels", ignore=no_builds)
         return
