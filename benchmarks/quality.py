@@ -1,7 +1,7 @@
 """Perplexity against expert bytes moved per token, by domain of text: what `moetier eval` measures.
 
-`python -m benchmarks.quality [TEXT ...]` takes text files or folders of *.txt; by default the six
-held-out domains of ../shared/mini/eval where they are there, else the built-in text. Writes a table.
+`python -m benchmarks.quality [TEXT ...]` takes text files or folders of *.txt; by default the
+six held-out domains of ../shared/mini/eval where they are there, else the built-in text.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def page(by_experts: Mapping[str, Sequence[EvalRow]]) -> str:
         "",
         conditions(SETTINGS).replace("the first line", "the original"),
         "The standard error in the loss column is that of the paired difference over all windows.",
-        "This model is small, undertrained and forgiving (models/README.md): no evidence about others.",
+        "This model is small and undertrained (models/README.md): no evidence about others.",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),
