@@ -138,7 +138,7 @@ class GrpcSource:
         return self._bytes_sent, self._bytes_received
 
     def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
-        """The records' bytes in request order, each a flat uint8 tensor of its own.
+        """The records' bytes in request order, each a flat uint8 tensor, maybe read-only.
 
         Raises ValueError for a request no store could answer, ExpertUnavailableError when no copy
         gave a record before the deadline, CorruptRecordError when every copy of it is damaged.

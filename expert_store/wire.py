@@ -11,9 +11,11 @@ the asker knows from its manifest. Knows no transport.
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from expert_store.errors import StoreFormatError
@@ -84,30 +86,47 @@ def chunks(data: memoryview) -> Iterator[bytes]:
 
 
 class Assembly:
-    """Records put together from the chunks of an answer, whose lengths are known beforehand."""
+    """Records put together from the chunks of an answer, whose lengths are known beforehand.
+
+    A record that comes whole in one chunk is a view of it; others are copied into their own memory.
+    """
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        self._records = [torch.empty(length, dtype=torch.uint8) for length in lengths]
-        self._rooms = [memoryview(record.numpy()) for record in self._records]
         self.num_bytes = sum(lengths)
+        self._lengths = deque(lengths)  # of the records that are not begun
+        self._records: list[torch.Tensor] = []
+        self._room = memoryview(b"")  # what is left to fill of the last record
 
     def add(self, chunk: bytes) -> None:
         """The next bytes. Raises StoreFormatError when there are more than expected."""
         rest = memoryview(chunk)
         while rest:
-            while self._rooms and not self._rooms[0]:
-                self._rooms.pop(0)
-            if not self._rooms:
-                raise StoreFormatError(f"{len(rest)} bytes more than the records' {self.num_bytes}")
-            num_bytes = min(len(rest), len(self._rooms[0]))
-            self._rooms[0][:num_bytes] = rest[:num_bytes]
-            self._rooms[0], rest = self._rooms[0][num_bytes:], rest[num_bytes:]
+            if not self._room:
+                self._begin_record(rest)
+            num_bytes = min(len(rest), len(self._room))
+            if not self._room.readonly:
+                self._room[:num_bytes] = rest[:num_bytes]
+            self._room, rest = self._room[num_bytes:], rest[num_bytes:]
 
     def finish(self) -> list[torch.Tensor]:
         """The records. Raises StoreFormatError when bytes are missing."""
-        if missing := sum(len(room) for room in self._rooms):
+        if missing := len(self._room) + sum(self._lengths):
             raise StoreFormatError(f"{missing} of the records' {self.num_bytes} bytes did not come")
-        return self._records
+        empty = [torch.empty(0, dtype=torch.uint8) for _ in self._lengths]
+        return self._records + empty
+
+    def _begin_record(self, rest: memoryview) -> None:
+        while self._lengths and not self._lengths[0]:
+            self._records.append(torch.empty(self._lengths.popleft(), dtype=torch.uint8))
+        if not self._lengths:
+            raise StoreFormatError(f"{len(rest)} bytes more than the records' {self.num_bytes}")
+        length = self._lengths.popleft()
+        if length <= len(rest):
+            self._room = rest[:length]  # immutable: it is the record already
+            self._records.append(torch.from_dlpack(np.frombuffer(self._room, np.uint8)))
+        else:
+            self._records.append(torch.empty(length, dtype=torch.uint8))
+            self._room = memoryview(self._records[-1].numpy())
 
 
 def _decode_request(layer: int, expert: int, kind: int, num_blocks: int) -> RecordRequest:

@@ -34,6 +34,7 @@ CODES = RecordRequest(ExpertKey(1, 2), "codes")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=200 * 2**20,

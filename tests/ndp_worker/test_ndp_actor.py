@@ -32,6 +32,7 @@ WORK = [ExpertTokens(KEYS[1], (0, 3)), ExpertTokens(KEYS[0], (1,))]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=100 * 2**20,
