@@ -13,16 +13,17 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray import serve
 
-from gpu_worker.build import build_engine
 from gpu_worker.config import WorkerConfig
 from gpu_worker.messages import Event, GenerateRequest, ModelDescription, WorkerStats
 from gpu_worker.protocols import ExpertSource, NearData
-from gpu_worker.service import EngineService
+
+if TYPE_CHECKING:
+    from gpu_worker.service import EngineService
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,11 @@ class GpuWorker:
 
 
 def _open(settings: WorkerSettings, link: Link, replica: str) -> EngineService:
+    # Imported here because whoever deploys this class imports this module: transformers takes
+    # seconds of CPU to import (7 on a 2-core machine) that only a replica should spend.
+    from gpu_worker.build import build_engine
+    from gpu_worker.service import EngineService
+
     engine = build_engine(
         Path(settings.store),
         link.source,

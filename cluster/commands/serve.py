@@ -14,8 +14,9 @@ from types import FrameType
 
 from cluster.app import RunningCluster, join_cluster, start_local_cluster
 from cluster.config import ClusterConfig, load_config
+from cluster.environment import default_store
 from cluster.settings import Transport
-from cluster.stores import bundled_store
+from expert_store.format import is_store
 
 HELP = """Start the cluster with its OpenAI-style HTTP endpoint and keep it up until Ctrl-C.
 
@@ -98,9 +99,17 @@ def configured(args: argparse.Namespace) -> ClusterConfig:
     config = replace(
         config, model=args.model or config.model, store=store, http=http, ndp=ndp, worker=worker
     )
-    if config.store.path == "auto":
-        bundled_store()
+    if config.store.path == "auto" and not is_store(default_store()):
+        make_bundled_store()
     return config
+
+
+def make_bundled_store() -> None:
+    """Compress the bundled model. The compressor is loaded only for that: it takes seconds."""
+    from cluster.stores import bundled_store
+
+    print("compressing the bundled model, once ...", file=sys.stderr, flush=True)
+    bundled_store()
 
 
 def transport(args: argparse.Namespace, config: ClusterConfig) -> Transport:
