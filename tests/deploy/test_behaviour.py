@@ -28,6 +28,8 @@ from models import MIXTRAL_MINI
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAY = "deploy/overlays/cpu-local"
 DEADLINE_S = 180
+NO_NODE_S = 20
+"""How long the memory node stays away; a tier manager on the head would fail meanwhile."""
 
 
 def free_port() -> int:
@@ -103,6 +105,7 @@ def until(condition, what: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_the_manifest_runs_and_answers(head, store) -> None:
     cluster, rayservice, dashboard = head
     config = serve_config(rayservice)
@@ -117,6 +120,11 @@ def test_the_manifest_runs_and_answers(head, store) -> None:
     until(lambda: call(f"{dashboard}/api/serve/applications/") not in (404, 503), "dashboard")
     call(f"{dashboard}/api/serve/applications/", config, method="PUT")
     until(lambda: status().get("status") == "DEPLOYING", "deploying without a worker node")
+    time.sleep(NO_NODE_S)
+    early = status()
+    placed = [r for each in early["deployments"].values() for r in each["replicas"]]
+    assert early["status"] == "DEPLOYING", early["message"]
+    assert not [r for r in placed if r["node_id"]], "a tier manager without a node can only fail"
     add_worker_group(cluster, rayservice)
 
     def running() -> bool:
