@@ -1,0 +1,121 @@
+"""Goal: one expert's records hold what its figures say. Method: decode them and measure again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expert_store.config import CompressionConfig
+from expert_store.errors import CheckpointError
+from expert_store.format import parse_codes, parse_factors
+from expert_store.recipe import check_finite, compress_expert, kurtosis_of
+from expert_store.types import PROJECTIONS, ExpertKey, ExpertShape, ExpertWeights
+from kernels.reference import dequantize, dequantize_low_rank
+
+KEY = ExpertKey(4, 11)
+SHAPE = ExpertShape(hidden=128, ffn=192, activation="silu", has_bias=False)
+
+
+def random_expert(seed: int = 0, bias: bool = False) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: 0.05 * torch.randn(SHAPE.projection(name), generator=generator)
+        for name in PROJECTIONS
+    }
+    if bias:
+        for name in PROJECTIONS:
+            weights[f"{name}_bias"] = torch.randn(SHAPE.projection(name)[0], generator=generator)
+    return ExpertWeights(KEY, **weights)
+
+
+@pytest.mark.parametrize(("bits", "rank"), [(2, 0), (2, 32), (3, 16), (4, 128)])
+def test_figures_are_those_of_the_records(bits: int, rank: int) -> None:
+    weights, recipe = random_expert(), CompressionConfig(bits=bits).as_recipe()
+    result = compress_expert(weights, SHAPE, recipe, rank)
+    codes = parse_codes(KEY, result.codes, SHAPE, bits)
+    factors = parse_factors(KEY, result.factors, SHAPE, result.blocks, 3)
+    assert sorted(result.blocks) == sorted(PROJECTIONS * (rank // 16))
+    energy = lost = kept = 0.0
+    for name in PROJECTIONS:
+        weight = getattr(weights, name)
+        low_bit = dequantize(getattr(codes.mlp, name))
+        left, right = dequantize_low_rank(getattr(factors.factors, name))
+        energy += float(weight.square().sum())
+        lost += float((weight - low_bit).square().sum())
+        kept += float((weight - low_bit - left @ right).square().sum())
+    assert result.error == pytest.approx((lost / energy) ** 0.5, rel=1e-5)
+    assert result.restored_error == pytest.approx((kept / energy) ** 0.5, rel=1e-4)
+    assert (result.restored_error < result.error) == (rank > 0)
+
+
+def test_every_longer_prefix_repairs_more() -> None:
+    weights, recipe = random_expert(), CompressionConfig().as_recipe()
+    result = compress_expert(weights, SHAPE, recipe, 32)
+    codes = parse_codes(KEY, result.codes, SHAPE, 2)
+    errors = []
+    for count in range(len(result.blocks) + 1):
+        size = result.factors.numel() // len(result.blocks) * count
+        part = parse_factors(KEY, result.factors[:size], SHAPE, result.blocks[:count], 3)
+        error = 0.0
+        for name in PROJECTIONS:
+            left, right = dequantize_low_rank(getattr(part.factors, name))
+            low_bit = dequantize(getattr(codes.mlp, name))
+            error += float((getattr(weights, name) - low_bit - left @ right).square().sum())
+        errors.append(error)
+    gains = [before - after for before, after in zip(errors, errors[1:], strict=False)]
+    assert min(gains) > 0
+    # Falling order, up to the cross terms that quantised factors leave.
+    for before, after in zip(gains, gains[1:], strict=False):
+        assert after < 1.05 * before
+
+
+def test_original_is_bit_exact_bfloat16() -> None:
+    weights = random_expert(bias=True)
+    shape = replace(SHAPE, has_bias=True)
+    recipe = CompressionConfig(recipe="original").as_recipe()
+    result = compress_expert(weights, shape, recipe, 0)
+    codes = parse_codes(KEY, result.codes, shape, 16)
+    for name in PROJECTIONS:
+        expected = getattr(weights, name).bfloat16().float()
+        assert torch.equal(dequantize(getattr(codes.mlp, name)), expected)
+        bias = getattr(codes.mlp, f"{name}_bias")
+        assert torch.equal(bias, getattr(weights, f"{name}_bias"))
+    assert result.factors.numel() == 0
+
+
+def test_kurtosis() -> None:
+    assert kurtosis_of(random_expert()) == pytest.approx(3.0, abs=0.1)
+    flat = ExpertWeights(KEY, *(torch.full(SHAPE.projection(name), 0.5) for name in PROJECTIONS))
+    assert kurtosis_of(flat) == 0.0
+    signs = random_expert()
+    signs = ExpertWeights(KEY, *(getattr(signs, name).sign() for name in PROJECTIONS))
+    assert kurtosis_of(signs) == pytest.approx(1.0, abs=1e-3)
+    spiked = random_expert()
+    spiked.down[0, 0] = 10.0
+    assert kurtosis_of(spiked) > 100
+
+
+def test_an_expert_of_zeros_has_no_error() -> None:
+    zeros = ExpertWeights(KEY, *(torch.zeros(SHAPE.projection(name)) for name in PROJECTIONS))
+    result = compress_expert(zeros, SHAPE, CompressionConfig().as_recipe(), 16)
+    assert (result.error, result.restored_error) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [
+        ([float("nan")] * 3, "3 NaN, 0 infinite and 0 larger"),
+        ([float("inf"), -float("inf")], "0 NaN, 2 infinite and 0 larger"),
+        ([1e6], "0 NaN, 0 infinite and 1 larger"),
+    ],
+)
+@pytest.mark.parametrize("name", [*PROJECTIONS, "up_bias"])
+def test_weights_that_are_not_finite(name: str, values: list[float], counts: str) -> None:
+    weights = random_expert(bias=True)
+    check_finite(weights)
+    getattr(weights, name).view(-1)[: len(values)] = torch.tensor(values)
+    where = f"layer 4 expert 11, {name.replace('_', ' ')}: expected finite"
+    with pytest.raises(CheckpointError, match=f"{where}.*{counts} of "):
+        check_finite(weights)
