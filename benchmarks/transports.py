@@ -137,7 +137,7 @@ def record_rows(machine: Machine, folder: Path, hidden: int, ffn: int) -> list[R
     requests = [RecordRequest(key, "codes") for key in manifest.experts]
     with ExitStack() as stack:
         actor = StoreActor.options(num_cpus=0).remote(str(folder))
-        stack.callback(ray.kill, actor)
+        stack.callback(lambda: ray.get(actor.stop.remote(), timeout=WAIT_S))
         listing = ray.get(actor.describe.remote(), timeout=WAIT_S).listing
         unix, tcp = listing.addresses
         sources = {
@@ -178,7 +178,7 @@ def near_data_rows(machine: Machine, folder: Path) -> list[Row]:
     rows = []
     with ExitStack() as stack:
         actor = NdpActor.options(num_cpus=0).remote(str(folder), config=NdpConfig(num_threads=1))
-        stack.callback(ray.kill, actor)
+        stack.callback(lambda: ray.get(actor.stop.remote(), timeout=WAIT_S))
         listing = ray.get(actor.describe.remote(), timeout=WAIT_S).listing
         clients = {
             kind: stack.enter_context(closing(NdpClient((address,), version=manifest.version)))

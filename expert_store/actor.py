@@ -19,7 +19,7 @@ import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreFormatError
-from expert_store.failover import Attempts, Batch, Copy, fetch_over
+from expert_store.failover import Attempts, Batch, Copy, check_deadline, fetch_over
 from expert_store.holder import HolderStatus, OpenDirectory, Presence, SocketFolder
 from expert_store.listing import Listing
 from expert_store.rpc import RecordServer
@@ -162,8 +162,7 @@ class ObjectStoreSource:
         deadline_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if deadline_s <= 0:
-            raise ValueError(f"deadline_s: got {deadline_s}, expected a positive number")
+        check_deadline(deadline_s)
         self._manifest = manifest
         self._deadline_s = deadline_s
         self._clock = clock

@@ -177,6 +177,12 @@ class ListedCopies:
         return self._copies
 
 
+def check_deadline(deadline_s: float) -> None:
+    """Raise ValueError unless there is some time for a fetch."""
+    if deadline_s <= 0:
+        raise ValueError(f"deadline_s: got {deadline_s}, expected a positive number")
+
+
 def fetch_over(
     copies: Callable[[bool], Sequence[Copy]],
     ask: Callable[[Attempts, Sequence[Batch], float], None],

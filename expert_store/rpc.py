@@ -21,7 +21,7 @@ from expert_store.errors import (
     StoreError,
     StoreFormatError,
 )
-from expert_store.failover import Attempts, Batch, ListedCopies, fetch_over
+from expert_store.failover import Attempts, Batch, ListedCopies, check_deadline, fetch_over
 from expert_store.listing import Listing
 from expert_store.manifest_json import decode_manifest, encode_manifest
 from expert_store.segment import Segment, locate
@@ -86,8 +86,7 @@ class RecordServer:
             call = decode_call(message)
             if call.version != self._version:
                 raise StoreFormatError(
-                    f"this copy holds store version {self._version}, the request is for "
-                    f"{call.version}; restart whichever is older"
+                    f"this copy holds store version {self._version}, not {call.version}; restart it"
                 )
             return self._segment.fetch(call.requests)
         except (ValueError, StoreError) as error:
@@ -102,9 +101,8 @@ class RecordServer:
 class GrpcSource:
     """Reads records from the copies that are listed; tier "grpc". Thread-safe.
 
-    `find` gives the listings, for instance `directory.listings`; those of another store version
-    or role are passed over. A copy that is gone, slow or damaged is replaced by another one that
-    holds the record, within `deadline_s` for a whole fetch.
+    `find` gives the listings (`directory.listings`); other store versions and roles are passed
+    over. A copy that is gone, slow or damaged is replaced by another one, within `deadline_s`.
     """
 
     tier = "grpc"
@@ -117,8 +115,7 @@ class GrpcSource:
         deadline_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if deadline_s <= 0:
-            raise ValueError(f"deadline_s: got {deadline_s}, expected a positive number")
+        check_deadline(deadline_s)
         self._manifest = manifest
         self._deadline_s = deadline_s
         self._clock = clock
@@ -145,15 +142,20 @@ class GrpcSource:
         """
         for request in requests:
             locate(self._manifest, request)
-        return fetch_over(
-            self._copies,
-            lambda attempts, batches, left_s: self._ask(attempts, requests, batches, left_s),
-            requests,
-            max_batch=MAX_REQUESTS,
-            deadline_s=self._deadline_s,
-            clock=self._clock,
-            is_closed=self._closed.wait,
-        )
+        try:
+            return fetch_over(
+                self._copies,
+                lambda attempts, batches, left_s: self._ask(attempts, requests, batches, left_s),
+                requests,
+                max_batch=MAX_REQUESTS,
+                deadline_s=self._deadline_s,
+                clock=self._clock,
+                is_closed=self._closed.wait,
+            )
+        except ValueError as error:
+            if self._closed.is_set():  # gRPC's own word for a channel that was closed meanwhile
+                raise ExpertUnavailableError("the source is closed") from error
+            raise
 
     def close(self) -> None:
         """Hang up; fetches that are under way fail."""
@@ -199,9 +201,8 @@ class GrpcSource:
     def _report(self, attempts: Attempts, batch: Batch, error: grpc.RpcError) -> None:
         code, details = error.code(), error.details() or ""
         if code in (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.NOT_FOUND):
-            damaged = code == grpc.StatusCode.DATA_LOSS
-            kind = CorruptRecordError if damaged else ExpertUnavailableError
-            attempts.refused(batch, kind(details))
+            kinds = {"DATA_LOSS": CorruptRecordError, "NOT_FOUND": ExpertUnavailableError}
+            attempts.refused(batch, kinds[code.name](details))
         elif code == grpc.StatusCode.INVALID_ARGUMENT:
             raise ValueError(f"{batch.address} refused the request: {details}") from error
         else:
@@ -222,7 +223,7 @@ class GrpcSource:
 
 
 def _one_message(channel: grpc.Channel, message: bytes, timeout_s: float) -> Iterator[bytes]:
-    """A small answer by a blocking call, which wakes fewer threads than a stream does."""
+    # A blocking call wakes fewer threads than a stream does.
     yield channel.unary_unary(f"/{SERVICE}/FetchSmall")(message, timeout=timeout_s)
 
 
@@ -292,7 +293,6 @@ def open_channel(address: str, *, max_bytes: int) -> grpc.Channel:
             ("grpc.max_receive_message_length", max_bytes),
             ("grpc.max_send_message_length", max_bytes),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),

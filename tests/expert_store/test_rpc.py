@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_store import wire
@@ -308,12 +308,14 @@ requests_ = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.text("0123456789abcdef", max_size=64), st.lists(requests_, max_size=8))
 def test_requests_survive_the_wire(version: str, requests: list[RecordRequest]) -> None:
     call = wire.decode_call(wire.encode_call(version, requests))
     assert call == wire.RecordCall(version, tuple(requests))
 
 
+@settings(deadline=None)
 @given(st.lists(requests_, max_size=3), st.data())
 def test_a_mutated_request_is_decoded_or_a_value_error(
     requests: list[RecordRequest], data: st.DataObject
@@ -329,6 +331,7 @@ def test_a_mutated_request_is_decoded_or_a_value_error(
     assert wire.encode_call(call.version, call.requests) == bytes(message[:cut])
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), max_size=6), st.integers(1, 30))
 def test_records_are_put_together_from_any_chunks(lengths: list[int], chunk: int) -> None:
     data = bytes(i % 256 for i in range(sum(lengths)))

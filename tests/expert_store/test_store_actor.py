@@ -62,6 +62,12 @@ def start(store: Path, *keys: ExpertKey, **options: object) -> StoreHandle:
     return StoreHandle(actor, status_of(actor).listing)
 
 
+def kill(handle: StoreHandle, **options: bool) -> None:
+    """A killed process cannot remove its socket; nor can it answer there."""
+    ray.kill(handle.actor, **options)
+    shutil.rmtree(Path(handle.listing.addresses[0].removeprefix("unix:")).parent)
+
+
 def status_of(actor: object) -> HolderStatus:
     return ray.get(actor.describe.remote(), timeout=WAIT_S)
 
@@ -156,7 +162,7 @@ def test_errors_keep_their_types(cluster: None, handle: StoreHandle, tmp_path: P
         ObjectStoreSource(manifest, [bad], deadline_s=0.3).fetch(
             [RecordRequest(ExpertKey(0, 1), "codes")]
         )
-    ray.kill(bad.actor)
+    kill(bad)
 
 
 def test_another_version_and_a_bad_store_are_refused(
@@ -182,7 +188,7 @@ def test_a_killed_actor_is_a_typed_error_or_another_copy(
     paired = ObjectStoreSource(manifest, [doomed, handle], deadline_s=WAIT_S)
     alone.fetch([CODES])
     paired.fetch(requests)
-    ray.kill(doomed.actor)
+    kill(doomed)
     for found, truth in zip(paired.fetch(requests), Segment(store).fetch(requests), strict=True):
         assert torch.equal(found, truth)
     started = time.monotonic()
@@ -200,10 +206,11 @@ def test_a_restarted_actor_is_asked_again(cluster: None, store: Path) -> None:
     restarted = start(store, max_restarts=1)
     source = ObjectStoreSource(Segment(store).manifest, [restarted], deadline_s=WAIT_S)
     source.fetch([CODES])
-    ray.kill(restarted.actor, no_restart=False)
+    kill(restarted, no_restart=False)
     requests = all_requests(store)
     for found, truth in zip(source.fetch(requests), Segment(store).fetch(requests), strict=True):
         assert torch.equal(found, truth)
+    ray.get(restarted.actor.stop.remote(), timeout=WAIT_S)
     ray.kill(restarted.actor)
 
 

@@ -4,6 +4,7 @@ error within the deadline. Method: one local Ray cluster for the module; the act
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -85,6 +86,7 @@ def test_it_answers_on_both_addresses_until_it_is_killed(cluster: None, store: P
                 break
         assert isinstance(error, ExpertUnavailableError)
         assert "is lost" in str(error)
+        shutil.rmtree(Path(listing.addresses[0].removeprefix("unix:")).parent)  # it could not
 
 
 def test_it_stops_when_told(cluster: None, store: Path) -> None:

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_store.errors import (
@@ -35,6 +35,7 @@ def calls(draw: st.DrawFn) -> tuple[torch.Tensor, tuple[ExpertTokens, ...]]:
     return hidden_TH.to(draw(st.sampled_from(DTYPES))), work
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**64 - 1), calls())
 def test_calls_survive_the_wire(
     request_id: int, call: tuple[torch.Tensor, tuple[ExpertTokens, ...]]
@@ -48,6 +49,7 @@ def test_calls_survive_the_wire(
     assert wire.request_id_of(frame) == request_id
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**64 - 1), calls())
 def test_answers_survive_the_wire(
     request_id: int, call: tuple[torch.Tensor, tuple[ExpertTokens, ...]]
@@ -59,6 +61,7 @@ def test_answers_survive_the_wire(
     assert torch.equal(found.result, call[0])
 
 
+@settings(deadline=None)
 @given(calls(), st.data())
 def test_a_mutated_call_is_decoded_or_a_value_error(
     call: tuple[torch.Tensor, tuple[ExpertTokens, ...]], data: st.DataObject
@@ -75,6 +78,7 @@ def test_a_mutated_call_is_decoded_or_a_value_error(
     assert all(0 <= row < found.hidden_TH.shape[0] for row in rows)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_noise_is_a_value_error(noise: bytes) -> None:
     for decode in (wire.decode_call, wire.decode_answer):
@@ -155,6 +159,7 @@ def test_limits_hold_on_the_way_out_too() -> None:
         wire.encode_call(1, torch.zeros(1, 1, dtype=torch.float64), [one])
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 20), max_size=5).map(tuple), max_size=5))
 def test_only_used_rows_travel(rows: list[tuple[int, ...]]) -> None:
     work = [ExpertTokens(ExpertKey(0, i), item) for i, item in enumerate(rows)]
