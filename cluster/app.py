@@ -216,8 +216,8 @@ def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise ClusterStartError(
-            f"cannot join the Ray cluster at {address}: {error}; check that it runs there and, if it "
-            "asks for a token, that RAY_AUTH_MODE=token and RAY_AUTH_TOKEN are set"
+            f"cannot join the Ray cluster at {address}: {error}; check that it runs there and, if "
+            "it asks for a token, that RAY_AUTH_MODE=token and RAY_AUTH_TOKEN are set"
         ) from error
     try:
         return RunningCluster(_url(config), _deploy(config), config, None)

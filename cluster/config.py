@@ -9,7 +9,7 @@ import dataclasses
 import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -114,6 +114,7 @@ def _plain(value: object) -> Any:
 def _documented(config: Any, *, indent: int) -> list[str]:
     margin = "  " * indent
     texts = field_texts(type(config))
+    hints = get_type_hints(type(config))
     lines = []
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -121,7 +122,7 @@ def _documented(config: Any, *, indent: int) -> list[str]:
         if indent == 0:
             lines.append("")
         lines += textwrap.wrap(
-            texts[item.name].replace("None", "null"),
+            texts[item.name].replace("None", "null") + _choices(hints[item.name]),
             98,
             initial_indent=f"{margin}# ",
             subsequent_indent=f"{margin}#   ",
@@ -135,6 +136,11 @@ def _documented(config: Any, *, indent: int) -> list[str]:
             lines.append(f"{margin}# autoscaling:")
             lines += [f"{margin}#{line.removeprefix(margin)}" for line in inner]
     return lines
+
+
+def _choices(hint: Any) -> str:
+    allowed = get_args(hint) if get_origin(hint) is Literal else ()
+    return f" One of {', '.join(allowed)}." if allowed else ""
 
 
 def _scalar(value: object) -> str:

@@ -31,7 +31,8 @@ class WorkerConfig:
     """How one worker runs one model.
 
     - top_n: how many of a token's experts get their compensator; None means what the store says.
-    - near_data: see `NearDataPolicy`.
+    - near_data: which (token, expert) pairs run near their bytes: off is none, low_bit all that are
+      not restored, cost those of experts for which copying is dearer.
     - cache_bytes: device memory for experts kept between steps; 0 keeps none.
     - max_in_flight_bytes: bytes of records on their way or not yet used; holds any one expert.
     - fetch_threads: fetches that may run at the same time.
