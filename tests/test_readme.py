@@ -60,7 +60,7 @@ def test_every_module_it_tells_to_run_exists() -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"\bmake ([a-z-]+)", README))
+    targets = set(re.findall(r"(?:`|\$ )make ([a-z-]+)", README))
     missing = [t for t in targets if not re.search(rf"^{t}:", makefile, re.MULTILINE)]
     assert targets
     assert not missing
