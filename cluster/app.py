@@ -187,6 +187,8 @@ def start_local_cluster(config: ClusterConfig) -> RunningCluster:
     check_port(http)
     check_store(config.store)
     prepare_for_ray()
+    # Ray warns that it made a token for this cluster, as if that were something to do about.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     before = descendants(os.getpid())
     try:
         ray.init(

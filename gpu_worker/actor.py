@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -72,7 +73,8 @@ class GpuWorker:
         self, settings: WorkerSettings, tiers: Any, connect: Connect
     ) -> None:
         self._tiers = tiers
-        endpoints = await tiers.endpoints.remote()
+        # The tiers start meanwhile; both take seconds.
+        endpoints, _ = await asyncio.gather(_first(tiers), asyncio.to_thread(_load_libraries))
         self._link = await asyncio.to_thread(connect, endpoints)
         replica = serve.get_replica_context().replica_id.unique_id
         self._service = await asyncio.to_thread(_open, settings, self._link, replica)
@@ -127,9 +129,19 @@ class GpuWorker:
             await asyncio.sleep(REPORT_INTERVAL_S)
 
 
+async def _first(tiers: Any) -> Any:
+    return await tiers.endpoints.remote()
+
+
+def _load_libraries() -> None:
+    """Import what only a replica needs. Whoever deploys this class imports this module, and
+    transformers costs seconds of CPU (7 on a 2-core machine) that nobody else should spend.
+    """
+    importlib.import_module("gpu_worker.build")
+    importlib.import_module("gpu_worker.service")
+
+
 def _open(settings: WorkerSettings, link: Link, replica: str) -> EngineService:
-    # Imported here because whoever deploys this class imports this module: transformers takes
-    # seconds of CPU to import (7 on a 2-core machine) that only a replica should spend.
     from gpu_worker.build import build_engine
     from gpu_worker.service import EngineService
 
