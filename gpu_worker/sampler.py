@@ -15,6 +15,8 @@ import torch
 from gpu_worker.sequence import SamplingParams, Sequence
 
 MASK_64 = 2**64 - 1
+FIRST_SIZES = (1024, 16_384)
+"""How many of the most likely tokens are looked at first when top_p is on."""
 
 
 class BadLogitsError(Exception):
@@ -55,26 +57,45 @@ def _bad_logits(sequence: Sequence) -> BadLogitsError:
 
 
 def draw(logits_V: torch.Tensor, params: SamplingParams, uniform: float) -> int:
-    """The token at `uniform` in [0, 1) of the distribution cut by temperature, top_k and top_p.
+    """The token at `uniform` in [0, 1) of the distribution cut by temperature, top_k, then top_p.
 
     top_p keeps the fewest tokens, most likely first, whose probabilities reach it, at least one.
     Probabilities are float64; needs a finite largest logit.
     """
     logits_V = logits_V.double()
-    if 0 < params.top_k < logits_V.numel():
-        ordered, ids = torch.topk(logits_V, params.top_k)
-    else:
-        ordered, ids = torch.sort(logits_V, descending=True, stable=True)
     # Shifted before the division: a tiny temperature may underflow to a one-hot, never overflow.
-    probabilities = torch.exp((ordered - ordered[0]) / params.temperature)
-    cumulative = torch.cumsum(probabilities, dim=0)
-    kept = cumulative.numel()
-    if params.top_p < 1:
-        kept = 1 + int(torch.searchsorted(cumulative, params.top_p * cumulative[-1]))
-        kept = min(kept, cumulative.numel())
-    target = uniform * cumulative[kept - 1]
-    index = int(torch.searchsorted(cumulative[:kept], target, right=True))
-    return int(ids[min(index, kept - 1)])
+    weights_V = torch.exp((logits_V - logits_V.max()) / params.temperature)
+    if 0 < params.top_k < weights_V.numel():
+        weights, ids = torch.topk(weights_V, params.top_k)
+        cumulative = _top_p(torch.cumsum(weights, dim=0), params.top_p, float(weights.sum()))
+    elif params.top_p < 1:
+        cumulative, ids = _most_likely(weights_V, params.top_p)
+    else:
+        cumulative, ids = torch.cumsum(weights_V, dim=0), None
+    index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    index = min(index, cumulative.numel() - 1)
+    return index if ids is None else int(ids[index])
+
+
+def _most_likely(weights_V: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cumulative weights and ids of the fewest tokens that hold top_p of the whole.
+
+    Looks for them among few tokens first: sorting a large vocabulary costs more than a small step.
+    """
+    total = float(weights_V.sum())
+    for size in (*(s for s in FIRST_SIZES if s < weights_V.numel()), weights_V.numel()):
+        weights, ids = torch.topk(weights_V, size)
+        cumulative = torch.cumsum(weights, dim=0)
+        if cumulative[-1] >= top_p * total:
+            break
+    return _top_p(cumulative, top_p, total), ids
+
+
+def _top_p(cumulative: torch.Tensor, top_p: float, total: float) -> torch.Tensor:
+    """The beginning of `cumulative` that reaches top_p of `total`."""
+    if top_p == 1:
+        return cumulative
+    return cumulative[: 1 + int(torch.searchsorted(cumulative, top_p * total))]
 
 
 def uniform_draw(seed: int, index: int) -> float:

@@ -56,6 +56,20 @@ def test_draws_stay_inside_the_cut(
     assert token in allowed(logits, slack)
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_top_p_finds_its_tokens_in_a_large_vocabulary(spread: float) -> None:
+    logits = torch.randn(40_000, generator=torch.Generator().manual_seed(0)) * spread
+    ordered = torch.softmax(logits.double(), dim=0).sort(descending=True)
+    for top_p in (0.1, 0.9, 0.999):
+        num_kept = int((ordered.values.cumsum(0) < top_p).sum()) + 1
+        kept = set(ordered.indices[:num_kept].tolist())
+        params = SamplingParams(top_p=top_p)
+        drawn = {draw(logits, params, uniform) for uniform in (0.0, 0.3, 0.7, 1 - 1e-12)}
+        assert drawn <= kept
+        assert draw(logits, params, 0.0) == int(logits.argmax())
+        assert draw(logits, params, 1 - 1e-12) == int(ordered.indices[num_kept - 1])
+
+
 def test_frequencies_are_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     params = SamplingParams(temperature=0.7)
@@ -121,6 +135,6 @@ def test_extreme_numbers_do_not_break_a_draw() -> None:
     for temperature in (1e-300, 1e-6, 2.0):
         assert draw(huge, SamplingParams(temperature=temperature), 0.999999999) == 0
     flat = torch.zeros(5)
-    assert draw(flat, SamplingParams(top_p=1e-9), 0.99) == 0
+    assert len({draw(flat, SamplingParams(top_p=1e-9), u / 10) for u in range(10)}) == 1
     assert draw(flat, SamplingParams(top_k=100), 0.99) == 4
     assert draw(flat.bfloat16(), SamplingParams(), 0.0) == 0
