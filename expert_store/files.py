@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import math
+import operator
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -154,21 +155,23 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             header = json.loads(file.read(length))
     except (OSError, ValueError) as error:
         raise StoreFormatError(f"{problem}{error}; copy it again") from error
+    if not isinstance(header, dict):
+        raise StoreFormatError(f"{problem}the header is no JSON object; copy it again")
     entries = {}
     for name, value in header.items():
         if name == "__metadata__":
             continue
         try:
-            begin, end = value["data_offsets"]
-            entry = TensorEntry(
-                name, value["dtype"], tuple(value["shape"]), 8 + length + begin, end - begin
-            )
-            fits = 0 <= begin <= end and 8 + length + end <= file_bytes
-            if entry.dtype in _DTYPES:
-                item = _DTYPES[entry.dtype].itemsize
-                fits = fits and math.prod(entry.shape) * item == entry.num_bytes
+            begin, end = map(operator.index, value["data_offsets"])
+            shape = tuple(map(operator.index, value["shape"]))
+            if min(shape, default=0) < 0:
+                raise ValueError("a negative size")
+            entry = TensorEntry(name, str(value["dtype"]), shape, 8 + length + begin, end - begin)
         except (TypeError, KeyError, ValueError) as error:
             raise StoreFormatError(f"{problem}tensor {name!r} has a malformed entry") from error
+        fits = 0 <= begin <= end and 8 + length + end <= file_bytes
+        if entry.dtype in _DTYPES:
+            fits = fits and math.prod(shape) * _DTYPES[entry.dtype].itemsize == entry.num_bytes
         if not fits:
             raise StoreFormatError(
                 f"{problem}tensor {name!r} reaches past the file's {file_bytes} bytes or does not "

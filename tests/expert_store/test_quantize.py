@@ -5,6 +5,9 @@ Method: compare with hqq's own dequantisation; the float16 scales are the only d
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 from hqq.core.quantize import Quantizer
@@ -65,3 +68,9 @@ def test_constant_and_zero_groups_survive() -> None:
 def test_a_shape_that_groups_do_not_divide() -> None:
     with pytest.raises(ValueError, match=r"expected \[rows, multiple of 64\], got \(8, 96\)"):
         quantize_hqq(torch.zeros(8, 96), 2)
+
+
+def test_what_hqq_needs_but_does_not_ask_for_is_a_dependency_of_ours() -> None:
+    # Where hqq lies without these three, no transformers model can be imported at all.
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert {"termcolor", "einops", "tqdm"} <= set(project["project"]["dependencies"])

@@ -11,6 +11,9 @@ import fcntl
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +194,40 @@ def test_interrupted_by_the_user(
 
     compress(model, store, CONFIG, progress=watch)
     assert {progress.stage for progress in again} == {"compress"}  # the scan was kept, too
+    assert tree(store) == undisturbed
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from expert_store.compress import compress
+from tests.expert_store.test_resume import CONFIG
+
+def report(progress):
+    print(progress.stage, progress.done, flush=True)
+
+compress(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG, progress=report, jobs=1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", ["scan 2", "compress 1", "compress 3"])
+def test_killed(after: str, model: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(model), str(store)],
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == after:
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
+    assert not is_store(store)
+    compress(model, store, CONFIG)
     assert tree(store) == undisturbed
 
 
