@@ -117,7 +117,7 @@ class Attempts:
 
     def failure(self, deadline_s: float) -> ExpertUnavailableError:
         """What to raise when the deadline has come: the first missing record, and why."""
-        index = self._results.index(None)
+        index = next(i for i, data in enumerate(self._results) if data is None)
         request = self._requests[index]
         reasons = {**self._lost, **self._refused.get(index, {})}
         told = "; ".join(f"{address}: {error}" for address, error in reasons.items())

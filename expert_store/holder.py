@@ -6,13 +6,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import stat
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from expert_store.directory import Announcer, Directory
 from expert_store.listing import Listing
+
+PREFIX = "moetier-socket-"
+SOCKET = "s"
+STALE_S = 60.0
 
 OpenDirectory = Callable[[], Directory]
 """Opens a directory on the holder's own node, for instance `partial(RedisDirectory, url)`; it is
@@ -30,17 +37,42 @@ class HolderStatus:
 
 
 class SocketFolder:
-    """A private folder for a unix socket, short enough for the 107 bytes that its path may have."""
+    """A private folder for a unix socket, short enough for the 107 bytes that its path may have.
+
+    A killed process leaves its folder behind; making a new one removes those of this user in
+    which nobody has listened for `STALE_S`.
+    """
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="moetier-"))
+        for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+            if _is_stale(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=PREFIX))
 
     @property
     def address(self) -> str:
-        return f"unix:{self._folder / 's'}"
+        return f"unix:{self._folder / SOCKET}"
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _is_stale(folder: Path) -> bool:
+    path = folder / SOCKET
+    try:
+        status = path.lstat()
+        # Between bind and listen a socket refuses too: leave new ones alone.
+        is_old = time.time() - status.st_mtime >= STALE_S
+        if not (is_old and stat.S_ISSOCK(status.st_mode) and status.st_uid == os.getuid()):
+            return False
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(0.1)
+            probe.connect(str(path))
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # gone meanwhile, or too busy to answer
+        return False
+    return False
 
 
 class Presence:

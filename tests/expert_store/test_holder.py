@@ -1,0 +1,79 @@
+"""Goal: holders' sockets do not pile up, and no living one is ever taken away.
+
+Method: folders made by hand in a temporary directory: listened on, left behind, new, not ours.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from expert_store.directory import MemoryDirectory
+from expert_store.holder import PREFIX, SOCKET, STALE_S, Presence, SocketFolder
+from expert_store.listing import Listing
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def left_behind(folder: Path, name: str, *, old: bool, listening: bool = False) -> socket.socket:
+    (folder / name).mkdir()
+    path = folder / name / SOCKET
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    if listening:
+        listener.listen()
+    if old:
+        then = path.stat().st_mtime - 2 * STALE_S
+        os.utime(path, (then, then))
+    return listener
+
+
+def test_only_dead_old_sockets_are_swept(folder: Path) -> None:
+    held = [
+        left_behind(folder, f"{PREFIX}dead", old=True),
+        left_behind(folder, f"{PREFIX}new", old=False),
+        left_behind(folder, f"{PREFIX}alive", old=True, listening=True),
+        left_behind(folder, "other-dead", old=True),
+    ]
+    held.pop(0).close()
+    (folder / f"{PREFIX}empty").mkdir()
+    (folder / f"{PREFIX}file").mkdir()
+    (folder / f"{PREFIX}file" / SOCKET).write_text("x")
+    os.utime(folder / f"{PREFIX}file" / SOCKET, (0, 0))
+    sockets = SocketFolder()
+    made = Path(sockets.address.removeprefix("unix:")).parent
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in folder.iterdir()} == {
+        f"{PREFIX}new",
+        f"{PREFIX}alive",
+        "other-dead",
+        f"{PREFIX}empty",
+        f"{PREFIX}file",
+        made.name,
+    }
+    sockets.close()
+    sockets.close()
+    assert not made.exists()
+    for listener in held:
+        listener.close()
+
+
+def test_presence_is_announced_and_withdrawn() -> None:
+    directory = MemoryDirectory()
+    listing = Listing("a", "records", "v", "n", ("127.0.0.1:1",))
+    presence = Presence(listing, num_experts=3, num_bytes=5, directory=lambda: directory)
+    assert presence.status.pid == os.getpid()
+    assert (presence.status.num_experts, presence.status.num_bytes) == (3, 5)
+    presence.close()
+    assert directory.listings() == ()
+    alone = Presence(listing, num_experts=3, num_bytes=5, directory=None)
+    assert alone.status.listing == listing
+    alone.close()
