@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", nargs="?", type=Path, metavar="STORE", help="folder of a store")
     parser.add_argument(
         "--text",
-        nargs="+",
+        action="append",
         type=Path,
         default=[],
         metavar="FILE",
-        help=f"text files or folders of *.txt (default: {BUILT_IN}, inside CPython)",
+        help=f"a text file or a folder of *.txt; repeatable (default: {BUILT_IN}, inside CPython)",
     )
     parser.add_argument(
         "--compare-original",
