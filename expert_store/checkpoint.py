@@ -34,6 +34,7 @@ from expert_store.families import (
     top_k_of,
 )
 from expert_store.shards import StoredTensor, open_shards
+from expert_store.sources import model_name
 from expert_store.types import ExpertKey, ExpertWeights, ModelInfo
 from kernels.types import GROUP_SIZE
 
@@ -77,7 +78,7 @@ class Checkpoint:
     def model_info(self) -> ModelInfo:
         config = self.config
         return ModelInfo(
-            name=self.path.resolve().name,
+            name=model_name(self.path),
             model_type=config.model_type,
             num_layers=config.num_hidden_layers,
             top_k=top_k_of(config),

@@ -75,7 +75,7 @@ def compress(
     """
     disk, report = disk or Disk(), progress or (lambda _: None)
     model, store = Path(model), Path(store)
-    num_jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
+    num_jobs = jobs if jobs is not None else usable_cores()
     if num_jobs < 1:
         raise ValueError(f"jobs: got {jobs}, expected 1 or more")
     check_target(store, force=force)
@@ -192,6 +192,13 @@ def _workers(num_jobs: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _check_recipe(recipe: Recipe, info: ModelInfo) -> None:

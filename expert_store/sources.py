@@ -51,6 +51,14 @@ def resolve_model(name_or_path: str | Path) -> Path:
     return _download(name)
 
 
+def model_name(folder: Path) -> str:
+    """What to call the model in a folder: its Hub id in the Hub's cache, else the folder's name."""
+    *_, repository, kind, name = ("", "", *folder.resolve().parts)
+    if kind == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return name
+
+
 def _download(hub_id: str) -> Path:
     try:
         folder = snapshot_download(

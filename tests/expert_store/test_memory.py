@@ -80,8 +80,7 @@ def peak_growth(tmp_path: Path, large: Path, recipe: str) -> int:
         timeout=1000,
     )
     assert done.returncode == 0, done.stderr
-    growth = int(done.stdout.split()[-1])
-    return growth
+    return int(done.stdout.split()[-1])
 
 
 def test_peak_memory_is_a_few_experts(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from expert_store import sources
 from expert_store.checkpoint import Checkpoint
 from expert_store.errors import CheckpointError
-from expert_store.sources import resolve_model
+from expert_store.sources import model_name, resolve_model
 
 
 def test_the_bundled_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,3 +91,10 @@ def test_only_what_is_needed_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "*.safetensors" in asked["allow_patterns"]
     assert not any(pattern.endswith((".bin", ".pt")) for pattern in asked["allow_patterns"])
     assert 0 < asked["etag_timeout"] <= 10
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--mistralai--Mixtral-8x7B-v0.1" / "snapshots" / "0123abcd"
+    assert model_name(snapshot) == "mistralai/Mixtral-8x7B-v0.1"
+    assert model_name(tmp_path / "snapshots" / "mine") == "mine"
+    assert model_name(resolve_model("mixtral-mini")) == "mixtral-mini"
