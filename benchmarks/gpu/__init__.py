@@ -1,0 +1,1 @@
+"""The steps of `benchmarks.gpu_check`: what is checked and measured on a real GPU."""

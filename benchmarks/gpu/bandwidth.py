@@ -1,0 +1,144 @@
+"""Step 3a: how fast the decode kernel reads packed weights, as a share of a device copy.
+
+Weights rotate through a pool many times the L2 cache, a round is one CUDA graph over the pool, and
+the copy takes its turn in the same rounds. Rates of kernels count packed bytes read; the copy's
+counts bytes read plus bytes written.
+
+Legend: T tokens, N rows, K cols, H hidden, F ffn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.gpu.clock import as_graph, in_turns
+from benchmarks.gpu.matrices import (
+    copies,
+    random_expert,
+    random_factors,
+    random_inputs,
+    random_matrix,
+)
+from benchmarks.gpu.recorder import Recorder
+from benchmarks.gpu.setting import Setting
+from kernels import ops
+from kernels.types import QuantizedMatrix
+
+SHAPES = ((14336, 4096), (4096, 14336), (1408, 2048), (2048, 1408))
+TOKENS = (1, 2, 4, 8)
+EXPERTS = ((4096, 14336), (2048, 1408))
+ROUNDS = 20
+EXPERT_ROUNDS = 40
+POOL_BYTES = 512 << 20
+"""Eight times an H200's L2."""
+
+
+def run(setting: Setting, recorder: Recorder) -> None:
+    from kernels import triton_matmul
+
+    device, tiny = setting.device, setting.tiny
+    pool_bytes = 1 << 8 if tiny else POOL_BYTES
+    source = torch.randint(0, 256, (pool_bytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    with torch.inference_mode():
+        for bits in (2,) if tiny else (2, 3, 4):
+            for rows, cols in ((16, 64),) if tiny else SHAPES:
+                pool = copies(random_matrix(rows, cols, bits, device), pool_bytes)
+                work: dict[str, Callable[[], object]] = {}
+                kinds = set()
+                for num_tokens in TOKENS[:1] if tiny else TOKENS:
+                    x = random_inputs(num_tokens, cols, device)
+                    work[str(num_tokens)], kind = as_graph(
+                        _through(triton_matmul.matmul, pool, x), device
+                    )
+                    kinds.add(kind)
+                work["copy"] = lambda: target.copy_(source)
+                times = in_turns(work, device=device, rounds=setting.rounds(ROUNDS))
+                _rows(recorder, times, pool, bits, pool_bytes, ", ".join(sorted(kinds)))
+        _whole_experts(setting, recorder)
+
+
+def _through(
+    matmul: Callable[[QuantizedMatrix, torch.Tensor], torch.Tensor],
+    pool: list[QuantizedMatrix],
+    x: torch.Tensor,
+) -> Callable[[], None]:
+    def work() -> None:
+        for matrix in pool:
+            matmul(matrix, x)
+
+    return work
+
+
+def _rows(
+    recorder: Recorder,
+    times: dict[str, list[float]],
+    pool: list[QuantizedMatrix],
+    bits: int,
+    pool_bytes: int,
+    kind: str,
+) -> None:
+    """Times per matrix: a round's over the pool's length."""
+    matrix = pool[0]
+    shape, gates = f"{matrix.rows} x {matrix.cols}", (f"decode {bits} bits",)
+    copied = recorder.row(
+        "device copy, read + written",
+        times.pop("copy"),
+        shape=f"{pool_bytes >> 20} MiB",
+        tokens=0,
+        gates=gates,
+        rate_of_s=2 * pool_bytes / 1e9,
+        rate_unit="GB/s",
+    )
+    for tokens, seconds in times.items():
+        recorder.row(
+            f"decode kernel {bits} bits",
+            [s / len(pool) for s in seconds],
+            shape=shape,
+            tokens=int(tokens),
+            gates=gates,
+            rate_of_s=matrix.data.numel() / 1e9,
+            rate_unit="GB/s",
+            share_of=("device copy", copied),
+            note=f"{len(pool)} matrices in a {kind}",
+        )
+
+
+def _whole_experts(setting: Setting, recorder: Recorder) -> None:
+    """One expert as the worker calls it, launch by launch, against bf16 linears of the same shape.
+
+    The gap to the kernels' own times is what launching costs.
+    """
+    device, tiny, bits = setting.device, setting.tiny, 2
+    rounds = setting.rounds(EXPERT_ROUNDS)
+    for hidden, ffn in ((64, 128),) if tiny else EXPERTS:
+        mlp = random_expert(hidden, ffn, bits, device)
+        factors = random_factors(hidden, ffn, 16, device)
+        dense = [  # as stored by torch, [out, in]
+            torch.randn(shape, device=device).bfloat16()
+            for shape in ((ffn, hidden), (ffn, hidden), (hidden, ffn))
+        ]
+        for num_tokens in (1,) if tiny else (1, 8):
+            x = random_inputs(num_tokens, hidden, device)
+            x_bf16 = x.bfloat16()
+            work = {
+                "expert 2 bits": lambda x=x, mlp=mlp: ops.gated_mlp(x, mlp, backend="triton"),
+                "expert 2 bits + rank 16": lambda x=x, mlp=mlp, factors=factors: ops.gated_mlp(
+                    x, mlp, factors, backend="triton"
+                ),
+                "expert bf16, torch": lambda x=x_bf16, w=dense: (
+                    (torch.nn.functional.silu(x @ w[0].T) * (x @ w[1].T)) @ w[2].T
+                ),
+            }
+            times = in_turns(work, device=device, rounds=rounds)
+            for what, seconds in times.items():
+                recorder.row(
+                    what,
+                    seconds,
+                    shape=f"H {hidden}, F {ffn}",
+                    tokens=num_tokens,
+                    gates=(f"mlp {bits} bits",),
+                    note="launch by launch, same weights each round",
+                )

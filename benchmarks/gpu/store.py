@@ -1,0 +1,58 @@
+"""The store that the one-process system runs on: made here with hqq, carried, completed there.
+
+What is carried leaves out the dense tensors: they are the bundled checkpoint's own, and that
+travels with the tree, which has a limit of 64 MiB.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from expert_store.format import is_store
+from models import MIXTRAL_MINI
+
+INDEX = "model.safetensors.index.json"
+
+
+def prepare(store: Path) -> None:
+    """Compress the bundled model into `store` and take its dense files out. Needs hqq."""
+    # Here and not above: on a GPU machine without hqq everything but this must run.
+    from expert_store.compress import compress
+    from expert_store.config import CompressionConfig
+
+    store.parent.mkdir(parents=True, exist_ok=True)
+    manifest = compress(MIXTRAL_MINI, store, CompressionConfig(), force=True)
+    for name in manifest.dense_files:
+        (store / name).unlink()
+
+
+def complete(store: Path) -> None:
+    """Put back the dense files that `prepare` took out; does nothing to a whole store.
+
+    Raises FileNotFoundError when there is no store, saying how to make one.
+    """
+    if not is_store(store):
+        raise FileNotFoundError(
+            f"{store} is no store: run `python -m benchmarks.gpu_check --prepare` where hqq is "
+            "installed and carry that folder along, or give another with --store"
+        )
+    index = store / INDEX
+    places = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    for file in sorted(set(places.values())):
+        if not (store / file).is_file():
+            names = {name for name, place in places.items() if place == file}
+            save_file(_bundled_tensors(names), store / file, metadata={"format": "pt"})
+
+
+def _bundled_tensors(names: set[str]) -> dict[str, object]:
+    found = {}
+    for path in sorted(MIXTRAL_MINI.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            found.update({name: tensors.get_tensor(name) for name in names & set(tensors.keys())})
+    if missing := names - set(found):
+        raise ValueError(f"{MIXTRAL_MINI} lacks {len(missing)} dense tensors: {min(missing)}, ...")
+    return found
