@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -85,10 +86,12 @@ def command_line(process: Process) -> str:
 
 
 @contextmanager
-def moetier_serve(folder: Path, cache: Path, *arguments: str) -> Iterator[Command]:
+def moetier_serve(
+    folder: Path, cache: Path, *arguments: str, config: str = CONFIG
+) -> Iterator[Command]:
     """The command, up; ended by id if a test did not."""
     folder.mkdir(parents=True)
-    (folder / "cluster.yaml").write_text(CONFIG)
+    (folder / "cluster.yaml").write_text(config)
     log = folder / "stderr"
     with log.open("w") as stderr:
         process = subprocess.Popen(
@@ -370,13 +373,35 @@ def test_a_port_in_use_is_exit_code_2_and_starts_nothing(tmp_path: Path, mini_ca
     assert f"http.port: {port} on 127.0.0.1 is in use" in done.stderr
 
 
+@contextmanager
+def redis_section() -> Iterator[str]:
+    """The config of a directory in a Redis of this test, or nothing where there is no Redis."""
+    if (program := shutil.which("redis-server")) is None:
+        yield ""
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with subprocess.Popen(
+        [program, "--port", str(port), "--bind", "127.0.0.1", "--save", ""],
+        stdout=subprocess.DEVNULL,
+    ) as redis:
+        try:
+            yield f"directory: {{kind: redis, redis_url: 'redis://127.0.0.1:{port}/0'}}\n"
+        finally:
+            redis.terminate()
+
+
 def test_another_config_on_the_same_cluster_takes_its_place(
     command: Command, tmp_path: Path, mini_cache: Path, http: httpx2.Client
 ) -> None:
     near = http.post("/v1/completions", json=BODY).json()["choices"][0]["text"]
     port = command.url.rpartition(":")[2]
     joined = ("--address", command.ray_address, "--transport", "grpc", "--no-ndp", "--port", port)
-    with moetier_serve(tmp_path / "joined", mini_cache, *joined) as other:
+    with (
+        redis_section() as directory,
+        moetier_serve(tmp_path / "joined", mini_cache, *joined, config=CONFIG + directory) as other,
+    ):
         assert other.url == command.url
         answer = http.post("/v1/completions", json=BODY)
         assert answer.status_code == 200

@@ -1,0 +1,234 @@
+"""Goal: the composition holds every promise of the config, and lost replicas become events.
+
+Method: the application is built as Serve would build it and its deployments are read, without Ray;
+the ingress' adapters run over handles of this process that fail as Serve's do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError
+from ray.serve._private.build_app import build_app
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+import cluster.app
+from cluster import autoscaling
+from cluster.app import build, num_gpus
+from cluster.config import ClusterConfig, config_from_mapping
+from cluster.ingress import MAX_TRIES, RemoteTiers, RoutedWorker
+from cluster.openai_errors import ApiError
+from cluster.snapshot import IngressStats
+from gpu_worker.actor import GpuWorker
+from gpu_worker.messages import (
+    Event,
+    Failed,
+    Finished,
+    GenerateRequest,
+    ModelDescription,
+    Piece,
+    WorkerStats,
+)
+from gpu_worker.sequence import SamplingParams
+
+ARGS: dict[str, Any] = {
+    "store": {"path": "/s"},
+    "worker": {"max_sequences": 3, "device": "cpu"},
+    "replicas": {"max_waiting": 5, "num_cpus": 2, "label": "a=b"},
+    "http": {"replicas": 2, "max_queued": 7},
+}
+
+
+def deployments(args: dict[str, Any]) -> dict[str, Any]:
+    return {each.name: each for each in build_app(build(args), name="test").deployments}
+
+
+def test_deployments_follow_the_config() -> None:
+    built = deployments(ARGS)
+    assert set(built) == {"Ingress", "GpuWorker", "TierManager"}
+    worker = built["GpuWorker"]
+    assert worker.ray_actor_options["num_cpus"] == 2
+    assert worker.ray_actor_options["label_selector"] == {"a": "b"}
+    assert worker.num_replicas == 1
+    # Room for every request that the engine takes, and for calls that ask how it is.
+    assert worker.max_ongoing_requests == 3 + 5 + cluster.app.SPARE_CALLS
+    assert worker.max_queued_requests == 7
+    assert built["Ingress"].num_replicas == 2
+    assert built["TierManager"].num_replicas == 1
+    for name in ("Ingress", "TierManager"):
+        assert built[name].ray_actor_options["num_cpus"] == 0
+
+
+def test_autoscaling_is_our_policy_with_its_targets() -> None:
+    scaled = {"max_replicas": 3, "targets": {"sequences_per_replica": 4}}
+    args = {**ARGS, "replicas": {"autoscaling": scaled}}
+    config = deployments(args)["GpuWorker"]._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas) == (1, 3)
+    assert config.policy.policy_kwargs == {
+        "sequences_per_replica": 4,
+        "waiting_tokens_per_replica": autoscaling.WAITING_TOKENS_PER_REPLICA,
+    }
+
+
+def test_a_worker_reports_under_the_names_that_the_policy_reads() -> None:
+    service = SimpleNamespace(load=lambda: WorkerStats("r", 1, 2, 3))
+    worker: Any = SimpleNamespace(_service=service)
+    assert GpuWorker.record_autoscaling_stats(worker) == {
+        autoscaling.RUNNING_SEQUENCES: 1,
+        autoscaling.WAITING_SEQUENCES: 2,
+        autoscaling.WAITING_TOKENS: 3,
+    }
+
+
+def test_what_is_bound_can_be_sent_to_a_replica() -> None:
+    for each in deployments(ARGS).values():
+        cloudpickle.loads(cloudpickle.dumps(each.init_args[:1]))
+
+
+@pytest.mark.parametrize(
+    ("worker", "replicas", "expected"),
+    [
+        ({"device": "cpu"}, {}, 0),
+        ({"device": "cuda"}, {}, 1),
+        ({"device": "cuda"}, {"num_gpus": 0.5}, 0.5),
+        ({}, {}, 0),
+    ],
+)
+def test_gpus_that_are_set_aside(worker: Any, replicas: Any, expected: float) -> None:
+    config = config_from_mapping({"worker": worker, "replicas": replicas}, source="test")
+    assert num_gpus(config) == expected
+
+
+def test_args_may_name_a_file_and_mistakes_name_the_field(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("store: {path: /s}\nhttp: {replicas: 3}\n")
+    assert deployments({"config_path": str(file)})["Ingress"].num_replicas == 3
+    with pytest.raises(ValueError, match="config_path alone"):
+        build({"config_path": str(file), "http": {}})
+    with pytest.raises(ValueError, match="args: store.pth: unknown field; did you mean 'path'"):
+        build({"store": {"pth": "/s"}})
+
+
+def test_serve_build_finds_the_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("http: {replicas: 3}\n")
+    monkeypatch.setenv("MOETIER_CONFIG", str(file))
+    built = {d.name: d for d in build_app(cluster.app.app, name="test").deployments}
+    assert built["Ingress"].num_replicas == 3
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = cluster.app.nothing
+
+
+REQUEST = GenerateRequest("r", SamplingParams(), prompt="a")
+END = Finished("stop", 1, 1, False)
+DIED = ActorDiedError()
+
+
+class Answer:
+    """A streaming response: these events, then maybe an error."""
+
+    def __init__(self, events: list[Event], error: Exception | None = None) -> None:
+        self._events = events
+        self._error = error
+        self.cancelled = False
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        for event in self._events:
+            yield event
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Handle:
+    """A deployment handle whose methods are given functions."""
+
+    def __init__(self, **methods: Callable[..., Any]) -> None:
+        for name, method in methods.items():
+            setattr(self, name, type("Method", (), {"remote": staticmethod(method)}))
+
+    def options(self, **_: Any) -> Handle:
+        return self
+
+
+def events_of(*answers: Answer) -> list[Event]:
+    left = list(answers)
+
+    async def collect() -> list[Event]:
+        worker = RoutedWorker(Handle(generate=lambda _: left.pop(0)))
+        return [event async for event in worker.generate(REQUEST)]
+
+    found = asyncio.run(collect())
+    assert not left, "every answer was used"
+    return found
+
+
+def test_a_worker_that_dies_before_its_first_event_is_replaced() -> None:
+    assert events_of(Answer([], DIED), Answer([Piece("a"), END])) == [Piece("a"), END]
+
+
+def test_a_worker_that_dies_later_ends_the_answer() -> None:
+    piece, failed = events_of(Answer([Piece("a")], DIED))
+    assert piece == Piece("a")
+    assert isinstance(failed, Failed)
+    assert failed.kind == "unavailable"
+
+
+def test_tries_are_bounded() -> None:
+    (failed,) = events_of(*[Answer([], DIED) for _ in range(MAX_TRIES)])
+    assert isinstance(failed, Failed)
+
+
+def test_serves_own_backpressure_is_a_full_queue() -> None:
+    (failed,) = events_of(Answer([], BackPressureError(7, 7)))
+    assert isinstance(failed, Failed)
+    assert failed.kind == "queue_full"
+
+
+def test_leaving_an_answer_cancels_it_at_the_worker() -> None:
+    answer = Answer([Piece("a"), Piece("b"), END])
+
+    async def leave() -> None:
+        events = RoutedWorker(Handle(generate=lambda _: answer)).generate(REQUEST)
+        assert await anext(events) == Piece("a")
+        await events.aclose()
+
+    asyncio.run(leave())
+    assert answer.cancelled
+
+
+def test_who_does_not_answer_is_503() -> None:
+    async def unavailable(*_: Any) -> None:
+        raise DeploymentUnavailableError("gone")
+
+    async def ask() -> None:
+        with pytest.raises(ApiError) as caught:
+            await RoutedWorker(Handle(describe=unavailable)).describe()
+        assert (caught.value.status, caught.value.retry_after_s) == (503, 1)
+        with pytest.raises(ApiError) as caught:
+            await RemoteTiers(Handle(snapshot=unavailable), 2).snapshot(IngressStats("i"))
+        assert (caught.value.status, caught.value.retry_after_s) == (503, 2)
+
+    asyncio.run(ask())
+
+
+def test_a_worker_that_answers_describes_itself() -> None:
+    description = ModelDescription("mini", "mixtral", 5, 6)
+
+    async def describe() -> ModelDescription:
+        return description
+
+    assert asyncio.run(RoutedWorker(Handle(describe=describe)).describe()) == description
+
+
+def test_the_default_config_composes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOETIER_CONFIG", raising=False)
+    assert cluster.app.compose(ClusterConfig())
