@@ -28,7 +28,7 @@ from cluster.environment import config_path, prepare_for_ray
 from cluster.ingress import Ingress
 from cluster.orchestrator import TierManager, TierSettings, live_nodes
 from cluster.placement import place, tier_needs, worker_need
-from cluster.processes import Process, descendants, end
+from cluster.processes import Process, descendants, end, named
 from cluster.settings import AutoscalingSettings, split_label
 from cluster.tier_link import connect, open_directory
 from expert_store.errors import StoreError
@@ -37,8 +37,6 @@ from gpu_worker.actor import GpuWorker, WorkerSettings
 logger = logging.getLogger(__name__)
 
 APP_NAME = "moetier"
-SPARE_CALLS = 8
-"""Calls that a busy GPU worker still takes besides its requests: describe and stats."""
 MAX_INGRESS_CALLS = 1024
 MAX_TIER_CALLS = 1024
 HEALTH_PERIOD_S = 5.0
@@ -118,6 +116,7 @@ def num_gpus(config: ClusterConfig) -> float:
 
 def _worker_deployment(config: ClusterConfig) -> Any:
     replicas = config.replicas
+    # A worker is given what its engine takes; more waits at the ingress, up to http.max_queued.
     capacity = config.worker.max_sequences + replicas.max_waiting
     options: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": num_gpus(config)}
     if label := split_label(replicas.label):
@@ -128,7 +127,7 @@ def _worker_deployment(config: ClusterConfig) -> Any:
     return serve.deployment(
         GpuWorker,
         name="GpuWorker",
-        max_ongoing_requests=capacity + SPARE_CALLS,
+        max_ongoing_requests=capacity,
         max_queued_requests=config.http.max_queued,
         health_check_period_s=HEALTH_PERIOD_S,
         ray_actor_options=options,
@@ -159,6 +158,12 @@ class RunningCluster:
     model: str  # the name to ask for
     config: ClusterConfig  # resolved
     ours: frozenset[Process] | None  # what ran before we started Ray; None when Ray was there
+    vital: frozenset[Process] = frozenset()  # what must not end before it is closed
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether Ray's own processes still run, as far as they are ours."""
+        return all(process.is_alive for process in self.vital)
 
     def close(self) -> None:
         """Shut down what was started for it: the application, and Ray if it was ours."""
@@ -166,7 +171,7 @@ class RunningCluster:
             serve.delete(APP_NAME)
             ray.shutdown()
         else:
-            _end_local(self.ours)
+            _end_local(self.ours, politely=self.is_alive)
 
     def __enter__(self) -> RunningCluster:
         return self
@@ -201,9 +206,10 @@ def start_local_cluster(config: ClusterConfig) -> RunningCluster:
         )
         model = _deploy(config)
     except BaseException:
-        _end_local(before)
+        _end_local(before, politely=True)
         raise
-    return RunningCluster(_url(config), model, config, before)
+    vital = named(descendants(os.getpid()) - before, ("gcs_server", "raylet"))
+    return RunningCluster(_url(config), model, config, before, vital)
 
 
 def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
@@ -245,12 +251,12 @@ def _deploy(config: ClusterConfig) -> str:
     return wait_healthy(_url(config), START_DEADLINE_S)
 
 
-def _end_local(before: frozenset[Process]) -> None:
-    """End our Ray and every process of it."""
+def _end_local(before: frozenset[Process], *, politely: bool) -> None:
+    """End our Ray and every process of it; politely lets them close what they hold first."""
     started = descendants(os.getpid()) - before
     if ray.is_initialized():
-        # Lets the replicas and the tier actors close what they hold (sockets, directory entries).
-        serve.shutdown()
+        if politely:
+            serve.shutdown()
         started |= descendants(os.getpid()) - before
         ray.shutdown()
     for process in end(started, patience_s=END_PATIENCE_S):

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MAX_TRIES = 3
 """Times that a request is sent to a worker while nothing of its answer has come."""
-DESCRIBE_TIMEOUT_S = 10.0
+ASK_TIMEOUT_S = 10.0
 SHARE_INTERVAL_S = 3.0
 
 
@@ -35,7 +35,7 @@ class Ingress:
     """One ingress replica."""
 
     def __init__(self, worker: Any, tiers: Any, settings: HttpSettings) -> None:
-        self._worker = RoutedWorker(worker)
+        self._worker = RoutedWorker(worker, tiers)
         self._tiers = RemoteTiers(tiers, settings.retry_after_s)
         self._settings = settings
 
@@ -60,18 +60,22 @@ class Ingress:
 class RoutedWorker:
     """All GPU workers behind Serve's router, as one."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, tiers: Any) -> None:
         self._streams = handle.options(stream=True)
+        self._tiers = tiers
 
     async def describe(self) -> ModelDescription:
+        """From the tier manager, to whom workers report: one that is full takes no call."""
+        description: ModelDescription | None = None
         try:
-            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                description: ModelDescription = await self._handle.describe.remote()
-                return description
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                description = await self._tiers.model.remote()
         except (RayError, RayServeException, TimeoutError) as error:
-            message = "no GPU worker answers; it may be starting"
-            raise ApiError(503, message, code="unavailable", retry_after_s=1) from error
+            logger.warning("the tier manager does not answer: %r", error)
+        if description is None:
+            message = "no GPU worker has reported; it may be starting"
+            raise ApiError(503, message, code="unavailable", retry_after_s=1)
+        return description
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
         """As a worker's own; a worker that dies before its first event is replaced by another."""
@@ -109,7 +113,7 @@ class RemoteTiers:
 
     async def snapshot(self, ingress: IngressStats) -> ClusterSnapshot:
         try:
-            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+            async with asyncio.timeout(ASK_TIMEOUT_S):
                 snapshot: ClusterSnapshot = await self._handle.snapshot.remote(ingress)
                 return snapshot
         except (RayError, RayServeException, TimeoutError) as error:

@@ -24,7 +24,7 @@ from cluster.snapshot import ClusterSnapshot, IngressStats
 from cluster.tier_link import Endpoints, open_directory
 from expert_store.actor import StoreActor, StoreHandle
 from expert_store.holder import HolderStatus
-from gpu_worker.messages import WorkerStats
+from gpu_worker.messages import ModelDescription, WorkerStats
 from ndp_worker.actor import NdpActor
 from ndp_worker.config import NdpConfig
 
@@ -55,6 +55,7 @@ class TierManager:
             start_timeout_s=settings.store.start_timeout_s,
             clock=time.monotonic,
         )
+        self._model: ModelDescription | None = None
         self._workers: dict[str, tuple[float, WorkerStats]] = {}
         self._ingresses: dict[str, tuple[float, IngressStats]] = {}
         await self._keeper.start()
@@ -69,10 +70,17 @@ class TierManager:
             tuple(r.status.listing for r in running if r.role == "ndp"),
         )
 
-    async def report(self, stats: WorkerStats, generation: int) -> Endpoints | None:
-        """A GPU worker's sign of life; the endpoints when it knows an older generation of them."""
+    async def report(
+        self, stats: WorkerStats, model: ModelDescription, generation: int
+    ) -> Endpoints | None:
+        """A GPU worker's sign of life; the endpoints when it knows another generation of them."""
         self._workers[stats.replica] = (time.monotonic(), stats)
+        self._model = model
         return None if generation == self._keeper.generation else await self.endpoints()
+
+    async def model(self) -> ModelDescription | None:
+        """The model that the workers run; None before the first of them has started."""
+        return self._model
 
     async def snapshot(self, ingress: IngressStats) -> ClusterSnapshot:
         """The cluster now; `ingress` is the asker's own part of it."""

@@ -48,6 +48,11 @@ def descendants(pid: int) -> frozenset[Process]:
     return frozenset(below)
 
 
+def named(processes: Collection[Process], names: Collection[str]) -> frozenset[Process]:
+    """Those of the processes whose program has one of these names (15 characters at most)."""
+    return frozenset(p for p in processes if (found := _read(p.pid)) and found.name in names)
+
+
 def end(
     processes: Collection[Process],
     *,
@@ -67,6 +72,7 @@ def end(
 @dataclass(frozen=True, slots=True)
 class _Stat:
     process: Process
+    name: str
     parent: int
     state: str
 
@@ -77,8 +83,10 @@ def _read(pid: int) -> _Stat | None:
     except OSError:
         return None
     # The name, in parentheses, may hold anything; what follows the last one is numbers.
-    fields = text.rpartition(")")[2].split()
-    return _Stat(Process(pid, int(fields[19])), int(fields[1]), fields[0])
+    front, _, numbers = text.rpartition(")")
+    fields = numbers.split()
+    name = front.partition("(")[2]
+    return _Stat(Process(pid, int(fields[19])), name, int(fields[1]), fields[0])
 
 
 def _wait(

@@ -96,7 +96,7 @@ class ReplicaSettings:
     - num_cpus: CPUs that Ray sets aside for each worker.
     - num_gpus: GPUs that Ray sets aside for each; null is 1, or 0 with worker.device cpu or
       where the cluster has no GPU.
-    - max_waiting: requests that one worker keeps waiting for a slot; more are answered 429.
+    - max_waiting: requests that one worker keeps waiting for a slot; more wait at the ingress.
     - autoscaling: see below; null keeps num_replicas.
     """
 
@@ -124,7 +124,7 @@ class HttpSettings:
     - replicas: ingress replicas; two or more keep answering while one is replaced.
     - max_body_bytes: largest request body; larger is answered 413.
     - request_timeout_s: seconds a request may take in all; then it is cancelled and answered 408.
-    - max_queued: requests one ingress holds for busy workers; more are answered 429.
+    - max_queued: requests that wait at one ingress for busy workers; more are answered 429.
     - retry_after_s: what a 429 or 503 tells the client to wait, in seconds.
     """
 

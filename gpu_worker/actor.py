@@ -20,7 +20,7 @@ import ray
 from ray import serve
 
 from gpu_worker.config import WorkerConfig
-from gpu_worker.messages import Event, GenerateRequest, ModelDescription, WorkerStats
+from gpu_worker.messages import Event, GenerateRequest, ModelDescription
 from gpu_worker.protocols import ExpertSource, NearData
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class WorkerSettings:
 class GpuWorker:
     """Serve runs as many of these as there are replicas.
 
-    `tiers` is the tier manager's handle: `endpoints()` once, then `report(stats, generation)` every
-    second, which gives new endpoints when they have changed.
+    `tiers` is the tier manager's handle: `endpoints()` once, then every second
+    `report(stats, model, generation)`, which gives new endpoints when they have changed.
     """
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
@@ -86,12 +86,6 @@ class GpuWorker:
         async with contextlib.aclosing(events):
             async for event in events:
                 yield event
-
-    async def describe(self) -> ModelDescription:
-        return await self._service.describe()
-
-    async def stats(self) -> WorkerStats:
-        return await self._service.stats()
 
     def check_health(self) -> None:
         """Deep but bounded: the engine's thread lives and no step hangs. Asks nobody else."""
@@ -115,11 +109,12 @@ class GpuWorker:
             self._link.close()
 
     async def _report(self) -> None:
+        model = await self._service.describe()
         while True:
             try:
                 async with asyncio.timeout(5 * REPORT_INTERVAL_S):
                     endpoints = await self._tiers.report.remote(
-                        self._service.load(), self._link.generation
+                        self._service.load(), model, self._link.generation
                     )
                 if endpoints is not None:
                     await asyncio.to_thread(self._link.follow, endpoints)

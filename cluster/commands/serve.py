@@ -16,6 +16,7 @@ from cluster.app import RunningCluster, join_cluster, start_local_cluster
 from cluster.config import ClusterConfig, load_config
 from cluster.environment import default_store
 from cluster.settings import Transport
+from expert_store.errors import StoreError
 from expert_store.format import is_store
 
 HELP = """Start the cluster with its OpenAI-style HTTP endpoint and keep it up until Ctrl-C.
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             # Ray has put its own handler in the place of ours.
             signal.signal(signal.SIGTERM, lambda *_: stop.set())
             print(greeting(cluster, time.monotonic() - start_s), flush=True)
-            wait(stop)
+            wait(stop, cluster)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             print("shutting down ...", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
@@ -128,11 +129,12 @@ def greeting(cluster: RunningCluster, start_s: float) -> str:
     )
 
 
-def wait(stop: threading.Event) -> None:
-    """Until SIGTERM sets the event or Ctrl-C comes."""
+def wait(stop: threading.Event, cluster: RunningCluster) -> None:
+    """Until SIGTERM sets the event or Ctrl-C comes. Raises StoreError when Ray itself ends."""
     try:
         while not stop.wait(1.0):
-            pass
+            if not cluster.is_alive:
+                raise StoreError("a process of Ray has ended; its logs are in /tmp/ray")
     except KeyboardInterrupt:
         return
 

@@ -56,8 +56,7 @@ def test_deployments_follow_the_config() -> None:
     assert worker.ray_actor_options["num_cpus"] == 2
     assert worker.ray_actor_options["label_selector"] == {"a": "b"}
     assert worker.num_replicas == 1
-    # Room for every request that the engine takes, and for calls that ask how it is.
-    assert worker.max_ongoing_requests == 3 + 5 + cluster.app.SPARE_CALLS
+    assert worker.max_ongoing_requests == 3 + 5, "what the engine takes"
     assert worker.max_queued_requests == 7
     assert built["Ingress"].num_replicas == 2
     assert built["TierManager"].num_replicas == 1
@@ -163,7 +162,7 @@ def events_of(*answers: Answer) -> list[Event]:
     left = list(answers)
 
     async def collect() -> list[Event]:
-        worker = RoutedWorker(Handle(generate=lambda _: left.pop(0)))
+        worker = RoutedWorker(Handle(generate=lambda _: left.pop(0)), Handle())
         return [event async for event in worker.generate(REQUEST)]
 
     found = asyncio.run(collect())
@@ -197,7 +196,7 @@ def test_leaving_an_answer_cancels_it_at_the_worker() -> None:
     answer = Answer([Piece("a"), Piece("b"), END])
 
     async def leave() -> None:
-        events = RoutedWorker(Handle(generate=lambda _: answer)).generate(REQUEST)
+        events = RoutedWorker(Handle(generate=lambda _: answer), Handle()).generate(REQUEST)
         assert await anext(events) == Piece("a")
         await events.aclose()
 
@@ -211,7 +210,7 @@ def test_who_does_not_answer_is_503() -> None:
 
     async def ask() -> None:
         with pytest.raises(ApiError) as caught:
-            await RoutedWorker(Handle(describe=unavailable)).describe()
+            await RoutedWorker(Handle(), Handle(model=unavailable)).describe()
         assert (caught.value.status, caught.value.retry_after_s) == (503, 1)
         with pytest.raises(ApiError) as caught:
             await RemoteTiers(Handle(snapshot=unavailable), 2).snapshot(IngressStats("i"))
@@ -220,13 +219,19 @@ def test_who_does_not_answer_is_503() -> None:
     asyncio.run(ask())
 
 
-def test_a_worker_that_answers_describes_itself() -> None:
-    description = ModelDescription("mini", "mixtral", 5, 6)
+def test_the_model_is_known_once_a_worker_has_reported() -> None:
+    reported: list[ModelDescription | None] = [None, ModelDescription("mini", "mixtral", 5, 6)]
 
-    async def describe() -> ModelDescription:
-        return description
+    async def model() -> ModelDescription | None:
+        return reported.pop(0)
 
-    assert asyncio.run(RoutedWorker(Handle(describe=describe)).describe()) == description
+    async def ask() -> None:
+        worker = RoutedWorker(Handle(), Handle(model=model))
+        with pytest.raises(ApiError, match="no GPU worker has reported"):
+            await worker.describe()
+        assert (await worker.describe()).name == "mini"
+
+    asyncio.run(ask())
 
 
 def test_the_default_config_composes(monkeypatch: pytest.MonkeyPatch) -> None:

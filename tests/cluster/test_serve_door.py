@@ -18,9 +18,11 @@ from pathlib import Path
 import pytest
 from hand_store import build_store
 
+from cluster.app import RunningCluster
 from cluster.commands import serve
+from cluster.config import ClusterConfig
 from cluster.door import check_port, check_store, free_port, wait_healthy
-from cluster.processes import Process, descendants, end
+from cluster.processes import Process, descendants, end, named
 from cluster.settings import HttpSettings, StoreSettings
 from expert_store.errors import StoreError, StoreFormatError
 
@@ -152,6 +154,21 @@ def test_what_ends_by_itself_is_left_alone() -> None:
 
         assert end([process], patience_s=5, sleep=sleep) == frozenset()
         assert child.returncode == 0
+
+
+def test_the_wait_ends_when_ray_does() -> None:
+    child, process = start(SLEEPER)
+    with child:
+        assert named([process], [Path(sys.executable).resolve().name[:15]]) == {process}
+        assert named([process], ["raylet"]) == frozenset()
+        cluster = RunningCluster(
+            "http://x", "m", ClusterConfig(), frozenset(), frozenset([process])
+        )
+        assert cluster.is_alive
+        child.communicate()
+        assert not cluster.is_alive
+        with pytest.raises(StoreError, match="a process of Ray has ended"):
+            serve.wait(threading.Event(), cluster)
 
 
 def test_another_process_with_the_same_number_is_not_the_same() -> None:
