@@ -23,7 +23,7 @@ from benchmarks.gpu.matrices import (
 )
 from benchmarks.gpu.recorder import Recorder
 from benchmarks.gpu.setting import Setting
-from kernels import ops
+from kernels import ops, triton_matmul
 from kernels.types import QuantizedMatrix
 
 SHAPES = ((14336, 4096), (4096, 14336), (1408, 2048), (2048, 1408))
@@ -36,8 +36,6 @@ POOL_BYTES = 512 << 20
 
 
 def run(setting: Setting, recorder: Recorder) -> None:
-    from kernels import triton_matmul
-
     device, tiny = setting.device, setting.tiny
     pool_bytes = 1 << 8 if tiny else POOL_BYTES
     source = torch.randint(0, 256, (pool_bytes,), dtype=torch.uint8, device=device)

@@ -8,10 +8,11 @@ Legend: T tokens, N rows, K cols, R rank, H hidden, F ffn.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from benchmarks.gpu.matrices import (
-    FACTOR_BITS,
     poisoned_outputs,
     random_expert,
     random_factors,
@@ -22,7 +23,7 @@ from benchmarks.gpu.matrices import (
 )
 from benchmarks.gpu.recorder import Recorder
 from benchmarks.gpu.setting import Setting
-from kernels import ops, reference
+from kernels import ops, reference, triton_matmul
 from kernels.types import LowRank, QuantizedMatrix
 
 TOLERANCE = 1e-4
@@ -38,35 +39,41 @@ MLP_SHAPES = ((2048, 1408), (4096, 14336))
 
 def run(setting: Setting, recorder: Recorder, *, bits: int) -> None:
     """All products at `bits`; factors at the same width."""
-    # Loaded as ops loads it: the one place in benchmarks that reaches below the room's face.
-    from kernels import triton_matmul
-
-    device, tiny = setting.device, setting.tiny
-    shapes = ((37, 128),) if tiny else SHAPES
-    tokens = (3, 33) if tiny else TOKENS
+    tokens = (3, 33) if setting.tiny else TOKENS
     with torch.inference_mode(), poisoned_outputs():
-        for rows, cols in shapes:
-            matrix = random_matrix(rows, cols, bits, device)
-            if rows * cols < 4_000_000:
-                _check_unpacking(recorder, matrix)
-            weight_NK = reference.dequantize(matrix).double()
-            for num_tokens in tokens:
-                kernel = "decode" if num_tokens <= triton_matmul.DECODE_TOKENS else "prefill"
-                x = random_inputs(num_tokens, cols, device, seed=num_tokens)
-                error = relative_rms(triton_matmul.matmul(matrix, x), x.double() @ weight_NK.T)
-                name = f"{rows} x {cols}, {num_tokens} tokens"
-                recorder.compare(f"{kernel} {bits} bits", name, error, TOLERANCE)
-        for rows, cols in ((64, 128),) if tiny else LOW_RANK_SHAPES:
-            for rank in (32,) if tiny else RANKS:
-                factors = random_low_rank(rows, cols, rank, device, bits=bits)
-                left_NR, right_RK = _dense(factors)
-                for num_tokens in tokens:
-                    x = random_inputs(num_tokens, cols, device, seed=num_tokens)
-                    expected = (x.double() @ right_RK.T) @ left_NR.T
-                    error = relative_rms(triton_matmul.low_rank_matmul(factors, x), expected)
-                    name = f"{rows} x {cols}, rank {rank}, {num_tokens} tokens"
-                    recorder.compare(f"low rank {bits} bits", name, error, TOLERANCE)
+        for rows, cols in ((37, 128),) if setting.tiny else SHAPES:
+            _check_matrix(recorder, random_matrix(rows, cols, bits, setting.device), tokens)
+        for rows, cols in ((64, 128),) if setting.tiny else LOW_RANK_SHAPES:
+            for rank in (32,) if setting.tiny else RANKS:
+                factors = random_low_rank(rows, cols, rank, setting.device, bits=bits)
+                _check_low_rank(recorder, factors, tokens)
         _check_experts(setting, recorder, bits)
+
+
+def _check_matrix(recorder: Recorder, matrix: QuantizedMatrix, tokens: Sequence[int]) -> None:
+    rows, cols, bits = matrix.rows, matrix.cols, matrix.bits
+    if rows * cols < 4_000_000:
+        _check_unpacking(recorder, matrix)
+    weight_NK = reference.dequantize(matrix).double()
+    for num_tokens in tokens:
+        kernel = "decode" if num_tokens <= triton_matmul.DECODE_TOKENS else "prefill"
+        group = f"{kernel} {bits} bits"
+        with recorder.section(group):
+            x = random_inputs(num_tokens, cols, str(matrix.data.device), seed=num_tokens)
+            error = relative_rms(triton_matmul.matmul(matrix, x), x.double() @ weight_NK.T)
+            recorder.compare(group, f"{rows} x {cols}, {num_tokens} tokens", error, TOLERANCE)
+
+
+def _check_low_rank(recorder: Recorder, factors: LowRank, tokens: Sequence[int]) -> None:
+    rows, cols, group = factors.rows, factors.cols, f"low rank {factors.bits} bits"
+    left_NR, right_RK = _dense(factors)
+    for num_tokens in tokens:
+        with recorder.section(group):
+            x = random_inputs(num_tokens, cols, str(factors.data.device), seed=num_tokens)
+            expected = (x.double() @ right_RK.T) @ left_NR.T
+            error = relative_rms(triton_matmul.low_rank_matmul(factors, x), expected)
+            name = f"{rows} x {cols}, rank {factors.rank}, {num_tokens} tokens"
+            recorder.compare(group, name, error, TOLERANCE)
 
 
 def _dense(factors: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,12 +98,11 @@ def _check_experts(setting: Setting, recorder: Recorder, bits: int) -> None:
         for rank in (16,) if tiny else RANKS:
             factors = random_factors(hidden, ffn, rank, device)
             for num_tokens in (2,) if tiny else (1, 2, 8, 33):
-                x = random_inputs(num_tokens, hidden, device)
-                restored_T = torch.arange(num_tokens) % 2 == 0
-                got = ops.gated_mlp(x, mlp, factors, restored_T, backend="triton")
-                expected = reference.gated_mlp(x, mlp, factors, restored_T)
-                name = (
-                    f"H {hidden}, F {ffn}, rank {rank} of {FACTOR_BITS} bits, {num_tokens} tokens"
-                )
-                error = relative_rms(got, expected)
-                recorder.compare(f"mlp {bits} bits", name, error, MLP_TOLERANCE)
+                with recorder.section(f"mlp {bits} bits"):
+                    x = random_inputs(num_tokens, hidden, device)
+                    restored_T = torch.arange(num_tokens) % 2 == 0
+                    got = ops.gated_mlp(x, mlp, factors, restored_T, backend="triton")
+                    expected = reference.gated_mlp(x, mlp, factors, restored_T)
+                    name = f"H {hidden}, F {ffn}, rank {rank}, {num_tokens} tokens"
+                    error = relative_rms(got, expected)
+                    recorder.compare(f"mlp {bits} bits", name, error, MLP_TOLERANCE)

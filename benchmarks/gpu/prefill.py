@@ -17,7 +17,7 @@ from benchmarks.gpu.clock import in_turns
 from benchmarks.gpu.matrices import copies, random_inputs, random_matrix
 from benchmarks.gpu.recorder import Recorder
 from benchmarks.gpu.setting import Setting
-from kernels import ops
+from kernels import ops, triton_matmul
 
 SHAPES = ((14336, 4096), (2048, 1408))
 TOKENS = (32, 128, 512, 2048)
@@ -27,8 +27,6 @@ Item = TypeVar("Item")
 
 
 def run(setting: Setting, recorder: Recorder) -> None:
-    from kernels import triton_matmul
-
     device, tiny = setting.device, setting.tiny
     with torch.inference_mode():
         for rows, cols in ((64, 128),) if tiny else SHAPES:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,6 +82,17 @@ class Recorder:
     def compare(self, group: str, name: str, error: float, limit: float) -> None:
         """A check that an error is below its limit; NaN never passes."""
         self.check(group, name, error < limit, error=error, limit=limit)
+
+    @contextmanager
+    def section(self, group: str) -> Iterator[None]:
+        """What raises inside turns `group` red and is told there; what comes after still runs."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - recorded as a failed check
+            # The first lines say what is wrong; Triton's last ones point at the kernel's line.
+            told = f"{type(error).__name__}: {error}"
+            short = told if len(told) < 900 else f"{told[:300]} ... {told[-600:]}"
+            self.check(group, "runs to its end", False, detail=" ".join(short.split()))
 
     def note(self, text: str) -> None:
         self._write("note", Note(text))

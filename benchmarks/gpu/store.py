@@ -7,8 +7,10 @@ travels with the tree, which has a limit of 64 MiB.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -30,8 +32,8 @@ def prepare(store: Path) -> None:
         (store / name).unlink()
 
 
-def complete(store: Path) -> None:
-    """Put back the dense files that `prepare` took out; does nothing to a whole store.
+def whole_store(store: Path) -> Path:
+    """`store` itself or, when `prepare` made it, a copy beside it with its dense files put back.
 
     Raises FileNotFoundError when there is no store, saying how to make one.
     """
@@ -42,13 +44,19 @@ def complete(store: Path) -> None:
         )
     index = store / INDEX
     places = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-    for file in sorted(set(places.values())):
-        if not (store / file).is_file():
-            names = {name for name, place in places.items() if place == file}
-            save_file(_bundled_tensors(names), store / file, metadata={"format": "pt"})
+    lacking = [file for file in sorted(set(places.values())) if not (store / file).is_file()]
+    if not lacking:
+        return store
+    whole = store.with_name(f"{store.name}-whole")
+    shutil.rmtree(whole, ignore_errors=True)
+    shutil.copytree(store, whole)
+    for file in lacking:
+        names = {name for name, place in places.items() if place == file}
+        save_file(_bundled_tensors(names), whole / file, metadata={"format": "pt"})
+    return whole
 
 
-def _bundled_tensors(names: set[str]) -> dict[str, object]:
+def _bundled_tensors(names: set[str]) -> dict[str, torch.Tensor]:
     found = {}
     for path in sorted(MIXTRAL_MINI.glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:

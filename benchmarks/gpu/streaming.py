@@ -111,7 +111,8 @@ def run(setting: Setting, recorder: Recorder) -> None:
         total = sum(RecordSizes.of(source.manifest).codes.values())
         total += sum(RecordSizes.of(source.manifest).factors.values())
         for num_tokens in (2,) if setting.tiny else (8, 64):
-            _measure(setting, recorder, layer, source, total, num_tokens)
+            with recorder.section(f"streaming {layer.name}"):
+                _measure(setting, recorder, layer, source, total, num_tokens)
 
 
 def _measure(

@@ -107,7 +107,8 @@ def poisoned(rows: int, cols: int) -> torch.Tensor:
 
 def at_odd_address(matrix: QuantizedMatrix) -> QuantizedMatrix:
     """The same matrix at an odd address, as in the middle of a mapped file."""
-    buffer = torch.zeros(matrix.data.numel() + 2, dtype=torch.uint8)
+    size, device = matrix.data.numel() + 2, matrix.data.device
+    buffer = torch.zeros(size, dtype=torch.uint8, device=device)
     start = 1 + buffer.data_ptr() % 2
     view = buffer[start : start + matrix.data.numel()]
     view.copy_(matrix.data)
