@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,11 +22,25 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.autoscaling import POLICY_IMPORT_PATH
 from cluster.config import ClusterConfig, config_from_mapping, load_config
-from cluster.door import check_port, check_store, free_port, wait_healthy
+from cluster.door import (
+    check_port,
+    check_store,
+    check_worker,
+    endpoint_url,
+    free_port,
+    last_line,
+    wait_healthy,
+)
 from cluster.environment import config_path, prepare_for_ray
 from cluster.ingress import Ingress
 from cluster.orchestrator import TierManager, TierSettings, live_nodes
-from cluster.placement import place, tier_needs, worker_need
+from cluster.placement import (
+    place,
+    sole_node_cpus,
+    sole_node_labels,
+    tier_needs,
+    worker_need,
+)
 from cluster.processes import Process, descendants, end, named
 from cluster.settings import AutoscalingSettings, split_label
 from cluster.tier_link import connect, open_directory
@@ -49,7 +62,7 @@ END_PATIENCE_S = 10.0
 
 
 class ClusterStartError(StoreError):
-    """The application did not come up; the message is what Serve says of it."""
+    """The application did not come up; the message names the part and its cause."""
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -190,7 +203,7 @@ def start_local_cluster(config: ClusterConfig) -> RunningCluster:
     http = config.http if config.http.port else replace(config.http, port=free_port(config.http))
     config = replace(config, http=http)
     check_port(http)
-    check_store(config.store)
+    check_worker(config.worker, check_store(config.store), is_here=True)
     prepare_for_ray()
     # Ray warns that it made a token for this cluster, as if that were something to do about.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
@@ -198,8 +211,8 @@ def start_local_cluster(config: ClusterConfig) -> RunningCluster:
     try:
         ray.init(
             address="local",
-            num_cpus=_local_cpus(config),
-            labels=_local_labels(config),
+            num_cpus=sole_node_cpus(config.replicas, os.cpu_count() or 1),
+            labels=sole_node_labels(config.store, config.ndp, config.replicas),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
@@ -209,7 +222,7 @@ def start_local_cluster(config: ClusterConfig) -> RunningCluster:
         _end_local(before, politely=True)
         raise
     vital = named(descendants(os.getpid()) - before, ("gcs_server", "raylet"))
-    return RunningCluster(_url(config), model, config, before, vital)
+    return RunningCluster(endpoint_url(config.http), model, config, before, vital)
 
 
 def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
@@ -219,6 +232,7 @@ def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
     `start_local_cluster`, and PlacementError when a node with a label is missing.
     """
     config = config.resolve()
+    check_worker(config.worker, check_store(config.store), is_here=False)
     prepare_for_ray()
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -228,7 +242,7 @@ def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
             "it asks for a token, that RAY_AUTH_MODE=token and RAY_AUTH_TOKEN are set"
         ) from error
     try:
-        return RunningCluster(_url(config), _deploy(config), config, None)
+        return RunningCluster(endpoint_url(config.http), _deploy(config), config, None)
     except BaseException:
         ray.shutdown()
         raise
@@ -246,9 +260,13 @@ def _deploy(config: ClusterConfig) -> str:
         serve.run(compose(config), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
         told = serve.status().applications.get(APP_NAME)
-        messages = [d.message for d in told.deployments.values() if d.message] if told else []
-        raise ClusterStartError("\n".join([str(error), *messages])) from error
-    return wait_healthy(_url(config), START_DEADLINE_S)
+        parts = told.deployments.items() if told else ()
+        causes = [f"{name}: {last_line(part.message)}" for name, part in parts if part.message]
+        raise ClusterStartError(
+            f"the application did not start: {'; '.join(causes) or last_line(str(error))} "
+            "(the whole story is in /tmp/ray/session_latest/logs/serve)"
+        ) from error
+    return wait_healthy(endpoint_url(config.http), START_DEADLINE_S)
 
 
 def _end_local(before: frozenset[Process], *, politely: bool) -> None:
@@ -261,25 +279,6 @@ def _end_local(before: frozenset[Process], *, politely: bool) -> None:
         ray.shutdown()
     for process in end(started, patience_s=END_PATIENCE_S):
         logger.warning("process %d did not end by itself and was ended", process.pid)
-
-
-def _local_cpus(config: ClusterConfig) -> int:
-    """The machine's cores, or more where the config's workers could not be placed otherwise."""
-    replicas = config.replicas
-    most = replicas.autoscaling.max_replicas if replicas.autoscaling else replicas.num_replicas
-    return max(os.cpu_count() or 1, math.ceil(replicas.num_cpus * most))
-
-
-def _local_labels(config: ClusterConfig) -> dict[str, str]:
-    labels: dict[str, str] = {}
-    for label in (config.store.label, config.ndp.label, config.replicas.label):
-        labels |= split_label(label)
-    return labels
-
-
-def _url(config: ClusterConfig) -> str:
-    host = config.http.host
-    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{config.http.port}"
 
 
 def __getattr__(name: str) -> Application:

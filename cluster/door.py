@@ -8,12 +8,15 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster.settings import HttpSettings, StoreSettings
 from expert_store.errors import StoreError
 from expert_store.format import is_store, load_manifest
+from expert_store.types import Manifest
+from gpu_worker.config import WorkerConfig
 
 POLL_S = 0.1
 
@@ -42,15 +45,37 @@ def free_port(http: HttpSettings) -> int:
         raise ValueError(f"http.host: cannot listen on {http.host}: {error}") from error
 
 
-def check_store(store: StoreSettings) -> None:
-    """Raises ValueError when there is no store, StoreFormatError when it cannot be read."""
+def check_store(store: StoreSettings) -> Manifest:
+    """The store's manifest. Raises ValueError without a store, StoreFormatError for a bad one."""
     path = Path(store.path)
     if not is_store(path):
         raise ValueError(
             f"store.path: {path} is not a store (no manifest.json there); make one with "
             f"`moetier compress MODEL {path}`"
         )
-    load_manifest(path)
+    return load_manifest(path)
+
+
+def check_worker(worker: WorkerConfig, manifest: Manifest, *, is_here: bool) -> None:
+    """Raises ValueError when a worker's settings do not fit the store or, if it is to run on this
+    machine, the machine.
+    """
+    try:
+        (worker if is_here else replace(worker, device="cpu")).resolve(manifest)
+    except ValueError as error:
+        raise ValueError(f"worker.{error}") from error
+
+
+def last_line(text: str) -> str:
+    """Of a traceback this is the error itself."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
+
+
+def endpoint_url(http: HttpSettings) -> str:
+    """Where the endpoint is reached from this machine."""
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+    return f"http://{everywhere.get(http.host, http.host)}:{http.port}"
 
 
 def wait_healthy(url: str, deadline_s: float) -> str:

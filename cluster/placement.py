@@ -5,6 +5,7 @@ Knows no Ray; `cluster/orchestrator.py` takes the snapshot of nodes and starts w
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,34 @@ def worker_need(replicas: ReplicaSettings, num_gpus: float) -> Need:
     resources = {"CPU": replicas.num_cpus, "GPU": num_gpus}
     wanted = {name: amount for name, amount in resources.items() if amount}
     return Need("worker-0", "replicas", replicas.label, wanted)
+
+
+def sole_node_cpus(replicas: ReplicaSettings, cores: int) -> int:
+    """CPUs that a cluster of one node must offer: its cores, or more where not all would fit."""
+    most = replicas.autoscaling.max_replicas if replicas.autoscaling else replicas.num_replicas
+    return max(cores, math.ceil(replicas.num_cpus * most))
+
+
+def sole_node_labels(
+    store: StoreSettings, ndp: NdpSettings, replicas: ReplicaSettings
+) -> dict[str, str]:
+    """Labels that a cluster of one node must carry so that every actor has a place.
+
+    Raises ValueError when two sections want the same label with different values.
+    """
+    labels: dict[str, str] = {}
+    for section, label in (
+        ("store", store.label),
+        ("ndp", ndp.label),
+        ("replicas", replicas.label),
+    ):
+        for key, value in split_label(label).items():
+            if labels.setdefault(key, value) != value:
+                raise ValueError(
+                    f"{section}.label: got {label}, but another section wants {key}={labels[key]}; "
+                    "one machine cannot carry both, so use different keys or a cluster of several"
+                )
+    return labels
 
 
 def place(needs: Sequence[Need], nodes: Sequence[Node]) -> tuple[Placed, ...]:

@@ -93,7 +93,7 @@ class ReplicaSettings:
 
     - num_replicas: fixed number of workers; ignored when autoscaling is given.
     - label: Ray node label, "key=value", that a node must carry; null is any node.
-    - num_cpus: CPUs that Ray sets aside for each worker.
+    - num_cpus: CPUs that Ray sets aside for each worker, and its threads when it runs on the CPU.
     - num_gpus: GPUs that Ray sets aside for each; null is 1, or 0 with worker.device cpu or
       where the cluster has no GPU.
     - max_waiting: requests that one worker keeps waiting for a slot; more wait at the ingress.

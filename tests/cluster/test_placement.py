@@ -11,8 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import Need, Node, PlacementError, place, tier_needs, worker_need
-from cluster.settings import NdpSettings, ReplicaSettings, StoreSettings
+from cluster.placement import (
+    Need,
+    Node,
+    PlacementError,
+    place,
+    sole_node_cpus,
+    sole_node_labels,
+    tier_needs,
+    worker_need,
+)
+from cluster.settings import AutoscalingSettings, NdpSettings, ReplicaSettings, StoreSettings
 
 STORE = {"moetier.io/store": "true"}
 BOTH = {**STORE, "moetier.io/ndp": "true", "ray.io/node-id": "x"}
@@ -100,3 +109,22 @@ def test_the_order_of_nodes_does_not_matter_and_loads_differ_by_one(
     load = Counter(p.node.node_id for p in placed)
     counts = [load[name] for name in names]
     assert max(counts) - min(counts) <= 1
+
+
+def test_one_node_can_carry_a_whole_cluster() -> None:
+    store, ndp = StoreSettings(label="a=1"), NdpSettings(enabled=True, label="b=1")
+    replicas = ReplicaSettings(label=None, num_cpus=1.5, num_replicas=3)
+    labels = sole_node_labels(store, ndp, replicas)
+    assert labels == {"a": "1", "b": "1"}
+    cpus = sole_node_cpus(replicas, 2)
+    assert cpus == 5
+    assert sole_node_cpus(replicas, 64) == 64
+    scaled = ReplicaSettings(autoscaling=AutoscalingSettings(max_replicas=7))
+    assert sole_node_cpus(scaled, 2) == 7
+    here = Node("1", "10.0.0.1", labels, {"CPU": float(cpus)})
+    assert len(place([*tier_needs(store, ndp), worker_need(replicas, 0)], [here])) == 3
+
+
+def test_labels_that_exclude_each_other_need_two_nodes() -> None:
+    with pytest.raises(ValueError, match="ndp.label: got a=2, but another section wants a=1"):
+        sole_node_labels(StoreSettings(label="a=1"), NdpSettings(label="a=2"), ReplicaSettings())

@@ -16,15 +16,24 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from hand_store import build_store
 
 from cluster.app import RunningCluster
 from cluster.commands import serve
 from cluster.config import ClusterConfig
-from cluster.door import check_port, check_store, free_port, wait_healthy
+from cluster.door import (
+    check_port,
+    check_store,
+    check_worker,
+    free_port,
+    last_line,
+    wait_healthy,
+)
 from cluster.processes import Process, descendants, end, named
 from cluster.settings import HttpSettings, StoreSettings
 from expert_store.errors import StoreError, StoreFormatError
+from gpu_worker.config import WorkerConfig
 
 
 def test_a_port_in_use_is_named_with_the_way_out() -> None:
@@ -48,8 +57,23 @@ def test_a_folder_that_is_no_store_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(StoreFormatError):
         check_store(StoreSettings(path=str(tmp_path)))
-    build_store(tmp_path / "store")
-    check_store(StoreSettings(path=str(tmp_path / "store")))
+    manifest = build_store(tmp_path / "store")
+    assert check_store(StoreSettings(path=str(tmp_path / "store"))) == manifest
+
+
+def test_worker_settings_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    manifest = build_store(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"worker\.top_n: got 5, .* use 0 to 2"):
+        check_worker(WorkerConfig(top_n=5), manifest, is_here=False)
+    check_worker(WorkerConfig(device="cuda"), manifest, is_here=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"worker\.device: got 'cuda'"):
+            check_worker(WorkerConfig(device="cuda"), manifest, is_here=True)
+
+
+def test_of_a_traceback_the_last_line_is_told() -> None:
+    assert last_line("Traceback:\n  File x\nValueError: no\n\n") == "ValueError: no"
+    assert last_line(" \n") == "no reason given"
 
 
 def test_waiting_for_health_ends_with_the_last_answer() -> None:
