@@ -217,8 +217,8 @@ def combine(
     sum_SH = torch.zeros(hidden_SH.shape, dtype=torch.float32, device=device)
     weights_SK = topk_weights_SK.float()
     for part in sorted(parts, key=lambda part: part.work.key):
-        rows_P = torch.tensor(part.work.token_rows, device=device)
-        columns_P = torch.tensor(part.work.columns, device=device)
+        places_2P = torch.tensor([part.work.token_rows, part.work.columns])
+        rows_P, columns_P = places_2P.to(device, non_blocking=True)
         weights_P1 = weights_SK[rows_P, columns_P, None]
         # A row is at most once in a part, so index_add_ has one order only, on a GPU too.
         sum_SH.index_add_(0, rows_P, part.output_PH.to(device, torch.float32) * weights_P1)

@@ -101,6 +101,8 @@ class LocalRun:
                     self._compute(gathering)
                     for request in gathering.landed:
                         stream.release(request)
+                    # Its bytes are no longer counted, so nothing here may keep them on the device.
+                    del gatherings[landed.copy.request.key]
         finally:
             self._tally.wait_s += stream.wait_s
             self._tally.moved_bytes.update(stream.moved_bytes)
@@ -153,7 +155,8 @@ class LocalRun:
         assert codes is not None, f"{work.key} has neither codes nor a failure"
         factors = gathering.factors.factors if gathering.factors else None
         restored_P = torch.tensor(work.restored) if factors is not None else None
-        rows_P = torch.tensor(work.token_rows, device=self._hidden_SH.device)
+        # Not waiting lets the host launch the next expert; pageable sources are staged at once.
+        rows_P = torch.tensor(work.token_rows).to(self._hidden_SH.device, non_blocking=True)
         output_PH = ops.gated_mlp(
             self._hidden_SH[rows_P], codes.mlp, factors, restored_P, backend=self._device.backend
         )

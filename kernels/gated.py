@@ -64,4 +64,4 @@ def _restored_rows(
         return None
     every = torch.ones(x.shape[0], dtype=torch.bool)
     rows = (every if restored_T is None else restored_T).nonzero(as_tuple=True)[0]
-    return rows.to(x.device) if rows.numel() else None
+    return rows.to(x.device, non_blocking=True) if rows.numel() else None

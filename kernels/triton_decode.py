@@ -34,7 +34,9 @@ def matmul_decode(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
 def low_rank_matmul_decode(factors: LowRank, x_TK: torch.Tensor) -> torch.Tensor:
     """left @ (right @ x) per token as [T, N] float32; rank must not be 0."""
     num_tokens, num_blocks = x_TK.shape[0], len(factors.block_offsets)
-    offsets = torch.tensor(factors.block_offsets, dtype=torch.int64).to(x_TK.device)
+    # From pageable memory an asynchronous copy is staged before it returns: safe, and no wait.
+    offsets = torch.tensor(factors.block_offsets, dtype=torch.int64)
+    offsets = offsets.to(x_TK.device, non_blocking=True)
     z_TR = x_TK.new_empty(num_tokens, factors.rank)
     _launch_rows(factors.data, offsets, num_blocks, factors.rank, factors.bits, x_TK, z_TR)
     y_TN = x_TK.new_empty(num_tokens, factors.rows)

@@ -27,7 +27,12 @@ from kernels import ops, triton_matmul
 from kernels.types import QuantizedMatrix
 
 SHAPES = ((14336, 4096), (4096, 14336), (1408, 2048), (2048, 1408))
-TOKENS = (1, 2, 4, 8)
+PRODUCTS = {"decode": triton_matmul.matmul_decode, "prefill": triton_matmul.matmul_prefill}
+POINTS = (
+    *(("decode", tokens) for tokens in (1, 2, 4, 8)),
+    # Where the tensor cores' kernel overtakes: what `triton_matmul.DECODE_TOKENS` should be.
+    *(("prefill", tokens) for tokens in (1, 2, 8)),
+)
 EXPERTS = ((4096, 14336), (2048, 1408))
 ROUNDS = 20
 EXPERT_ROUNDS = 40
@@ -44,15 +49,15 @@ def run(setting: Setting, recorder: Recorder) -> None:
         for bits in (2,) if tiny else (2, 3, 4):
             for rows, cols in ((16, 64),) if tiny else SHAPES:
                 pool = copies(random_matrix(rows, cols, bits, device), pool_bytes)
-                work: dict[str, Callable[[], object]] = {}
+                work: dict[tuple[str, int], Callable[[], object]] = {}
                 kinds = set()
-                for num_tokens in TOKENS[:1] if tiny else TOKENS:
+                for kernel, num_tokens in (("decode", 1), ("prefill", 1)) if tiny else POINTS:
                     x = random_inputs(num_tokens, cols, device)
-                    work[str(num_tokens)], kind = as_graph(
-                        _through(triton_matmul.matmul, pool, x), device
+                    work[kernel, num_tokens], kind = as_graph(
+                        _through(PRODUCTS[kernel], pool, x), device
                     )
                     kinds.add(kind)
-                work["copy"] = lambda: target.copy_(source)
+                work["copy", 0] = lambda: target.copy_(source)
                 times = in_turns(work, device=device, rounds=setting.rounds(ROUNDS))
                 _rows(recorder, times, pool, bits, pool_bytes, ", ".join(sorted(kinds)))
         _whole_experts(setting, recorder)
@@ -72,7 +77,7 @@ def _through(
 
 def _rows(
     recorder: Recorder,
-    times: dict[str, list[float]],
+    times: dict[tuple[str, int], list[float]],
     pool: list[QuantizedMatrix],
     bits: int,
     pool_bytes: int,
@@ -80,23 +85,23 @@ def _rows(
 ) -> None:
     """Times per matrix: a round's over the pool's length."""
     matrix = pool[0]
-    shape, gates = f"{matrix.rows} x {matrix.cols}", (f"decode {bits} bits",)
+    shape = f"{matrix.rows} x {matrix.cols}"
     copied = recorder.row(
         "device copy, read + written",
-        times.pop("copy"),
+        times.pop(("copy", 0)),
         shape=f"{pool_bytes >> 20} MiB",
         tokens=0,
-        gates=gates,
+        gates=(f"decode {bits} bits",),
         rate_of_s=2 * pool_bytes / 1e9,
         rate_unit="GB/s",
     )
-    for tokens, seconds in times.items():
+    for (kernel, num_tokens), seconds in times.items():
         recorder.row(
-            f"decode kernel {bits} bits",
+            f"{kernel} kernel {bits} bits",
             [s / len(pool) for s in seconds],
             shape=shape,
-            tokens=int(tokens),
-            gates=gates,
+            tokens=num_tokens,
+            gates=(f"{kernel} {bits} bits",),
             rate_of_s=matrix.data.numel() / 1e9,
             rate_unit="GB/s",
             share_of=("device copy", copied),

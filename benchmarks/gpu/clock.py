@@ -6,22 +6,24 @@ On the CPU (a tiny run) the same code runs with the host's clock, to be exercise
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 
 Work = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 def in_turns(
-    contestants: Mapping[str, Work], *, device: str, rounds: int
-) -> dict[str, list[float]]:
+    contestants: Mapping[Name, Work], *, device: str, rounds: int
+) -> dict[Name, list[float]]:
     """Seconds of each contestant, round by round, so that a slow moment falls on all alike.
 
     Two rounds more come first and are not kept; a single round (tiny) needs none.
     """
     warm_up = 0 if rounds == 1 else 2
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[Name, list[float]] = {name: [] for name in contestants}
     for number in range(warm_up + rounds):
         for name, work in contestants.items():
             seconds = once(work, device)

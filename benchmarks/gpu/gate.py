@@ -32,7 +32,7 @@ MLP_TOLERANCE = 3e-4
 """Of three products through a nonlinearity, against the reference in float32 on the same device."""
 SHAPES = ((1, 64), (37, 448), (85, 192), (2048, 1408), (1408, 2048), (4096, 14336), (14336, 4096))
 LOW_RANK_SHAPES = ((64, 128), (2048, 1408), (1408, 2048), (4096, 14336), (14336, 4096))
-TOKENS = (1, 2, 3, 5, 8, 16, 17, 33, 128)
+TOKENS = (1, 2, 3, 5, 8, 16, 33, 128)
 RANKS = (0, 16, 128)
 MLP_SHAPES = ((2048, 1408), (4096, 14336))
 
@@ -60,8 +60,15 @@ def _check_matrix(recorder: Recorder, matrix: QuantizedMatrix, tokens: Sequence[
         group = f"{kernel} {bits} bits"
         with recorder.section(group):
             x = random_inputs(num_tokens, cols, str(matrix.data.device), seed=num_tokens)
-            error = relative_rms(triton_matmul.matmul(matrix, x), x.double() @ weight_NK.T)
+            expected = x.double() @ weight_NK.T
+            error = relative_rms(triton_matmul.matmul(matrix, x), expected)
             recorder.compare(group, f"{rows} x {cols}, {num_tokens} tokens", error, TOLERANCE)
+        # The prefill kernel is timed at few tokens too: where it overtakes decode is measured.
+        if kernel == "decode":
+            with recorder.section(f"prefill {bits} bits"):
+                error = relative_rms(triton_matmul.matmul_prefill(matrix, x), expected)
+                name = f"{rows} x {cols}, {num_tokens} tokens"
+                recorder.compare(f"prefill {bits} bits", name, error, TOLERANCE)
 
 
 def _check_low_rank(recorder: Recorder, factors: LowRank, tokens: Sequence[int]) -> None:

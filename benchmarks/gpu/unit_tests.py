@@ -23,6 +23,8 @@ def run(setting: Setting, recorder: Recorder) -> None:
         recorder.note("pytest is not installed here: the unit tests were not run")
         return
     chosen = TINY if setting.tiny else (*FILES, "-k", "not compiles_for_a_gpu")
+    if not setting.tiny and importlib.util.find_spec("xdist"):
+        chosen = (*chosen, "-n", "4")  # most of the time is compiling
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     environment = {**os.environ, "TRITON_INTERPRET": "1" if setting.tiny else "0"}
     try:
