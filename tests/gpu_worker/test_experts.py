@@ -8,11 +8,13 @@ Method: a real store made by hand, random routing, and an oracle that runs each 
 from __future__ import annotations
 
 import pickle
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -235,6 +237,34 @@ def test_a_small_limit_of_bytes_under_way_gives_the_same(plain: Segment) -> None
     limit = largest_expert_bytes(plain.manifest)
     with running(plain, max_in_flight_bytes=limit, cache_bytes=0) as experts:
         assert torch.equal(step.run(experts), expected)
+
+
+class FreshSource(CountingSource):
+    """Gives every read bytes of its own and sees how many of them are still held at each read."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self._given: list[weakref.ref[np.ndarray]] = []
+        self.most_held = 0
+
+    def fetch(self, requests: Any) -> list[torch.Tensor]:
+        held = sum(array() is not None for array in self._given)
+        self.most_held = max(self.most_held, held)
+        arrays = [data.numpy().copy() for data in super().fetch(requests)]
+        self._given += [weakref.ref(array) for array in arrays]
+        return [torch.from_numpy(array) for array in arrays]
+
+
+def test_a_streamed_expert_s_bytes_are_dropped_when_it_is_done(plain: Segment) -> None:
+    """Released bytes are no longer counted: on a GPU, what is still held would pass the limit."""
+    source = FreshSource(plain)
+    limit = largest_expert_bytes(plain.manifest)
+    with running(source, max_in_flight_bytes=limit, cache_bytes=0, fetch_threads=1) as experts:
+        step = Step(num_rows=20)
+        assert relative(step.run(experts), oracle(plain, step, 1)) < CLOSE
+    assert len(source.calls) == NUM_EXPERTS
+    # The one that was released just now, and the one that this thread's loop still names.
+    assert 0 < source.most_held <= 2 * 2
 
 
 class TestLoss:
