@@ -58,7 +58,7 @@ _SHUTDOWN: dict[str, Any] = {
     "graceful_shutdown_timeout_s": 20.0,
 }
 START_DEADLINE_S = 300.0
-END_PATIENCE_S = 10.0
+END_PATIENCE_S = 5.0
 
 
 class ClusterStartError(StoreError):
@@ -218,8 +218,9 @@ def start_local_cluster(config: ClusterConfig) -> RunningCluster:
             logging_level=logging.WARNING,
         )
         model = _deploy(config)
-    except BaseException:
-        _end_local(before, politely=True)
+    except BaseException as error:
+        # Who interrupts a start wants it to end now; half-started replicas take long to be asked.
+        _end_local(before, politely=isinstance(error, Exception))
         raise
     vital = named(descendants(os.getpid()) - before, ("gcs_server", "raylet"))
     return RunningCluster(endpoint_url(config.http), model, config, before, vital)

@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     """Start, tell where, wait, shut down."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, _interrupt)
+    # A shell that starts a command in the background lets it ignore Ctrl-C's signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config = configured(args)
     start_s = time.monotonic()
     print("starting the cluster ...", file=sys.stderr, flush=True)
