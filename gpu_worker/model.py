@@ -10,6 +10,7 @@ Legend: B sequences, T tokens of each, S = B*T flattened, K top-k, H hidden, V v
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,20 @@ class MoetierQuantizer(HfQuantizer):
             module._is_hf_initialized = True
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {r"\.experts\."}
+        self._asked_dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Give every parameter the dtype that was asked for, those kept in float32 aside.
+
+        transformers 5.17 leaves dense tensors that its conversion renames, such as Mixtral's
+        router, in the checkpoint's dtype; 5.23 does not.
+        """
+        kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+        for name, parameter in model.named_parameters():
+            asked = self._asked_dtypes.get(name, parameter.dtype)
+            if parameter.dtype != asked and not any(re.search(part, name) for part in kept):
+                parameter.data = parameter.data.to(asked)
         return model
 
     @property

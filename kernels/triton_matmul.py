@@ -18,7 +18,10 @@ from kernels.triton_prefill import matmul_prefill
 from kernels.types import LowRank, QuantizedMatrix
 
 DECODE_TOKENS = 16
-"""Up to here the decode kernel, which needs no tensor core, is expected to be bound by memory."""
+"""Up to here the decode kernel, which needs no tensor core. To be set by measurement: in its sm_90
+code a step of 1280 packed bytes (2 bits) reads x with 32 loads a thread at one token and 256 at 8,
+so that past a token or two those loads, not memory, are expected to bound it (Triton 3.6, not run;
+`make gpu-check` times both kernels at 1, 2 and 8 tokens)."""
 
 
 def matmul(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:

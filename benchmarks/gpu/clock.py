@@ -77,4 +77,10 @@ def as_graph(work: Work, device: str) -> tuple[Work, str]:
     except RuntimeError as error:
         synchronize(device)
         return work, f"calls, because the graph could not be captured: {str(error)[:120]}"
-    return graph.replay, "graph"
+
+    def replay() -> None:
+        # Named so that it lives: the graph holds the addresses of its tensors, not the tensors.
+        _ = work
+        graph.replay()
+
+    return replay, "graph"
