@@ -28,6 +28,9 @@ COMMANDS = {
     "doctor": "what this machine has and what moetier would do with it",
 }
 
+EXTRAS = {"openai": "demo"}
+"""Packages that only some commands import -> the extra that installs them."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code. argv defaults to the process' own."""
@@ -61,9 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Parse and run one known subcommand.
 
-    The one place that imports inside a function: `--help` and `inspect` must not wait for torch.
+    Its module is imported here: `moetier --help` must not wait for torch. Raises ValueError when a
+    package of an extra is not installed.
     """
-    module = importlib.import_module(f"cluster.commands.{name}")
+    try:
+        module = importlib.import_module(f"cluster.commands.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        raise ValueError(
+            f"moetier {name} needs the package {error.name}, which is not installed; "
+            f"run pip install 'moetier[{EXTRAS[error.name]}]'"
+        ) from error
     parser = argparse.ArgumentParser(
         prog=f"moetier {name}",
         description=module.HELP,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from expert_store.compress import Progress
+if TYPE_CHECKING:
+    from expert_store.compress import Progress
 
 
 @contextmanager

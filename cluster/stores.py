@@ -9,17 +9,20 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from cluster.environment import cache_folder, default_store
-from expert_store.compress import Progress, compress
 from expert_store.config import CompressionConfig
 from expert_store.errors import StoreFormatError
 from expert_store.format import is_store, load_manifest
 from models import MIXTRAL_MINI
 
+if TYPE_CHECKING:
+    from expert_store.compress import Progress
+
 logger = logging.getLogger(__name__)
 
-Report = Callable[[Progress], None]
+Report: TypeAlias = "Callable[[Progress], None]"
 
 
 def bundled_store(report: Report | None = None) -> Path:
@@ -53,6 +56,9 @@ def _ensure(model: Path, store: Path, config: CompressionConfig, report: Report 
             return store
         except StoreFormatError as error:
             logger.warning("making the store again: %s", error)
+    # The compressor brings transformers: seconds that a store which is there need not wait for.
+    from expert_store.compress import compress
+
     store.parent.mkdir(parents=True, exist_ok=True)
     compress(model, store, config, progress=report, force=True)
     return store

@@ -8,29 +8,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cluster.progress import store_progress
+from cluster.stores import bundled_store
 from cluster.table import format_table
 from expert_store.inspect import StoreSummary, summarize
 
 HELP = """Print what a store holds: sizes, bits, ranks, kurtosis, errors, bytes per token.
 
-Reads the manifest only; `moetier verify` reads the records. Bytes per token are what one token
-moves at batch 1 with nothing cached: layers x (k x codes + n x mean factors). Exit code 1 when
-STORE is no store."""
+Without STORE, the bundled model's (made on first use). Reads the manifest only; `moetier verify`
+reads the records. Bytes per token are what one token moves at batch 1 with nothing cached:
+layers x (k x codes + n x mean factors). Exit code 1 when STORE is no store."""
 
 _BAR_WIDTH = 40
 _MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "store", type=Path, metavar="STORE", help="folder that compress has written"
-    )
+    parser.add_argument("store", nargs="?", type=Path, metavar="STORE", help="folder of a store")
     parser.add_argument("--json", action="store_true", help="print one JSON object, bytes as bytes")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the summary. Raises StoreFormatError when the folder is no store."""
-    summary = summarize(args.store)
+    with store_progress() as report:
+        store = args.store or bundled_store(report)
+    summary = summarize(store)
     print(json.dumps(as_json(summary), indent=2) if args.json else as_text(summary))
     return 0
 

@@ -11,32 +11,35 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cluster.progress import store_progress
+from cluster.stores import bundled_store
 from expert_store.verify import Verification, verify
 
 HELP = """Check every checksum of a store: records, dense files, manifest.
 
-Names store, file, layer and expert of whatever is damaged, with what was expected and what was
-found. Exit code 0 when the store is whole, 1 when anything is damaged."""
+Without STORE, the bundled model's (made on first use). Names store, file, layer and expert of
+whatever is damaged, with what was expected and what was found. Exit code 0 when the store is whole,
+1 when anything is damaged."""
 
 _MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "store", type=Path, metavar="STORE", help="folder that compress has written"
-    )
+    parser.add_argument("store", nargs="?", type=Path, metavar="STORE", help="folder of a store")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what is damaged. Raises StoreFormatError when the manifest cannot be read."""
+    with store_progress() as report:
+        store = args.store or bundled_store(report)
     with tqdm(desc="verify", unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        result = verify(args.store, show)
+        result = verify(store, show)
     print(json.dumps(as_json(result), indent=2) if args.json else as_text(result))
     return 1 if result.damage else 0
 

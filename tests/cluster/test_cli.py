@@ -3,6 +3,11 @@ main()."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from cluster import cli
@@ -56,3 +61,58 @@ def test_a_mistake_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cli, "run_command", fail)
     with pytest.raises(AssertionError):
         cli.main(["inspect"])
+
+
+@pytest.mark.parametrize(
+    ("calls", "slow"),
+    [
+        ("from cluster import cli; cli.main(['--help'])", "torch"),
+        ("import cluster.commands.inspect, cluster.commands.verify", "transformers"),
+    ],
+)
+def test_quick_commands_do_not_wait_for_slow_imports(calls: str, slow: str) -> None:
+    code = f"import sys; {calls}; sys.exit({slow!r} in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+
+
+def test_a_command_of_an_extra_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "cluster.commands.demo", raising=False)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert cli.main(["demo", "--help"]) == 2
+    told = capsys.readouterr().err
+    assert "needs the package openai" in told
+    assert "pip install 'moetier[demo]'" in told
+
+
+def test_another_missing_package_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cluster.commands.verify", raising=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ModuleNotFoundError, match="tqdm"):
+        cli.main(["verify", "--help"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["inspect"], "mixtral-mini (mixtral)"),
+        (["verify"], "whole: "),
+        (["generate", "--prompt", "The", "--max-tokens", "1"], "1 tokens in"),
+        (["eval", "--windows", "2", "--window-tokens", "8", "--batch", "1"], "python-reference"),
+    ],
+)
+def test_without_a_store_a_command_uses_the_bundled_model(
+    moetier: Callable[..., tuple[int, str, str]], arguments: list[str], told: str
+) -> None:
+    code, out, err = moetier(*arguments)
+    assert code == 0
+    assert told in out + err
+
+
+def test_without_a_model_compress_takes_the_bundled_one(
+    moetier: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, out, _ = moetier("compress", tmp_path / "store", "--recipe", "original", "--jobs", "1")
+    assert code == 0
+    assert "mixtral-mini (mixtral)" in out
