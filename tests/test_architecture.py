@@ -6,6 +6,9 @@ No GPU, no Ray, no third-party import. Every rule is also tried on a small tree 
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +29,8 @@ ONLY_IN = {  # third-party name -> the modules that may import it
     "redis": ("expert_store/directory.py",),
 }
 ENVIRONMENT_FILE = "cluster/environment.py"
+DISTRIBUTIONS = {"grpc": "grpcio", "yaml": "pyyaml"}  # where the import has another name
+UNDECLARED_BY_HQQ = {"termcolor", "einops"}  # hqq imports them and does not say so
 MAX_MODULE_LINES = 300
 MAX_FUNCTION_LINES = 70
 
@@ -153,3 +158,33 @@ def test_cycles_are_caught(tmp_path: Path) -> None:
     (room / "a.py").write_text('"""D."""\nfrom kernels import b\n')
     (room / "b.py").write_text('"""D."""\nimport kernels.a\n')
     assert any("import cycle" in found for found in problems(tmp_path))
+
+
+def distribution(requirement: str) -> str:
+    return re.split(r"[^\w-]", requirement, maxsplit=1)[0]
+
+
+def imported_distributions(root: Path) -> set[str]:
+    ours = {*MAY_IMPORT, "models", *sys.stdlib_module_names}
+    tops = {
+        name.split(".")[0] for _, tree, _ in sources(root) for _, name, _ in imported_names(tree)
+    }
+    return {DISTRIBUTIONS.get(top, top.replace("_", "-")) for top in tops - ours}
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {distribution(each) for each in project["dependencies"]}
+    demo = {distribution(each) for each in project["optional-dependencies"]["demo"]}
+    imported = imported_distributions(ROOT)
+    assert imported == (needed | demo) - UNDECLARED_BY_HQQ
+    assert needed >= UNDECLARED_BY_HQQ
+    assert not needed & demo
+
+
+def test_an_undeclared_import_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    code = "import os\nimport grpc\nimport huggingface_hub.errors\nfrom kernels import ops\n"
+    (tmp_path / "cluster" / "a.py").write_text(code)
+    assert imported_distributions(tmp_path) == {"grpcio", "huggingface-hub"}
+    assert distribution("ray[serve]>=2.60") == "ray"
