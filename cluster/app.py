@@ -275,7 +275,8 @@ def _end_local(before: frozenset[Process], *, politely: bool) -> None:
     started = descendants(os.getpid()) - before
     if ray.is_initialized():
         if politely:
-            serve.shutdown()
+            # Not serve.shutdown(): its killed controller makes Ray print an error that is none.
+            serve.delete(APP_NAME)
         started |= descendants(os.getpid()) - before
         ray.shutdown()
     for process in end(started, patience_s=END_PATIENCE_S):
