@@ -17,8 +17,11 @@ from expert_store.errors import StoreError
 from expert_store.format import is_store, load_manifest
 from expert_store.types import Manifest
 from gpu_worker.config import WorkerConfig
+from ndp_worker.config import NdpConfig
 
 POLL_S = 0.1
+NEAR_DATA_HEAD_BYTES = 64 << 10
+"""Of a near-data message: room for its header and for the numbers of experts."""
 
 
 def check_port(http: HttpSettings) -> None:
@@ -64,6 +67,22 @@ def check_worker(worker: WorkerConfig, manifest: Manifest, *, is_here: bool) -> 
         (worker if is_here else replace(worker, device="cpu")).resolve(manifest)
     except ValueError as error:
         raise ValueError(f"worker.{error}") from error
+    if worker.near_data != "off":
+        _check_near_data(worker, manifest)
+
+
+def _check_near_data(worker: WorkerConfig, manifest: Manifest) -> None:
+    """A layer's batch is one message: every pair of a step's tokens, in float32, with its row."""
+    limit = NdpConfig().max_message_bytes - NEAR_DATA_HEAD_BYTES
+    token_bytes = 4 * manifest.model.top_k * (manifest.model.expert.hidden + 1)
+    for name in ("prefill_chunk", "max_sequences"):
+        num_tokens = getattr(worker, name)
+        if num_tokens * token_bytes > limit:
+            raise ValueError(
+                f"worker.{name}: got {num_tokens}, whose near-data messages of up to "
+                f"{num_tokens * token_bytes} bytes are over the limit of {limit}; use at "
+                f"most {limit // token_bytes}, or worker.near_data off"
+            )
 
 
 def last_line(text: str) -> str:

@@ -206,7 +206,8 @@ class NdpClient:
     def _read(self, stream: _Stream) -> None:
         try:
             for message in stream.call:
-                self._bytes_received += len(message)
+                with self._changed:
+                    self._bytes_received += len(message)
                 self._deliver(message)
             reason = "the worker ended the stream"
         except grpc.RpcError as error:

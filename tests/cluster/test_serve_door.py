@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -69,6 +70,19 @@ def test_worker_settings_that_do_not_fit_are_named(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"worker\.device: got 'cuda'"):
             check_worker(WorkerConfig(device="cuda"), manifest, is_here=True)
+
+
+def test_steps_that_are_no_near_data_message_are_refused(tmp_path: Path) -> None:
+    manifest = build_store(tmp_path / "store")
+    token_bytes = 4 * manifest.model.top_k * (manifest.model.expert.hidden + 1)
+    most = (64 * 2**20 - 64 * 2**10) // token_bytes
+    for name in ("prefill_chunk", "max_sequences"):
+        fits = WorkerConfig(near_data="low_bit", **{name: most})
+        check_worker(fits, manifest, is_here=False)
+        with pytest.raises(ValueError, match=rf"worker\.{name}: got {most + 1}, .* most {most}"):
+            check_worker(replace(fits, **{name: most + 1}), manifest, is_here=False)
+        off = WorkerConfig(near_data="off", **{name: most + 1})
+        check_worker(off, manifest, is_here=False)
 
 
 def test_of_a_traceback_the_last_line_is_told() -> None:
