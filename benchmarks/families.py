@@ -9,9 +9,6 @@ Legend: B sequences, T tokens, S = B*T, K top-k, E experts, H hidden, F ffn, V v
 
 from __future__ import annotations
 
-import datetime
-import platform
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.record import RESULTS, provenance
 from expert_store.compress import compress
 from expert_store.config import CompressionConfig
 from expert_store.families import experts_modules
@@ -35,7 +33,7 @@ from tests.tiny_checkpoints import FAMILIES, write_tiny_checkpoint
 
 TOLERANCE = 1e-4
 """Relative to the largest logit, float32."""
-RESULTS = Path(__file__).parent / "results" / "families.md"
+OUT = RESULTS / "families.md"
 EXPERTS, TOP_K, VOCAB = 4, 2, 128
 CONTROL_FACTOR = 1.01
 
@@ -219,11 +217,8 @@ def main() -> int:
         for family in FAMILIES:
             rows.append(measure(family, Path(folder)))
             print(f"{family}: worst {rows[-1].worst:.1e}", flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(f"""# Logits per family: the store's path against transformers' own model
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(f"""# Logits per family: the store's path against transformers' own model
 
 Largest difference of a logit over the largest logit, float32, CPU, one thread. Tiny random
 checkpoint of each family in its on-hub layout (2 layers, {EXPERTS} experts, top-{TOP_K}, 128 wide),
@@ -234,10 +229,9 @@ effect: what restoring all pairs changes. Both show that the comparison can see 
 
 {table(rows)}
 
-Made by `python -m benchmarks.families` at commit {commit}, {datetime.date.today().isoformat()},
-torch {torch.__version__}, {platform.machine()}.
+Made by `python -m benchmarks.families`: {provenance()} torch {torch.__version__}.
 """)
-    print(f"wrote {RESULTS}")
+    print(f"wrote {OUT}")
     return 0 if all(row.worst <= TOLERANCE for row in rows) else 1
 
 

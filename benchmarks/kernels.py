@@ -10,24 +10,21 @@ Legend: T tokens, H hidden, F ffn.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.record import RESULTS, commit, processor, today, write_rows
 from kernels import ops, reference
 from kernels.packing import pack
 from kernels.types import GatedMLP, QuantizedMatrix
 
-RESULTS = Path(__file__).parent / "results" / "kernels-cpu.csv"
+OUT = RESULTS / "kernels-cpu.csv"
 TOKENS = (1, 4, 16)
 POOL_BYTES = 192 << 20
 """Weights each contestant cycles through: six times a 32 MiB last-level cache."""
@@ -75,7 +72,7 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=1408)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -83,11 +80,7 @@ def main() -> None:
         rows = measure(
             arguments.hidden, arguments.ffn, arguments.rounds, num_threads=arguments.threads
         )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_rows(arguments.out, rows)
     print(f"wrote {arguments.out}")
 
 
@@ -166,10 +159,10 @@ def make_row(
         share_of_read_bandwidth=round(speed / bandwidth, 3),
         rounds=len(seconds),
         threads=num_threads,
-        hardware=f"{processor()}, {os.cpu_count()} cores, {ops.native_isa()}",
+        hardware=f"{processor()}, {ops.native_isa()}",
         load=f"{os.getloadavg()[0]:.1f}/{os.cpu_count()}",
         commit=commit(),
-        date=datetime.date.today().isoformat(),
+        date=today(),
     )
 
 
@@ -245,26 +238,6 @@ def copy_mlp(mlp: GatedMLP) -> GatedMLP:
         for m in (mlp.gate, mlp.up, mlp.down)
     )
     return GatedMLP(gate, up, down, mlp.activation)
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

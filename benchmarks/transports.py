@@ -8,22 +8,20 @@ equal bytes and equal outputs by every way, runs first.
 
 from __future__ import annotations
 
-import csv
-import datetime
 import os
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
 import torch
 
+from benchmarks.record import RESULTS, commit, processor, today, write_rows
 from expert_store.actor import ObjectStoreSource, StoreActor, StoreHandle
 from expert_store.rpc import GrpcSource
 from expert_store.segment import Segment
@@ -34,7 +32,7 @@ from ndp_worker.executor import Executor
 from ndp_worker.rpc import NdpClient
 from tests.hand_store import build_store
 
-RESULTS = Path(__file__).parent / "results" / "transports.csv"
+OUT = RESULTS / "transports.csv"
 SHAPES = ((256, 448), (2048, 768), (4096, 4096))  # (H, F): 0.1, 1.5 and 16 MB of 2-bit codes
 NUM_EXPERTS = 4
 ROUNDS = 40
@@ -83,15 +81,8 @@ class Machine:
     """What every row says about where and when it was measured."""
 
     def __init__(self) -> None:
-        model = next(
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        )
-        self.hardware = f"{model}, {os.cpu_count()} cores"
-        self.commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        self.hardware = processor()
+        self.commit = commit()
 
     def rows(self, shape: str, num_bytes: int, times_ms: dict[str, list[float]]) -> list[Row]:
         """One row per contestant, each against the contestant "memcpy"."""
@@ -116,7 +107,7 @@ class Machine:
                     hardware=self.hardware,
                     load=load,
                     commit=self.commit,
-                    date=datetime.date.today().isoformat(),
+                    date=today(),
                 )
             )
         return rows
@@ -230,17 +221,13 @@ def main() -> None:
             rows += near_data_rows(machine, Path(folder) / "ndp")
     finally:
         ray.shutdown()
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_rows(OUT, rows)
     for row in rows:
         print(
             f"{row.what:32} {row.shape:52} p50 {row.p50:9.3f} ms  {row.gb_per_s:8.2f} GB/s  "
             f"{100 * row.share_of_memcpy:6.1f} % of memcpy"
         )
-    print(f"{machine.hardware}, load {rows[-1].load}; wrote {RESULTS}")
+    print(f"{machine.hardware}, load {rows[-1].load}; wrote {OUT}")
 
 
 if __name__ == "__main__":
