@@ -52,13 +52,7 @@ def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
 
 def dequantize_low_rank(factors: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
     """left [N, R] and right [R, K], float32, on the factors' device."""
-    device = factors.data.device
-    lefts = [torch.zeros(factors.rows, 0, device=device)]
-    rights = [torch.zeros(0, factors.cols, device=device)]
-    for block in range(len(factors.block_offsets)):
-        lefts.append(dequantize(factors.left_t(block)).T)
-        rights.append(dequantize(factors.right(block)))
-    return torch.cat(lefts, dim=1), torch.cat(rights)
+    return reference.dequantize_low_rank(factors, dequantize)
 
 
 def gated_mlp(

@@ -7,6 +7,8 @@ Legend: N rows, K cols, G groups, R rank, T tokens, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kernels.gated import compose_gated_mlp
@@ -25,8 +27,13 @@ def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
     return weight_NGK.view(matrix.rows, matrix.cols)
 
 
-def dequantize_low_rank(factors: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-    """left [N, R] and right [R, K], float32; R is 0 for an empty LowRank."""
+def dequantize_low_rank(
+    factors: LowRank, dequantize: Callable[[QuantizedMatrix], torch.Tensor] = dequantize
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """left [N, R] and right [R, K], float32; R is 0 for an empty LowRank.
+
+    `dequantize` is who makes the blocks' float32 factors; `kernels/ops.py` passes a faster one.
+    """
     device = factors.data.device
     lefts = [torch.zeros(factors.rows, 0, device=device)]
     rights = [torch.zeros(0, factors.cols, device=device)]

@@ -96,9 +96,8 @@ class LowRank:
     """A [rows, cols] matrix left @ right of rank 16 * len(block_offsets), factors quantised.
 
     Block b lies in `data` at `block_offsets[b]`: right [16, cols] packed, then left transposed
-    [16, rows]
-    packed (groups of 64 along its rows, so both factors have whole tiles). Any prefix of the blocks
-    is a valid LowRank of smaller rank. rank 0 is an empty tuple.
+    [16, rows] packed (groups of 64 along its rows, so both factors have whole tiles). Any prefix of
+    the blocks is a valid LowRank of smaller rank. rank 0 is an empty tuple.
 
     Raises ValueError when rows or cols is not a multiple of 64 or a block reaches past the data.
     """
