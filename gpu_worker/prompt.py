@@ -23,7 +23,7 @@ def encode_prompt(
     if tokenizer is None:
         raise ValueError("prompt: this model has no tokenizer; give token ids")
     if request.prompt is not None:
-        return tuple(tokenizer.encode(request.prompt))
+        return _encode(tokenizer, request.prompt, add_special_tokens=True)
     if not tokenizer.chat_template:
         raise ValueError(
             "messages: this model has no chat template; use /v1/completions with a prompt"
@@ -34,4 +34,11 @@ def encode_prompt(
     except TemplateError as error:
         raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
     assert isinstance(text, str), type(text)
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    return _encode(tokenizer, text, add_special_tokens=False)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool
+) -> tuple[int, ...]:
+    # Not verbose: a text longer than the context is refused by the engine, with its lengths.
+    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))

@@ -18,6 +18,8 @@ from gpu_worker.build import build_engine
 from gpu_worker.config import MEBIBYTE, WorkerConfig
 from gpu_worker.counters import StepCounters
 from gpu_worker.engine import Engine, TokenEvent
+from gpu_worker.messages import GenerateRequest
+from gpu_worker.prompt import encode_prompt
 from gpu_worker.sequence import SamplingParams, Sequence
 
 HELP = """Continue a prompt in this process: no cluster, no Ray, experts read from STORE as needed.
@@ -76,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if not args.prompt:
         raise ValueError("--prompt: got an empty text, expected something to continue")
+    for option, text in (("--prompt", args.prompt), *(("--stop", stop) for stop in args.stop)):
+        _check_unicode(option, text)
     if not 0 <= args.cache_mb < float("inf"):
         raise ValueError(f"--cache-mb: got {args.cache_mb}, expected 0 or more")
     config = WorkerConfig(
@@ -99,6 +103,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_unicode(option: str, text: str) -> None:
+    """Python lets an argument's bytes that are no UTF-8 through as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{option}: is not UTF-8 text (character {error.start}); convert it first"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class _Answer:
     text: str
@@ -109,9 +123,8 @@ class _Answer:
 
 
 def _generate(engine: Engine, prompt: str, params: SamplingParams, *, stream: bool) -> _Answer:
-    if engine.tokenizer is None:
-        raise ValueError("this store has no tokenizer, so it cannot read a prompt")
-    sequence = Sequence("generate", tuple(engine.tokenizer.encode(prompt)), params)
+    prompt_ids = encode_prompt(engine.tokenizer, GenerateRequest("generate", params, prompt))
+    sequence = Sequence("generate", prompt_ids, params)
     engine.add(sequence)
     start_s = time.perf_counter()
     pieces: list[str] = []

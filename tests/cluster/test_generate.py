@@ -70,6 +70,8 @@ def test_stop_ends_before_the_text(moetier: Run) -> None:
     ("arguments", "message"),
     [
         (("--prompt", ""), "--prompt: got an empty text"),
+        (("--prompt", "\udcff"), "--prompt: is not UTF-8 text (character 0)"),
+        (("--prompt", "x", "--stop", "a\udcff"), "--stop: is not UTF-8 text (character 1)"),
         (("--prompt", "x", "--max-tokens", "-1"), "max_tokens: got -1"),
         (("--prompt", "x", "--max-tokens", "5000"), "context of 2048 tokens"),
         (("--prompt", "word " * 2100), "context of 2048 tokens"),
@@ -87,6 +89,7 @@ def test_bad_input_is_the_callers_mistake(
     assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
+    assert "[transformers]" not in err
 
 
 def test_a_folder_that_is_no_store(moetier: Run, tmp_path: Path) -> None:
