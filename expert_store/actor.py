@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 
 from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreFormatError
 from expert_store.failover import Attempts, Batch, Copy, check_deadline, fetch_over
-from expert_store.holder import HolderStatus, OpenDirectory, Presence, SocketFolder
+from expert_store.holder import Holder, HolderStatus, OpenDirectory
 from expert_store.listing import Listing
 from expert_store.rpc import RecordServer
 from expert_store.segment import Segment, locate, readonly_tensor
@@ -53,32 +54,20 @@ class StoreActor:
     ) -> None:
         self._segment = Segment(Path(store), keys)
         self._objects = OwnedObjects(self._segment, max_put_bytes=max_put_bytes)
-        self._socket = SocketFolder()
         context = ray.get_runtime_context()
-        tcp = tcp_address or f"{ray.util.get_node_ip_address()}:0"
-        self._server = RecordServer(self._segment, (self._socket.address, tcp))
-        listing = Listing(
+        self._holder = Holder(
+            self._segment,
+            "records",
+            partial(RecordServer, self._segment),
+            tcp_address=tcp_address or f"{ray.util.get_node_ip_address()}:0",
             name=str(context.get_actor_id()),
-            role="records",
-            version=self._segment.manifest.version,
             node_id=context.get_node_id(),
-            addresses=self._server.addresses,
-            keys=None if keys is None else self._segment.keys,
-        )
-        self._presence = Presence(
-            listing,
-            num_experts=len(self._segment.keys),
-            num_bytes=self._segment.num_bytes,
             directory=directory,
         )
 
     def describe(self) -> HolderStatus:
         """Its listing (name, node, version, gRPC addresses, keys), sizes and process."""
-        return self._presence.status
-
-    def ping(self) -> bool:
-        """True, when it is alive."""
-        return True
+        return self._holder.status
 
     def refs(self, version: str, requests: Sequence[RecordRequest]) -> list[ray.ObjectRef]:
         """Objects of whole records, numpy uint8, in request order; put once, owned by this actor.
@@ -95,12 +84,7 @@ class StoreActor:
 
     def stop(self) -> None:
         """Withdraw from the directory and stop serving; the actor can be killed afterwards."""
-        try:
-            self._presence.close()
-        finally:
-            self._server.close()
-            self._socket.close()
-            self._segment.close()
+        self._holder.close()
 
 
 class OwnedObjects:

@@ -1,5 +1,5 @@
-"""What a store actor and a near-data actor have in common: where they listen, what they say of
-themselves, and their announcements. Knows no Ray.
+"""What a store actor and a near-data actor have in common: a segment, where they listen, what they
+say of themselves, and their announcements. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from expert_store.directory import Announcer, Directory
-from expert_store.listing import Listing
+from expert_store.listing import Listing, Role
+from expert_store.segment import Segment
 
 PREFIX = "moetier-socket-"
 SOCKET = "s"
@@ -34,6 +36,68 @@ class HolderStatus:
     num_experts: int
     num_bytes: int  # of all records of its segment
     pid: int
+
+
+class Server(Protocol):
+    """What listens in front of a segment."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]: ...
+
+    def close(self) -> None: ...
+
+
+class Holder:
+    """A segment that is served on this node and announced, until closed.
+
+    `serve` starts the server on the addresses it is given: a unix socket, then `tcp_address`
+    (host:port, 0 for a free one). `name` is unique among the holders.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        role: Role,
+        serve: Callable[[tuple[str, str]], Server],
+        *,
+        tcp_address: str,
+        name: str,
+        node_id: str,
+        directory: OpenDirectory | None,
+    ) -> None:
+        self._segment = segment
+        self._socket = SocketFolder()
+        self._server = serve((self._socket.address, tcp_address))
+        holds_all = len(segment.keys) == len(segment.manifest.experts)
+        listing = Listing(
+            name=name,
+            role=role,
+            version=segment.manifest.version,
+            node_id=node_id,
+            addresses=self._server.addresses,
+            keys=None if holds_all else segment.keys,
+        )
+        self._presence = Presence(
+            listing,
+            num_experts=len(segment.keys),
+            num_bytes=segment.num_bytes,
+            directory=directory,
+        )
+
+    @property
+    def status(self) -> HolderStatus:
+        return self._presence.status
+
+    def close(self) -> None:
+        """Withdraw and stop serving. Raises DirectoryError when the directory is lost; all else is
+        closed then too.
+        """
+        try:
+            self._presence.close()
+        finally:
+            self._server.close()
+            self._socket.close()
+            self._segment.close()
 
 
 class SocketFolder:

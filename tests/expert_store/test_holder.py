@@ -1,6 +1,8 @@
-"""Goal: holders' sockets do not pile up, and no living one is ever taken away.
+"""Goal: holders' sockets do not pile up, and no living one is ever taken away; a holder says what
+it holds and closes all of it.
 
-Method: folders made by hand in a temporary directory: listened on, left behind, new, not ours.
+Method: folders made by hand in a temporary directory: listened on, left behind, new, not ours; a
+holder around a real segment with a server and a directory of the test's.
 """
 
 from __future__ import annotations
@@ -13,8 +15,12 @@ from pathlib import Path
 import pytest
 
 from expert_store.directory import MemoryDirectory
-from expert_store.holder import PREFIX, SOCKET, STALE_S, Presence, SocketFolder
+from expert_store.errors import DirectoryError, ExpertUnavailableError
+from expert_store.holder import PREFIX, SOCKET, STALE_S, Holder, Presence, SocketFolder
 from expert_store.listing import Listing
+from expert_store.segment import Segment
+from expert_store.types import RecordRequest
+from tests.hand_store import build_store
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +83,67 @@ def test_presence_is_announced_and_withdrawn() -> None:
     alone = Presence(listing, num_experts=3, num_bytes=5, directory=None)
     assert alone.status.listing == listing
     alone.close()
+
+
+class Server:
+    """Listens nowhere; says where it was told to, and whether it was closed."""
+
+    def __init__(self, addresses: tuple[str, str]) -> None:
+        self.addresses = addresses
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class LosableDirectory(MemoryDirectory):
+    is_lost = False
+
+    def withdraw(self, name: str) -> None:
+        if self.is_lost:
+            raise DirectoryError("the directory is gone (test)")
+        super().withdraw(name)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_holder_says_what_it_holds_and_closes_all(folder: Path, is_lost: bool) -> None:
+    build_store(folder / "store")
+    directory, servers = LosableDirectory(), []
+
+    def serve(addresses: tuple[str, str]) -> Server:
+        servers.append(Server(addresses))
+        return servers[-1]
+
+    def hold(segment: Segment) -> Holder:
+        return Holder(
+            segment,
+            "records",
+            serve,
+            tcp_address="10.0.0.1:0",
+            name="a",
+            node_id="n",
+            directory=lambda: directory,
+        )
+
+    whole = Segment(folder / "store")
+    key = min(whole.keys)
+    part = Segment(folder / "store", [key])
+    holder, other = hold(part), hold(whole)
+    assert other.status.listing.keys is None
+    assert other.status.num_experts == len(whole.keys)
+    assert other.status.num_bytes == whole.num_bytes
+    other.close()
+    assert holder.status.listing.keys == frozenset([key])
+    unix, tcp = holder.status.listing.addresses
+    made = Path(unix.removeprefix("unix:")).parent
+    assert (made.is_dir(), tcp) == (True, "10.0.0.1:0")
+    directory.is_lost = is_lost
+    if is_lost:
+        with pytest.raises(DirectoryError):
+            holder.close()
+    else:
+        holder.close()
+    assert servers[0].is_closed
+    assert not made.exists()
+    with pytest.raises(ExpertUnavailableError, match="closed"):
+        part.fetch([RecordRequest(key, "codes")])
