@@ -58,10 +58,6 @@ class Staging:
         """Checksum of a file that is staged already."""
         return file_sha256(self.folder / relative)
 
-    def used_bytes(self) -> int:
-        """Bytes that earlier runs have staged."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-
     def put_expert(
         self, key: ExpertKey, records: dict[RecordKind, torch.Tensor], info: dict[str, Any]
     ) -> dict[str, Any]:

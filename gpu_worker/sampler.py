@@ -1,7 +1,7 @@
 """Chooses the next token of each sequence from its logits.
 
-A draw is a pure function of the request's seed, the token's index and the logits, so a request
-gives the same tokens alone, in any batch, and when a step is run again. Knows no text, no model.
+A draw is a pure function of the request's seed, the token's index and the logits: who else runs, or
+a step that is run again, changes a token only by changing the logits. Knows no text, no model.
 
 Legend: B sequences, V vocabulary.
 """
