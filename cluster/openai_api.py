@@ -7,6 +7,7 @@ done anyway; nothing is silently ignored. Knows no HTTP route and no tokenizer.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -47,6 +48,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI's API that are not supported -> values that ask for nothing, besides null."""
 WITHOUT_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """Fields that only label a request on OpenAI's side; accepted, since no answer depends on them."""
+SEVERAL_FORMS: dict[str | int, str] = {
+    "prompt": "a string or a list of token ids from 0 to 2147483647",
+    "stop": "a string or a list of strings",
+    "content": 'a string or a list of parts like {"type": "text", "text": "..."}',
+}
+"""Fields that may be written in more than one way -> what they may be."""
 
 Request = TypeVar("Request", bound="GenerationRequest")
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -208,11 +215,22 @@ def _check_extra(name: str, value: object) -> None:
 def _as_api_error(error: ValidationError, kind: type[GenerationRequest]) -> ApiError:
     """The first mistake, by the field's path as the client wrote it."""
     first = error.errors(include_url=False, include_context=False)[0]
-    field = str(first["loc"][0]) if first["loc"] else ""
-    at_index = [f"[{part}]" for part in first["loc"][1:2] if isinstance(part, int)]
-    param = field + "".join(at_index)
+    param = _path(first["loc"])
     if first["type"] == "missing" and len(first["loc"]) == 1:
-        message = f"{field}: is missing; {kind.__name__} needs it"
-    else:
-        message = f"{param}: {first['msg']}, got {str(first['input'])[:80]}"
-    return invalid(message, param=param)
+        return invalid(f"{param}: is missing; {kind.__name__} needs it", param=param)
+    if first["type"] == "missing":
+        return invalid(f"{param}: is missing", param=param)
+    # Of several forms pydantic's first error names only the first.
+    forms = next((SEVERAL_FORMS[part] for part in first["loc"] if part in SEVERAL_FORMS), None)
+    told = first["msg"] if forms is None else f"expected {forms}"
+    return invalid(f"{param}: {told}, got {str(first['input'])[:80]}", param=param)
+
+
+def _path(where: Sequence[str | int]) -> str:
+    """A place as the client wrote it, e.g. messages[0].content; not which form of it was tried."""
+    path = ""
+    for part in where:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+        if part in SEVERAL_FORMS:
+            break
+    return path
