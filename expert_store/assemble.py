@@ -6,7 +6,6 @@ Every file is written whole or not at all, and found again by a run that goes on
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from expert_store.files import Chunk, TensorEntry, layout, read_bytes
 from expert_store.manifest_json import record_file, record_name
 from expert_store.records import codes_bytes, factors_bytes
 from expert_store.shards import INDEX_FILE, StoredTensor
-from expert_store.staging import Staging
+from expert_store.staging import COPIED, Staging
 from expert_store.types import (
     FORMAT_VERSION,
     ExpertInfo,
@@ -30,10 +29,6 @@ from expert_store.types import (
 DENSE_FILE_BYTES = 1 << 30
 _COPY_CHUNK = 8 << 20
 _MAX_COPIED_BYTES = 256 << 20
-_COPIED = re.compile(
-    r"generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*"
-    r"|merges\.txt|.*\.tiktoken|.*\.model|chat_template.*|LICENSE.*|NOTICE.*"
-)
 _METADATA = {"format": "pt"}
 
 
@@ -158,7 +153,7 @@ def write_configuration(staging: Staging, source: Path, recipe: Recipe) -> list[
         path.name
         for path in sorted(source.iterdir())
         if path.is_file()
-        and _COPIED.fullmatch(path.name)
+        and COPIED.fullmatch(path.name)
         and path.stat().st_size <= _MAX_COPIED_BYTES
     ]
     for name in copied:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ from expert_store.format import MANIFEST_FILE, is_store
 from expert_store.types import ExpertKey, RecordKind
 
 PARTIAL = ".partial"
+COPIED = re.compile(
+    r"generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*"
+    r"|merges\.txt|.*\.tiktoken|.*\.model|chat_template.*|LICENSE.*|NOTICE.*"
+)
+"""Names of the files that a store takes over from its checkpoint as they are."""
 _FILES = "files.json"
 _READ_CHUNK = 8 << 20
 _STORE_PATTERNS = ("dense*.safetensors", "codes/layer-*.safetensors", "factors/layer-*.safetensors")
@@ -112,10 +118,9 @@ class Staging:
         files: list[str] = self.read_json(_FILES) or []
         try:
             (self.store / MANIFEST_FILE).unlink(missing_ok=True)
-            for pattern in _STORE_PATTERNS:
-                for path in self.store.glob(pattern):
-                    if path.relative_to(self.store).as_posix() not in files:
-                        path.unlink()
+            for path in _of_a_store(self.store):
+                if path.relative_to(self.store).as_posix() not in files:
+                    path.unlink()
             for relative in files:
                 if self.has(relative):
                     (self.store / relative).parent.mkdir(exist_ok=True)
@@ -180,6 +185,12 @@ def check_target(store: Path, *, force: bool) -> None:
         raise ValueError(
             f"store: {store} is neither empty nor a moetier store; give a new or an empty folder"
         )
+
+
+def _of_a_store(folder: Path) -> list[Path]:
+    """What a compress has put into the folder, now or before; a user's own files are not."""
+    found = [path for pattern in _STORE_PATTERNS for path in folder.glob(pattern)]
+    return found + [p for p in folder.iterdir() if p.is_file() and COPIED.fullmatch(p.name)]
 
 
 def file_sha256(path: Path) -> str:

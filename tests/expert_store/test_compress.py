@@ -234,6 +234,24 @@ def test_force_leaves_nothing_of_the_old_store(store: Path, model: Path, tmp_pat
     assert left == tree(tmp_path / "fresh")
 
 
+def test_force_keeps_no_tokenizer_of_another_model(tmp_path: Path) -> None:
+    """A chat template that the new model does not have would change its prompts."""
+    old = write_tiny_checkpoint("mixtral", tmp_path / "old", hidden=64, ffn=64)
+    for name in ("chat_template.jinja", "merges.txt", "tokenizer.json"):
+        (old / name).write_text("{}")
+    store = tmp_path / "store"
+    compress(old, store, CompressionConfig(recipe="original"), jobs=1)
+    assert (store / "chat_template.jinja").is_file()
+    (store / "notes.txt").write_text("the user's own")
+    new = write_tiny_checkpoint("mixtral", tmp_path / "new", hidden=64, ffn=64)
+    (new / "tokenizer.json").write_text("[]")
+    compress(new, store, CompressionConfig(recipe="original"), jobs=1, force=True)
+    assert not (store / "chat_template.jinja").exists()
+    assert not (store / "merges.txt").exists()
+    assert (store / "tokenizer.json").read_text() == "[]"
+    assert (store / "notes.txt").is_file()
+
+
 def test_targets_that_are_not_free(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is neither empty nor a moetier store"):
         compress(model, model, PAPER, force=True)
