@@ -1,9 +1,7 @@
-"""Rows as a text table or as JSON, for the commands. Knows no command and no meaning of a row."""
+"""Rows as a text table, for the commands. Knows no command and no meaning of a row."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,17 +31,6 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Non
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(names), line(["-" * width for width in widths]), *map(line, cells)])
-
-
-def print_rows(
-    rows: Sequence[Mapping[str, Any]], as_json: bool, columns: Sequence[str] | None = None
-) -> None:
-    """Write the rows to stdout: a JSON list of objects, or the table."""
-    if as_json:
-        text = json.dumps([dict(row) for row in rows], indent=2)
-    else:
-        text = format_table(rows, columns)
-    sys.stdout.write(text + "\n")
 
 
 def _is_number(value: object) -> bool:

@@ -1,10 +1,8 @@
-"""Goal: rows come out as an aligned table or as JSON. Method: exact text of small cases."""
+"""Goal: rows come out as an aligned table. Method: exact text of small cases."""
 
 from __future__ import annotations
 
-import json
-
-from cluster.table import format_table, print_rows
+from cluster.table import format_table
 
 ROWS = [{"what": "codes", "bytes": 12345, "ok": True}, {"what": "a", "bytes": None, "ok": False}]
 
@@ -25,10 +23,3 @@ def test_columns_choose_and_order() -> None:
 def test_no_rows() -> None:
     assert format_table([]) == ""
     assert format_table([], ["a"]).splitlines()[0] == "a"
-
-
-def test_print_rows(capsys) -> None:
-    print_rows(ROWS, as_json=True)
-    assert json.loads(capsys.readouterr().out) == ROWS
-    print_rows(ROWS, as_json=False)
-    assert capsys.readouterr().out == format_table(ROWS) + "\n"
