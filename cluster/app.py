@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -209,13 +211,11 @@ def start_local_cluster(config: ClusterConfig) -> RunningCluster:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     before = descendants(os.getpid())
     try:
-        ray.init(
+        _init_ray(
             address="local",
             num_cpus=sole_node_cpus(config.replicas, os.cpu_count() or 1),
             labels=sole_node_labels(config.store, config.ndp, config.replicas),
             include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
         )
         model = _deploy(config)
     except BaseException as error:
@@ -236,7 +236,7 @@ def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
     check_worker(config.worker, check_store(config.store), is_here=False)
     prepare_for_ray()
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        _init_ray(address=address)
     except ConnectionError as error:
         raise ClusterStartError(
             f"cannot join the Ray cluster at {address}: {error}; check that it runs there and, if "
@@ -247,6 +247,14 @@ def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
     except BaseException:
         ray.shutdown()
         raise
+
+
+def _init_ray(**options: Any) -> None:
+    """Quietly; and SIGTERM stays the caller's, where Ray's handler would end us without a word."""
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _deploy(config: ClusterConfig) -> str:
@@ -279,8 +287,9 @@ def _end_local(before: frozenset[Process], *, politely: bool) -> None:
             serve.delete(APP_NAME)
         started |= descendants(os.getpid()) - before
         ray.shutdown()
+    level = logging.WARNING if politely else logging.INFO
     for process in end(started, patience_s=END_PATIENCE_S):
-        logger.warning("process %d did not end by itself and was ended", process.pid)
+        logger.log(level, "process %d did not end by itself and was ended", process.pid)
 
 
 def __getattr__(name: str) -> Application:

@@ -25,7 +25,8 @@ Without --address a Ray cluster is started on this machine and shut down at the 
 running. Without --config every setting has its default, and without a store the bundled model's is
 used (made on first use). deploy/cluster.example.yaml documents every setting.
 
-Exit codes: 0 after Ctrl-C or SIGTERM, 1 when a part fails, 2 for a setting that cannot be used."""
+Exit codes: 0 after Ctrl-C or SIGTERM, 130 when they come before it is up, 1 when a part fails, 2
+for a setting that cannot be used."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,6 @@ def run(args: argparse.Namespace) -> int:
             join_cluster(config, args.address) if args.address else start_local_cluster(config)
         )
         with cluster:
-            # Ray has put its own handler in the place of ours.
             signal.signal(signal.SIGTERM, lambda *_: stop.set())
             print(greeting(cluster, time.monotonic() - start_s), flush=True)
             wait(stop, cluster)

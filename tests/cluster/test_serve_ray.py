@@ -431,6 +431,31 @@ def kill_the_worker_in_a_stream(command: Command, http: httpx2.Client) -> None:
     assert http.post("/v1/completions", json=BODY).status_code == 200
 
 
+def test_sigterm_while_it_starts_ends_all_of_it(tmp_path: Path, mini_cache: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(CONFIG)
+    with subprocess.Popen(
+        [moetier_path(), *serve_arguments(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(mini_cache),
+    ) as process:
+        below: set[Process] = set()
+
+        def serve_starts() -> bool:
+            below.update(descendants(process.pid))
+            return any("ServeController" in command_line(p) for p in below)
+
+        wait_until(serve_starts, "Serve starts", START_DEADLINE_S)
+        process.terminate()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert told.splitlines()[-1] == "interrupted; nothing is left running"
+    assert "SIGTERM received" not in told, "Ray's own handler"
+    assert "did not end by itself" not in told
+    assert [command_line(p) for p in below if p.is_alive] == []
+
+
 def test_ctrl_c_leaves_no_process_and_no_socket(command: Command) -> None:
     below = descendants(command.process.pid)
     assert len(below) > 5
