@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from expert_store.errors import StoreFormatError
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
 from gpu_worker.experts import StoreExperts
@@ -101,12 +102,22 @@ def usable_context(model: PretrainedConfig, resolved: int | None, asked: int | N
 
 
 def load_tokenizer(store: Path) -> PreTrainedTokenizerBase | None:
-    """The store's tokenizer; None when the store has no tokenizer files."""
+    """The store's tokenizer; None when the store has no tokenizer files.
+
+    Raises StoreFormatError when the files that there are make no tokenizer.
+    """
     if not any((store / name).is_file() for name in TOKENIZER_FILES):
         logger.warning(
             "%s has no tokenizer: prompts must be token ids, answers have no text", store
         )
         return None
-    tokenizer = AutoTokenizer.from_pretrained(store, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(store, local_files_only=True)
+    except Exception as error:  # a damaged file ends in whatever the parser met first
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise StoreFormatError(
+            f"{store}: the tokenizer's files cannot be read ({cause}); copy them again from the "
+            "model, or compress it again with --force"
+        ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase), type(tokenizer)
     return tokenizer

@@ -98,6 +98,22 @@ def test_a_folder_that_is_no_store(moetier: Run, tmp_path: Path) -> None:
     assert "not a finished store" in err
 
 
+@pytest.mark.parametrize("tokenizer", ["{", "{}", None])
+def test_a_damaged_tokenizer_is_the_stores_fault(
+    moetier: Run, mini_cache: Path, tmp_path: Path, tokenizer: str | None
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(mini_cache / "stores" / "mixtral-mini", store)
+    if tokenizer is None:
+        (store / "tokenizer.json").unlink()
+    else:
+        (store / "tokenizer.json").write_text(tokenizer)
+    code, _, err = moetier("generate", store, "--prompt", "x")
+    assert code == 1
+    assert f"{store}: the tokenizer's files cannot be read" in err
+    assert "--force" in err
+
+
 def test_a_damaged_expert_is_exit_code_1_with_its_name(
     moetier: Run, mini_cache: Path, tmp_path: Path
 ) -> None:
