@@ -87,7 +87,12 @@ def test_a_tiny_run_is_whole_and_green_without_ray_hqq_redis_and_grpc(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # main() sets these for the process; other tests need the interpreter, so put them back.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
     assert "no GPU" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
