@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -266,7 +267,7 @@ def _load_config(path: Path) -> Any:
         model_type = raw.get("model_type") if isinstance(raw, dict) else None
         check_model_type(model_type, str(path))
         config = load_config(str(path))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         raise CheckpointError(f"{path}/config.json: cannot be read: {error}") from error
     quantization = raw.get("quantization_config")
     if quantization:

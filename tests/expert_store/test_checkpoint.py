@@ -223,6 +223,13 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
+def test_a_config_field_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint("mixtral", tmp_path)
+    edit_config(folder, num_hidden_layers="six")
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read: .*num_hidden_layers"):
+        Checkpoint(folder)
+
+
 @pytest.mark.parametrize("shard", ["gone.safetensors", "../model-00001-of-00009.safetensors"])
 def test_a_missing_shard_is_named(shard: str, tmp_path: Path) -> None:
     folder = write_tiny_checkpoint("mixtral", tmp_path, max_shard_size="100KB")
