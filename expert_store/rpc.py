@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -23,7 +23,6 @@ from expert_store.errors import (
 )
 from expert_store.failover import Attempts, Batch, ListedCopies, check_deadline, fetch_over
 from expert_store.listing import Listing
-from expert_store.manifest_json import decode_manifest, encode_manifest
 from expert_store.segment import Segment, locate
 from expert_store.types import Manifest, RecordRequest
 from expert_store.wire import CHUNK_BYTES, MAX_REQUESTS, Assembly, chunks, decode_call, encode_call
@@ -31,6 +30,7 @@ from expert_store.wire import CHUNK_BYTES, MAX_REQUESTS, Assembly, chunks, decod
 SERVICE = "moetier.Records"
 MAX_MESSAGE_BYTES = 8 * 2**20
 MAX_DETAIL_CHARS = 1000  # of an error's text: it travels as a header, and those are small
+MAX_CALLS_AT_ONCE = 16  # of one fetch
 
 _STATUS = (
     (CorruptRecordError, grpc.StatusCode.DATA_LOSS),
@@ -59,7 +59,6 @@ class RecordServer:
         handlers = {
             "Fetch": grpc.unary_stream_rpc_method_handler(self._fetch),
             "FetchSmall": grpc.unary_unary_rpc_method_handler(self._fetch_small),
-            "Manifest": grpc.unary_stream_rpc_method_handler(self._manifest),
         }
         self._server, self._addresses = start_server(
             SERVICE, handlers, addresses, max_calls=max_connections, max_bytes=MAX_MESSAGE_BYTES
@@ -93,9 +92,6 @@ class RecordServer:
             status = next(status for kind, status in _STATUS if isinstance(error, kind))
             context.abort(status, str(error)[:MAX_DETAIL_CHARS])
             raise AssertionError("abort() raises") from error
-
-    def _manifest(self, message: bytes, context: Any) -> Iterator[bytes]:
-        yield from chunks(memoryview(encode_manifest(self._segment.manifest)))
 
 
 class GrpcSource:
@@ -172,31 +168,51 @@ class GrpcSource:
         batches: Sequence[Batch],
         left_s: float,
     ) -> None:
-        """Start every batch, then take the answers in turn."""
-        answers = []
-        for batch in batches:
-            wanted = [requests[index] for index in batch.indices]
-            message = encode_call(self._manifest.version, wanted)
-            assembly = Assembly([locate(self._manifest, r).num_bytes for r in wanted])
-            # While there is another copy, half of the time is kept for it.
-            timeout_s = left_s if batch.is_last_hope else left_s / 2
-            channel = self._channel(batch.address)
-            if len(batches) == 1 and assembly.num_bytes <= CHUNK_BYTES:
-                answer = _one_message(channel, message, timeout_s)
-            else:
-                answer = channel.unary_stream(f"/{SERVICE}/Fetch")(message, timeout=timeout_s)
-            answers.append((batch, assembly, answer))
-            self._count(len(message), 0)
-        for batch, assembly, answer in answers:
+        """Ask every batch at once, and take the answers at once too: an answer that nobody reads
+        runs into its deadline while another copy hangs."""
+
+        end_s = self._clock() + left_s
+
+        def ask(batch: Batch) -> list[torch.Tensor] | StoreFormatError | grpc.RpcError:
             try:
-                for chunk in answer:
-                    self._count(0, len(chunk))
-                    assembly.add(chunk)
-                attempts.answered(batch, assembly.finish())
-            except StoreFormatError as error:
-                attempts.lost(batch, error)
-            except grpc.RpcError as error:
-                self._report(attempts, batch, error)
+                return self._ask_one(batch, [requests[index] for index in batch.indices], end_s)
+            except (StoreFormatError, grpc.RpcError) as error:
+                return error
+
+        if len(batches) == 1:
+            outcomes = [ask(batches[0])]
+        else:
+            num_threads = min(len(batches), MAX_CALLS_AT_ONCE)
+            with futures.ThreadPoolExecutor(num_threads, "moetier-ask") as pool:
+                outcomes = list(pool.map(ask, batches))
+        for batch, outcome in zip(batches, outcomes, strict=True):
+            if isinstance(outcome, StoreFormatError):
+                attempts.lost(batch, outcome)
+            elif isinstance(outcome, grpc.RpcError):
+                self._report(attempts, batch, outcome)
+            else:
+                attempts.answered(batch, outcome)
+
+    def _ask_one(
+        self, batch: Batch, wanted: Sequence[RecordRequest], end_s: float
+    ) -> list[torch.Tensor]:
+        message = encode_call(self._manifest.version, wanted)
+        assembly = Assembly([locate(self._manifest, r).num_bytes for r in wanted])
+        # While there is another copy, half of the time is kept for it.
+        left_s = max(0.0, end_s - self._clock())
+        timeout_s = left_s if batch.is_last_hope else left_s / 2
+        channel = self._channel(batch.address)
+        self._count(len(message), 0)
+        answer: Iterable[bytes]
+        if assembly.num_bytes <= CHUNK_BYTES:
+            # A blocking call wakes fewer threads than a stream does.
+            answer = [channel.unary_unary(f"/{SERVICE}/FetchSmall")(message, timeout=timeout_s)]
+        else:
+            answer = channel.unary_stream(f"/{SERVICE}/Fetch")(message, timeout=timeout_s)
+        for chunk in answer:
+            self._count(0, len(chunk))
+            assembly.add(chunk)
+        return assembly.finish()
 
     def _report(self, attempts: Attempts, batch: Batch, error: grpc.RpcError) -> None:
         code, details = error.code(), error.details() or ""
@@ -220,29 +236,6 @@ class GrpcSource:
         with self._lock:
             self._bytes_sent += sent
             self._bytes_received += received
-
-
-def _one_message(channel: grpc.Channel, message: bytes, timeout_s: float) -> Iterator[bytes]:
-    # A blocking call wakes fewer threads than a stream does.
-    yield channel.unary_unary(f"/{SERVICE}/FetchSmall")(message, timeout=timeout_s)
-
-
-def fetch_manifest(address: str, *, deadline_s: float = 10.0) -> Manifest:
-    """The manifest of the store behind a record server.
-
-    Raises ExpertUnavailableError when it does not answer, StoreFormatError for no manifest.
-    """
-    with open_channel(address, max_bytes=MAX_MESSAGE_BYTES) as channel:
-        text = bytearray()
-        try:
-            for chunk in channel.unary_stream(f"/{SERVICE}/Manifest")(b"", timeout=deadline_s):
-                text += chunk
-        except grpc.RpcError as error:
-            raise ExpertUnavailableError(
-                f"{address} gave no manifest within {deadline_s:g} s: {error.code().name}: "
-                f"{error.details()}; check that a record server runs there"
-            ) from error
-    return decode_manifest(bytes(text), f"manifest from {address}")
 
 
 def start_server(

@@ -27,7 +27,7 @@ from expert_store.errors import (
     StoreFormatError,
 )
 from expert_store.listing import Listing
-from expert_store.rpc import GrpcSource, RecordServer, fetch_manifest
+from expert_store.rpc import GrpcSource, RecordServer
 from expert_store.segment import Segment, locate
 from expert_store.types import ExpertKey, RecordKind, RecordRequest
 from tests.hand_store import build_store
@@ -107,14 +107,6 @@ def test_a_record_longer_than_a_message(stack: ExitStack, tmp_path: Path) -> Non
     (data,) = source.fetch([request])
     assert data.numel() > 4 * wire.CHUNK_BYTES
     assert torch.equal(data, Segment(store).fetch([request])[0])
-
-
-def test_the_manifest_travels(stack: ExitStack, store: Path) -> None:
-    server = serve(stack, store)
-    assert fetch_manifest(server.addresses[0]) == Segment(store).manifest
-    server.close()
-    with pytest.raises(ExpertUnavailableError, match="gave no manifest within 0.2 s"):
-        fetch_manifest(server.addresses[0], deadline_s=0.2)
 
 
 def test_segments_of_different_experts_serve_one_fetch(stack: ExitStack, store: Path) -> None:

@@ -16,7 +16,7 @@ from expert_store.compress import compress
 from expert_store.config import CompressionConfig
 from expert_store.format import parse_codes
 from expert_store.listing import Listing
-from expert_store.rpc import GrpcSource, RecordServer, fetch_manifest
+from expert_store.rpc import GrpcSource, RecordServer
 from expert_store.segment import Segment
 from expert_store.types import ExpertTokens, RecordRequest
 from kernels import reference
@@ -48,10 +48,7 @@ def test_a_compressed_store_is_served_whole_and_run(
     with ExitStack() as stack:
         records = stack.enter_context(closing(RecordServer(segment)))
         listing = Listing("a", "records", manifest.version, "n", records.addresses)
-        source = stack.enter_context(
-            closing(GrpcSource(fetch_manifest(records.addresses[0]), lambda: [listing]))
-        )
-        assert source.manifest == manifest
+        source = stack.enter_context(closing(GrpcSource(manifest, lambda: [listing])))
         for found, truth in zip(source.fetch(requests), segment.fetch(requests), strict=True):
             assert torch.equal(found, truth)
 
