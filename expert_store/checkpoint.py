@@ -41,6 +41,7 @@ from kernels.types import GROUP_SIZE
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _ROUTED = re.compile(r"\.experts\.")
+_EXPERT_TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,7 @@ class Checkpoint:
                 self._dense[name] = stored
                 self._dense_targets.add(target)
                 continue
+            _check_type(stored)
             converter = by_pattern.get(pattern)
             if converter is None:
                 self._parameters[target] = _Parameter(None, stored)
@@ -236,6 +238,17 @@ class Checkpoint:
                     f"{self.path}: {name} size of the experts is {size}, expected a multiple of "
                     f"the group size {GROUP_SIZE}; this model cannot be compressed"
                 )
+
+
+def _check_type(stored: StoredTensor) -> None:
+    """Integers and fp8 are codes of weights: without their scales they would pass for weights."""
+    entry = stored.entry
+    if entry.dtype not in _EXPERT_TYPES:
+        raise CheckpointError(
+            f"{stored.path}: tensor {entry.name!r} of a routed expert has type {entry.dtype}, "
+            f"expected one of {', '.join(_EXPERT_TYPES.values())}; give the original checkpoint, "
+            "or convert this one"
+        )
 
 
 def _parameter_names(module: torch.nn.Module) -> list[str]:

@@ -193,6 +193,30 @@ def test_quantised_checkpoint(tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+        (torch.float64, "F64"),
+    ],
+)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])  # a tensor per expert, and fused
+def test_expert_weights_of_another_type(
+    family: str, dtype: torch.dtype, name: str, tmp_path: Path
+) -> None:
+    folder = write_tiny_checkpoint(family, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    chosen = max(tensor for tensor in tensors if ".experts." in tensor)
+    edit_tensors(folder, lambda tensors: tensors.update({chosen: tensors[chosen].to(dtype)}))
+    with pytest.raises(CheckpointError, match=f"has type {name}, expected one of bf") as caught:
+        Checkpoint(folder)
+    assert f"{folder}/model.safetensors: tensor {chosen!r}" in str(caught.value)
+    assert "bfloat16, float16, float32; give the original checkpoint" in str(caught.value)
+
+
 @pytest.mark.parametrize(("hidden", "ffn"), [(96, 64), (64, 96)])
 def test_group_size_that_does_not_divide(hidden: int, ffn: int, tmp_path: Path) -> None:
     folder = write_tiny_checkpoint("mixtral", tmp_path, hidden=hidden, ffn=ffn)
