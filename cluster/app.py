@@ -55,10 +55,9 @@ APP_NAME = "moetier"
 MAX_INGRESS_CALLS = 1024
 MAX_TIER_CALLS = 1024
 HEALTH_PERIOD_S = 5.0
-_SHUTDOWN: dict[str, Any] = {
-    "graceful_shutdown_wait_loop_s": 0.5,
-    "graceful_shutdown_timeout_s": 20.0,
-}
+_SHUTDOWN: Any = {"graceful_shutdown_wait_loop_s": 0.5, "graceful_shutdown_timeout_s": 20.0}
+# Less, so that an ingress is still there to tell of a worker that had to be ended.
+_WORKER_SHUTDOWN: Any = {**_SHUTDOWN, "graceful_shutdown_timeout_s": 15.0}
 START_DEADLINE_S = 300.0
 END_PATIENCE_S = 5.0
 
@@ -146,7 +145,7 @@ def _worker_deployment(config: ClusterConfig) -> Any:
         max_queued_requests=config.http.max_queued,
         health_check_period_s=HEALTH_PERIOD_S,
         ray_actor_options=options,
-        **_SHUTDOWN,
+        **_WORKER_SHUTDOWN,
         **how_many,
     )
 

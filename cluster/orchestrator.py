@@ -78,6 +78,12 @@ class TierManager:
         self._model = model
         return None if generation == self._keeper.generation else await self.endpoints()
 
+    async def hold(self, seconds: float) -> None:
+        """Returns after so long. Serve drains this replica, tiers and all, no sooner than that,
+        unless the caller cancels: a GPU worker does when it has ended its last request.
+        """
+        await asyncio.sleep(seconds)
+
     async def model(self) -> ModelDescription | None:
         """The model that the workers run; None before the first of them has started."""
         return self._model

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 1.0
+HOLD_S = 20.0
+"""Serve ends no replica with an open call: so long a worker's last requests may use the tiers."""
+HOLD_AGAIN_S = 5.0
 
 
 class Link(Protocol):
@@ -66,7 +69,8 @@ class GpuWorker:
     """Serve runs as many of these as there are replicas.
 
     `tiers` is the tier manager's handle: `endpoints()` once, then every second
-    `report(stats, model, generation)`, which gives new endpoints when they have changed.
+    `report(stats, model, generation)`, which gives new endpoints when they have changed. A
+    `hold(seconds)` is always open, so that the tiers outlive the requests when all is shut down.
     """
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
@@ -78,6 +82,7 @@ class GpuWorker:
         self._link = await asyncio.to_thread(connect, endpoints)
         replica = serve.get_replica_context().replica_id.unique_id
         self._service = await asyncio.to_thread(_open, settings, self._link, replica)
+        self._holding = asyncio.create_task(self._hold())
         self._reporting = asyncio.create_task(self._report())
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -107,6 +112,15 @@ class GpuWorker:
             self._reporting.cancel()
             await asyncio.to_thread(self._service.close)
             self._link.close()
+            self._holding.cancel()
+            await asyncio.wait({self._holding})
+
+    async def _hold(self) -> None:
+        """Holds that overlap, since none can be made any more once the tier manager is to end."""
+        async with asyncio.TaskGroup() as holds:
+            while True:
+                holds.create_task(_hold_once(self._tiers))
+                await asyncio.sleep(HOLD_AGAIN_S)
 
     async def _report(self) -> None:
         model = await self._service.describe()
@@ -126,6 +140,16 @@ class GpuWorker:
 
 async def _first(tiers: Any) -> Any:
     return await tiers.endpoints.remote()
+
+
+async def _hold_once(tiers: Any) -> None:
+    held = tiers.hold.remote(HOLD_S)
+    try:
+        await held
+    except (ray.exceptions.RayError, serve.exceptions.RayServeException) as error:
+        logger.info("no hold at the tier manager: %s", error)
+    finally:
+        held.cancel()
 
 
 def _load_libraries() -> None:

@@ -7,7 +7,7 @@ the ingress' adapters run over handles of this process that fail as Serve's do.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from cluster.config import ClusterConfig, config_from_mapping
 from cluster.ingress import MAX_TRIES, RemoteTiers, RoutedWorker
 from cluster.openai_errors import ApiError
 from cluster.snapshot import IngressStats
-from gpu_worker.actor import GpuWorker
+from gpu_worker.actor import HOLD_AGAIN_S, HOLD_S, GpuWorker
 from gpu_worker.messages import (
     Event,
     Failed,
@@ -62,6 +62,52 @@ def test_deployments_follow_the_config() -> None:
     assert built["TierManager"].num_replicas == 1
     for name in ("Ingress", "TierManager"):
         assert built[name].ray_actor_options["num_cpus"] == 0
+
+
+def test_a_worker_is_drained_while_the_others_still_stand_and_its_hold_lasts() -> None:
+    timeouts = {
+        name: each._deployment_config.graceful_shutdown_timeout_s
+        for name, each in deployments(ARGS).items()
+    }
+    assert timeouts["GpuWorker"] < min(timeouts["Ingress"], timeouts["TierManager"])
+    assert timeouts["GpuWorker"] <= HOLD_S - HOLD_AGAIN_S, "one hold is open all the while"
+
+
+def test_holds_overlap_and_are_let_go_when_the_worker_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpu_worker.actor.HOLD_AGAIN_S", 0.0)
+    calls: list[Hold] = []
+
+    def hold(seconds: float) -> Hold:
+        calls.append(Hold(seconds))
+        return calls[-1]
+
+    async def work() -> None:
+        worker: Any = SimpleNamespace(_tiers=Handle(hold=hold))
+        holding = asyncio.create_task(GpuWorker._hold(worker))
+        while len(calls) < 3:
+            await asyncio.sleep(0)
+        assert not any(call.cancelled for call in calls)
+        holding.cancel()
+        await asyncio.wait({holding})
+
+    asyncio.run(work())
+    assert all(call.cancelled and call.seconds == HOLD_S for call in calls)
+
+
+class Hold:
+    """A call that is open until it is cancelled."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.cancelled = False
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from asyncio.Event().wait().__await__()
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
 
 def test_autoscaling_is_our_policy_with_its_targets() -> None:

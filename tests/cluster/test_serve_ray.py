@@ -2,7 +2,7 @@
 
 Method: `moetier serve` as a child process on the mini model's store, with near-data workers; the
 official client and raw HTTP from outside; processes are killed by id. Tests run in file order: the
-transport is changed, then the GPU worker killed, then the cluster ended.
+GPU worker is killed, then the transport changed, then the cluster ended.
 """
 
 from __future__ import annotations
@@ -373,6 +373,22 @@ def test_a_port_in_use_is_exit_code_2_and_starts_nothing(tmp_path: Path, mini_ca
     assert f"http.port: {port} on 127.0.0.1 is in use" in done.stderr
 
 
+def test_a_stream_whose_worker_dies_ends_with_an_error_and_the_next_finds_a_new_one(
+    command: Command, http: httpx2.Client
+) -> None:
+    lines: list[str] = []
+    with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+        assert answer.status_code == 200
+        for line in answer.iter_lines():
+            if not lines:
+                os.kill(command.tier_pid("GpuWorker"), signal.SIGKILL)
+            lines += [line] if line else []
+    error = json.loads(lines[-1].removeprefix("data: "))["error"]
+    assert error["code"] == "unavailable"
+    assert "[DONE]" not in lines[-1]
+    assert http.post("/v1/completions", json=BODY).status_code == 200
+
+
 @contextmanager
 def redis_section() -> Iterator[str]:
     """The config of a directory in a Redis of this test, or nothing where there is no Redis."""
@@ -409,26 +425,25 @@ def test_another_config_on_the_same_cluster_takes_its_place(
         moved = 'moetier_moved_bytes_total{tier="grpc",kind="codes"}'
         wait_until(lambda: other.metrics().get(moved, 0) > 0, "bytes over gRPC")
         assert other.metrics()['moetier_pairs_total{how="near_data"}'] == 0
-        kill_the_worker_in_a_stream(command, http)
-        other.process.send_signal(signal.SIGTERM)
-        assert other.process.wait(60) == 0
+        end_in_a_stream(other, http)
     assert command.process.poll() is None
     assert http.get("/health").status_code == 404, "the application is gone, Serve is not"
 
 
-def kill_the_worker_in_a_stream(command: Command, http: httpx2.Client) -> None:
-    """A stream that has begun ends with an error event; the next request finds the new worker."""
-    lines: list[str] = []
-    with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
-        assert answer.status_code == 200
+def end_in_a_stream(other: Command, http: httpx2.Client) -> None:
+    """What is in flight at SIGTERM is answered to its end, from tiers that are still there."""
+    body = {**LONG, "max_tokens": 400, "stream": True, "stream_options": {"include_usage": True}}
+    events: list[str] = []
+    with http.stream("POST", "/v1/completions", json=body) as answer:
         for line in answer.iter_lines():
-            if not lines:
-                os.kill(command.tier_pid("GpuWorker"), signal.SIGKILL)
-            lines += [line] if line else []
-    error = json.loads(lines[-1].removeprefix("data: "))["error"]
-    assert error["code"] == "unavailable"
-    assert "[DONE]" not in lines[-1]
-    assert http.post("/v1/completions", json=BODY).status_code == 200
+            if not events:
+                other.process.send_signal(signal.SIGTERM)
+                signalled_s = time.monotonic()
+            events += [line.removeprefix("data: ")] if line else []
+    assert time.monotonic() - signalled_s > 1, "too short to be in flight"
+    assert events[-1] == "[DONE]", events[-1]
+    assert json.loads(events[-2])["usage"]["completion_tokens"] == 400
+    assert other.process.wait(40) == 0
 
 
 def test_sigterm_while_it_starts_ends_all_of_it(tmp_path: Path, mini_cache: Path) -> None:
