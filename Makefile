@@ -41,6 +41,8 @@ check: lint types
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.families
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.transports
 

@@ -98,7 +98,7 @@ def overview() -> str:
         "commands:",
         *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
         "",
-        "`moetier COMMAND --help` explains one. Without a model or store given, every command uses",
+        "`moetier COMMAND --help` explains one. Where no model or store is given, a command takes",
         "the bundled mixtral-mini.",
     ]
     return "\n".join(lines)
