@@ -131,10 +131,10 @@ def _dense_chunks(header: bytes, tensors: Iterable[StoredTensor]) -> Iterator[Ch
             yield memoryview(read_bytes(stored.path, entry.start + start, size).numpy())
 
 
-def write_configuration(staging: Staging, source: Path, recipe: Recipe) -> list[str]:
+def write_configuration(staging: Staging, source: Path, recipe: Recipe) -> dict[str, str]:
     """config.json with our quantization_config, and the checkpoint's tokenizer files as they are.
 
-    Returns the names of all files written.
+    Returns sha256 by file name.
     """
     config = json.loads((source / "config.json").read_text())
     config.pop("auto_map", None)  # names code that a store does not carry
@@ -148,7 +148,7 @@ def write_configuration(staging: Staging, source: Path, recipe: Recipe) -> list[
         "top_n": recipe.top_n,
     }
     text = (json.dumps(config, indent=2) + "\n").encode()
-    staging.write("config.json", len(text), [text])
+    hashes = {"config.json": staging.write("config.json", len(text), [text])}
     copied = [
         path.name
         for path in sorted(source.iterdir())
@@ -158,5 +158,5 @@ def write_configuration(staging: Staging, source: Path, recipe: Recipe) -> list[
     ]
     for name in copied:
         data = (source / name).read_bytes()
-        staging.write(name, len(data), [data])
-    return ["config.json", *copied]
+        hashes[name] = staging.write(name, len(data), [data])
+    return hashes

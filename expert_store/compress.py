@@ -166,7 +166,8 @@ def _finish(
     work: Staging, checkpoint: Checkpoint, recipe: Recipe, experts: list[ExpertInfo]
 ) -> None:
     dense_files = write_dense(work, checkpoint)
-    others = write_configuration(work, checkpoint.path, recipe)
+    side_files = write_configuration(work, checkpoint.path, recipe)
+    side_files[INDEX_FILE] = work.sha256(INDEX_FILE)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         version="",
@@ -174,10 +175,11 @@ def _finish(
         model=checkpoint.model_info,
         experts={info.key: info for info in experts},
         dense_files=dense_files,
+        side_files=side_files,
     )
     manifest = replace(manifest, version=content_version(manifest))
     records = {record.file for info in experts for record in (info.codes, info.factors) if record}
-    work.finish([*dense_files, *others, *records, INDEX_FILE], encode_manifest(manifest))
+    work.finish([*dense_files, *side_files, *records], encode_manifest(manifest))
 
 
 @contextmanager

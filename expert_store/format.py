@@ -3,7 +3,7 @@
 Files (paths are relative to the store; no other path is ever accepted):
 
     manifest.json                    what exists; written last: a folder without it is no store
-    config.json, tokenizer files...  as transformers wants them
+    config.json, tokenizer files...  as transformers wants them: the side files
     dense*.safetensors               all that is not a routed expert, original names and types
     codes/layer-LLLLL.safetensors    tensor "expert-EEEEE": uint8, one whole codes record
     factors/layer-LLLLL.safetensors  likewise factors records, of experts that have rank blocks
@@ -28,12 +28,13 @@ Manifest: UTF-8 JSON, one object:
     model  {name, model_type, num_layers, top_k, vocab_size, max_positions,
             expert {hidden, ffn, activation, has_bias},
             moe_layers {"L": path}, num_experts {"L": n}}
-    dense_files {file: sha256 of the file}
+    dense_files, side_files {file: sha256 of the file}
     experts [{layer, expert, bits, blocks "gud...", kurtosis, error, restored_error,
               codes {file, offset, num_bytes, sha256}, factors likewise or null}]
 
 Limits: manifest 512 MiB; 4096 layers; 65536 experts a layer, 1000000 in all; hidden and ffn 2^20;
-10000 dense files; offsets 2^50. Every field is there, no other, none twice; experts are complete.
+10000 dense and 10000 side files; offsets 2^50. Every field is there, no other, none twice; experts
+are complete.
 
 Failures, each a StoreFormatError that names file and field: no manifest, not JSON, duplicate key,
 missing or unknown field, wrong type, out of limits, newer format version, a file name other than

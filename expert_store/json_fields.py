@@ -50,7 +50,10 @@ class Fields:
 
     def take(self, name: str) -> Any:
         if name not in self._value:
-            raise StoreFormatError(f"{self.where}: field {name!r} is missing")
+            raise StoreFormatError(
+                f"{self.where}: field {name!r} is missing; an older moetier may have written it, "
+                "if it is a store's manifest compress the model again with --force"
+            )
         self._unread.discard(name)
         return self._value[name]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, get_args
@@ -35,9 +36,11 @@ MAX_EXPERTS_PER_LAYER = 65_536
 MAX_EXPERTS = 1_000_000
 MAX_SIZE = 1 << 20
 MAX_RANK_BLOCKS = 3 * (1 << 16)
-MAX_DENSE_FILES = 10_000
+MAX_FILES = 10_000
 MAX_OFFSET = 1 << 50
 _SHA256 = r"[0-9a-f]{64}"
+_DENSE_NAME = r"dense[A-Za-z0-9-]{0,48}\.safetensors"
+_SIDE_NAME = r"(?!\.{1,2}\Z)[^/\\\0]{1,255}"  # any one file right in the store
 _LETTERS: Mapping[str, Projection] = {name[0]: name for name in PROJECTIONS}
 
 
@@ -81,13 +84,8 @@ def decode_manifest(text: bytes, where: str) -> Manifest:
     version = fields.string("version", _SHA256)
     recipe = _recipe(fields.fields("recipe"))
     model = _model(fields.fields("model"))
-    dense = fields.fields("dense_files")
-    if len(dense.names()) > MAX_DENSE_FILES:
-        raise fields.bad("dense_files", f"at most {MAX_DENSE_FILES} files", len(dense.names()))
-    for name in dense.names():
-        if not _is_dense_name(name):
-            raise fields.bad("dense_files", "names like dense-00000.safetensors", repr(name))
-    dense_files = {name: dense.string(name, _SHA256) for name in dense.names()}
+    dense_files = _files(fields, "dense_files", _DENSE_NAME)
+    side_files = _files(fields, "side_files", _SIDE_NAME)
     experts = {}
     for i, item in enumerate(fields.items("experts", MAX_EXPERTS)):
         info = _expert(Fields(item, f"{where}: experts[{i}]"), recipe, model)
@@ -104,6 +102,7 @@ def decode_manifest(text: bytes, where: str) -> Manifest:
         model=model,
         experts=experts,
         dense_files=dense_files,
+        side_files=side_files,
     )
     if (found := content_version(manifest)) != version:
         raise StoreFormatError(
@@ -111,6 +110,17 @@ def decode_manifest(text: bytes, where: str) -> Manifest:
             "the manifest was changed or damaged: restore it or compress the model again"
         )
     return manifest
+
+
+def _files(fields: Fields, field: str, pattern: str) -> dict[str, str]:
+    files = fields.fields(field)
+    names = files.names()
+    if len(names) > MAX_FILES:
+        raise fields.bad(field, f"at most {MAX_FILES} files", len(names))
+    for name in names:
+        if re.fullmatch(pattern, name) is None:
+            raise fields.bad(field, f"file names matching {pattern}", repr(name))
+    return {name: files.string(name, _SHA256) for name in names}
 
 
 def _recipe(fields: Fields) -> Recipe:
@@ -219,15 +229,6 @@ def _choice(fields: Fields, name: str, allowed: tuple[Any, ...]) -> Any:
     return value
 
 
-def _is_dense_name(name: str) -> bool:
-    stem = name.removeprefix("dense").removesuffix(".safetensors")
-    return (
-        name == f"dense{stem}.safetensors"
-        and len(name) <= 64
-        and (stem == "" or stem.replace("-", "").isalnum() and stem.isascii())
-    )
-
-
 def _check_complete(experts: Mapping[ExpertKey, ExpertInfo], model: ModelInfo, where: str) -> None:
     if sum(model.num_experts.values()) > MAX_EXPERTS:
         raise StoreFormatError(f"{where}: more than {MAX_EXPERTS} experts")
@@ -280,6 +281,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
             "num_experts": {str(layer): n for layer, n in model.num_experts.items()},
         },
         "dense_files": dict(manifest.dense_files),
+        "side_files": dict(manifest.side_files),
         "experts": [_expert_json(info) for _, info in sorted(manifest.experts.items())],
     }
 

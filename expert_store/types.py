@@ -169,6 +169,7 @@ class Manifest:
     model: ModelInfo
     experts: Mapping[ExpertKey, ExpertInfo]
     dense_files: Mapping[str, str]  # file name -> sha256
+    side_files: Mapping[str, str]  # likewise config.json, tokenizer files, index of the dense files
 
     def record(self, request: RecordRequest) -> RecordInfo | None:
         """Info of the whole record asked for; None when the expert has no factors. KeyError if

@@ -1,12 +1,11 @@
 """Every checksum of a store, checked: which file, layer and expert is damaged, and how.
 
-Reads each record and dense file once, a record at a time.
+Reads each record, dense file and side file once, a record at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ class Verification:
 
 
 def verify(store: Path, progress: Callable[[int, int], None] | None = None) -> Verification:
-    """Check every record and dense file; `progress` gets (bytes done, bytes in all).
+    """Check every record, dense file and side file; `progress` gets (bytes done, bytes in all).
 
     Raises StoreFormatError when the manifest itself is missing, damaged or of a newer version.
     """
@@ -54,14 +53,14 @@ def verify(store: Path, progress: Callable[[int, int], None] | None = None) -> V
     manifest = load_manifest(store)
     report = progress or (lambda done, total: None)
     records = list(_records(manifest))
-    dense_bytes = {
-        name: (store / name).stat().st_size if (store / name).is_file() else 0
-        for name in manifest.dense_files
+    files = whole_files(manifest)
+    file_bytes = {
+        name: (store / name).stat().st_size if (store / name).is_file() else 0 for name in files
     }
-    total = sum(record.num_bytes for _, _, record in records) + sum(dense_bytes.values())
+    total = sum(record.num_bytes for _, _, record in records) + sum(file_bytes.values())
     # A record's checksum is looked up when it turns up in another's place.
     owners = {record.sha256: (kind, key) for kind, key, record in records}
-    damage = list(_check_config(store))
+    damage: list[Damage] = []
     headers = {}
     for file in sorted({record.file for _, _, record in records}):
         headers[file], found = _check_header(store, file)
@@ -71,18 +70,23 @@ def verify(store: Path, progress: Callable[[int, int], None] | None = None) -> V
         damage += _check_record(store, key, record, headers[record.file], owners)
         done += record.num_bytes
         report(done, total)
-    for name, sha256 in sorted(manifest.dense_files.items()):
-        damage += _check_dense(store, name, sha256)
-        done += dense_bytes[name]
+    for name, sha256 in files.items():
+        damage += _check_file(store, name, sha256)
+        done += file_bytes[name]
         report(done, total)
     return Verification(
         store=store,
         version=manifest.version,
         num_records=len(records),
-        num_files=len(headers) + len(manifest.dense_files),
+        num_files=len(headers) + len(files),
         num_bytes=total,
         damage=tuple(damage),
     )
+
+
+def whole_files(manifest: Manifest) -> dict[str, str]:
+    """sha256 by name of the files that have one checksum each: dense and side files, by name."""
+    return dict(sorted({**manifest.side_files, **manifest.dense_files}.items()))
 
 
 def _records(manifest: Manifest) -> Iterator[tuple[RecordKind, ExpertKey, RecordInfo]]:
@@ -90,20 +94,6 @@ def _records(manifest: Manifest) -> Iterator[tuple[RecordKind, ExpertKey, Record
         yield "codes", key, info.codes
         if info.factors is not None:
             yield "factors", key, info.factors
-
-
-def _check_config(store: Path) -> Iterator[Damage]:
-    expected = 'a JSON object whose quantization_config has quant_method "moetier"'
-    try:
-        config = json.loads((store / "config.json").read_text())
-        method = config["quantization_config"]["quant_method"]
-    except (OSError, ValueError) as error:
-        yield Damage("config.json", None, expected, str(error))
-    except (KeyError, TypeError):
-        yield Damage("config.json", None, expected, "none")
-    else:
-        if method != "moetier":
-            yield Damage("config.json", None, expected, repr(method))
 
 
 def _check_header(store: Path, file: str) -> tuple[dict[str, TensorEntry] | None, list[Damage]]:
@@ -145,7 +135,7 @@ def _check_record(
         yield Damage(record.file, key, f"sha256 {record.sha256}", text)
 
 
-def _check_dense(store: Path, name: str, sha256: str) -> Iterator[Damage]:
+def _check_file(store: Path, name: str, sha256: str) -> Iterator[Damage]:
     try:
         found = file_sha256(store / name)
     except OSError as error:

@@ -80,6 +80,7 @@ def build_store(
         ),
         experts=infos,
         dense_files={},
+        side_files={},
     )
     manifest = replace(manifest, version=content_version(manifest))
     save_manifest(folder, manifest)

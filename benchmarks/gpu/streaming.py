@@ -283,4 +283,5 @@ def _manifest(layer: Layer, shape: ExpertShape) -> Manifest:
         ),
         experts={key: ExpertInfo(key, BITS, codes, factors, BLOCKS, 3.0, 0.4, 0.2) for key in keys},
         dense_files={},
+        side_files={},
     )

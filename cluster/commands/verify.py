@@ -15,7 +15,7 @@ from cluster.progress import store_progress
 from cluster.stores import bundled_store
 from expert_store.verify import Verification, verify
 
-HELP = """Check every checksum of a store: records, dense files, manifest.
+HELP = """Check every checksum of a store: records, dense and tokenizer files, config, manifest.
 
 Without STORE, the bundled model's (made on first use). Names store, file, layer and expert of
 whatever is damaged, with what was expected and what was found. Exit code 0 when the store is whole,

@@ -26,6 +26,8 @@ from tests.tiny_checkpoints import write_tiny_checkpoint
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pristine")
     model = write_tiny_checkpoint("qwen2_moe", folder / "model", hidden=128, ffn=192, experts=3)
+    (model / "tokenizer.json").write_text("{}")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
     compress(model, folder / "store", CompressionConfig(avg_rank=8))
     return folder / "store"
 
@@ -50,7 +52,7 @@ def test_a_whole_store(pristine: Path) -> None:
     result = verify(pristine, lambda done, total: seen.append((done, total)))
     assert result.damage == ()
     assert result.num_records == 6 + 3  # every second expert has a compensator
-    assert result.num_files == len(list(pristine.rglob("*.safetensors")))
+    assert result.num_files == len([p for p in pristine.rglob("*") if p.is_file()]) - 1
     assert seen[-1] == (result.num_bytes, result.num_bytes)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
@@ -147,12 +149,34 @@ def test_a_damaged_dense_file(how: str, store: Path) -> None:
     assert damage.expected.startswith("sha256 ")
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"quantization_config": {"quant_method": "gptq"}}'])
-def test_a_config_that_is_not_ours(text: str, store: Path) -> None:
-    (store / "config.json").write_text(text)
+SIDE_FILES = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+)
+
+
+def test_every_file_but_the_manifest_has_a_checksum(pristine: Path) -> None:
+    manifest = load_manifest(pristine)
+    assert sorted(manifest.side_files) == list(SIDE_FILES)
+    there = {path.name for path in pristine.iterdir() if path.is_file()}
+    assert there == {*manifest.side_files, *manifest.dense_files, "manifest.json"}
+
+
+@pytest.mark.parametrize("how", ["changed", "missing"])
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_a_damaged_side_file(name: str, how: str, store: Path) -> None:
+    path = store / name
+    if how == "missing":
+        path.unlink()
+    else:
+        rewrite(path, lambda data: data.extend(b" "))
     (damage,) = verify(store).damage
-    assert damage.file == "config.json"
-    assert "quant_method" in damage.expected
+    assert (damage.file, damage.key) == (name, None)
+    assert damage.expected == f"sha256 {load_manifest(store).side_files[name]}"
+    assert damage.found.startswith("sha256 " if how == "changed" else "No such file")
 
 
 def test_a_damaged_manifest_is_an_error(store: Path) -> None:
