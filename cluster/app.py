@@ -25,12 +25,12 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from cluster.autoscaling import POLICY_IMPORT_PATH
 from cluster.config import ClusterConfig, config_from_mapping, load_config
 from cluster.door import (
-    check_port,
+    check_ray_address,
     check_store,
     check_worker,
     endpoint_url,
-    free_port,
     last_line,
+    settle_port,
     wait_healthy,
 )
 from cluster.environment import config_path, prepare_for_ray
@@ -201,9 +201,7 @@ def start_local_cluster(config: ClusterConfig) -> RunningCluster:
     config or the machine does not allow (port in use, no store), StoreError when a part fails.
     """
     config = config.resolve()
-    http = config.http if config.http.port else replace(config.http, port=free_port(config.http))
-    config = replace(config, http=http)
-    check_port(http)
+    config = replace(config, http=settle_port(config.http))
     check_worker(config.worker, check_store(config.store), is_here=True)
     prepare_for_ray()
     # Ray warns that it made a token for this cluster, as if that were something to do about.
@@ -231,6 +229,7 @@ def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
     The HTTP address of Serve there is its own if Serve runs already. Raises as
     `start_local_cluster`, and PlacementError when a node with a label is missing.
     """
+    check_ray_address(address)
     config = config.resolve()
     check_worker(config.worker, check_store(config.store), is_here=False)
     prepare_for_ray()

@@ -20,6 +20,7 @@ from gpu_worker.config import WorkerConfig
 from ndp_worker.config import NdpConfig
 
 POLL_S = 0.1
+CONNECT_TIMEOUT_S = 5.0
 NEAR_DATA_HEAD_BYTES = 64 << 10
 """Of a near-data message: room for its header and for the numbers of experts."""
 
@@ -40,10 +41,38 @@ def check_port(http: HttpSettings) -> None:
         ) from error
 
 
-def free_port(http: HttpSettings) -> int:
-    """A port of the host that was free a moment ago."""
+def check_ray_address(address: str) -> None:
+    """Raises ValueError for what is no address of a Ray cluster, StoreError when nobody is there.
+
+    Ray itself would try for minutes. Only HOST:PORT is tried here, "auto" and ray:// are Ray's.
+    """
+    if address == "auto" or "://" in address:
+        return
+    host, _, port = address.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(
+            f"--address: got {address[:200]!r}, expected HOST:PORT of a Ray cluster's head, or auto"
+        )
     try:
-        return _listen(http.host, 0)
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
+            return
+    except (OSError, UnicodeError) as error:
+        raise StoreError(
+            f"cannot join the Ray cluster at {address}: nobody answers there ({error}); check the "
+            "address and that `ray start --head` has run there, or use auto on one of its nodes"
+        ) from error
+
+
+def settle_port(http: HttpSettings) -> HttpSettings:
+    """These settings with a port on which one can listen now: their own, or for 0 a free one.
+
+    Raises ValueError as `check_port`.
+    """
+    if http.port:
+        check_port(http)
+        return http
+    try:
+        return replace(http, port=_listen(http.host, 0))
     except OSError as error:
         raise ValueError(f"http.host: cannot listen on {http.host}: {error}") from error
 

@@ -20,15 +20,16 @@ import pytest
 import torch
 from hand_store import build_store
 
-from cluster.app import RunningCluster
+from cluster.app import RunningCluster, join_cluster
 from cluster.commands import serve
 from cluster.config import ClusterConfig
 from cluster.door import (
     check_port,
+    check_ray_address,
     check_store,
     check_worker,
-    free_port,
     last_line,
+    settle_port,
     wait_healthy,
 )
 from cluster.processes import Process, descendants, end, named
@@ -49,7 +50,43 @@ def test_a_port_in_use_is_named_with_the_way_out() -> None:
 
 def test_a_host_that_is_not_ours_is_named() -> None:
     with pytest.raises(ValueError, match=r"http.host: cannot listen on 192\.0\.2\.250"):
-        free_port(HttpSettings(host="192.0.2.250"))
+        settle_port(HttpSettings(host="192.0.2.250", port=0))
+    assert settle_port(HttpSettings(port=0)).port > 0
+
+
+def test_a_ray_address_where_nobody_is_is_told_at_once() -> None:
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        with pytest.raises(StoreError, match=rf"cannot join .* {address}: nobody answers there"):
+            check_ray_address(address)
+        with pytest.raises(StoreError, match="cannot join"):
+            join_cluster(ClusterConfig(), address)
+        head.listen()
+        check_ray_address(address)
+
+
+def test_a_ray_head_that_swallows_packets_is_given_five_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+
+    def silent(where: object, timeout_s: float) -> None:
+        asked.append((where, timeout_s))
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    with pytest.raises(StoreError, match="timed out"):
+        check_ray_address("[2001:db8::1]:6379")
+    assert asked == [(("2001:db8::1", 6379), 5.0)]
+
+
+def test_other_forms_of_a_ray_address_are_rays_own() -> None:
+    check_ray_address("auto")
+    check_ray_address("ray://127.0.0.1:1")
+    for address in ("head", "head:", ":6379", "head:0", "head:70000", "head:x"):
+        with pytest.raises(ValueError, match="--address: got '.*', expected HOST:PORT"):
+            check_ray_address(address)
 
 
 def test_a_folder_that_is_no_store_is_named(tmp_path: Path) -> None:
