@@ -6,7 +6,7 @@ Every file is written whole or not at all, and found again by a run that goes on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +101,8 @@ def write_dense(staging: Staging, checkpoint: Checkpoint) -> dict[str, str]:
     hashes, weight_map = {}, {}
     for i, names in enumerate(files):
         file = f"dense-{i:05d}.safetensors"
-        tensors = [
-            (name, entry.dtype, entry.shape, entry.num_bytes)
-            for name in names
-            for entry in (dense[name].entry,)
-        ]
-        header, entries = layout(tensors, _METADATA)
         if not staging.has(file):
-            total = len(header) + sum(entry.num_bytes for entry in entries)
-            chunks = _dense_chunks(header, (dense[name] for name in names))
-            hashes[file] = staging.write(file, total, chunks)
+            hashes[file] = staging.write(file, *dense_file({n: dense[n] for n in names}))
         else:
             hashes[file] = staging.sha256(file)
         weight_map.update(dict.fromkeys(names, file))
@@ -120,6 +112,16 @@ def write_dense(staging: Staging, checkpoint: Checkpoint) -> dict[str, str]:
         INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     )
     return hashes
+
+
+def dense_file(tensors: Mapping[str, StoredTensor]) -> tuple[int, Iterator[Chunk]]:
+    """Bytes in all, and the bytes, of the dense file with these tensors, by name."""
+    named = sorted(tensors.items())
+    header, entries = layout(
+        [(name, t.entry.dtype, t.entry.shape, t.entry.num_bytes) for name, t in named], _METADATA
+    )
+    total = len(header) + sum(entry.num_bytes for entry in entries)
+    return total, _dense_chunks(header, (stored for _, stored in named))
 
 
 def _dense_chunks(header: bytes, tensors: Iterable[StoredTensor]) -> Iterator[Chunk]:

@@ -15,7 +15,7 @@ class StoreFormatError(StoreError):
 
 
 class CorruptRecordError(StoreError):
-    """A record's bytes do not match their checksum."""
+    """The bytes of a record, or of a dense or side file, do not match their checksum."""
 
 
 class ExpertUnavailableError(StoreError):

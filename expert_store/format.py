@@ -39,8 +39,8 @@ are complete.
 Failures, each a StoreFormatError that names file and field: no manifest, not JSON, duplicate key,
 missing or unknown field, wrong type, out of limits, newer format version, a file name other than
 the one the layout gives, a length other than the shape gives, overlapping records, an expert
-missing, extra or twice, a version that does not match the content. A record whose bytes do not
-match its checksum is a CorruptRecordError.
+missing, extra or twice, a version that does not match the content. A record or file whose
+bytes do not match its checksum is a CorruptRecordError.
 """
 
 from __future__ import annotations

@@ -6,16 +6,20 @@ Reads each record, dense file and side file once, a record at a time.
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from expert_store.errors import StoreFormatError
+from expert_store.errors import CorruptRecordError, StoreFormatError
 from expert_store.files import TensorEntry, read_bytes, read_header
 from expert_store.format import load_manifest
 from expert_store.manifest_json import record_name
 from expert_store.staging import file_sha256
 from expert_store.types import ExpertKey, Manifest, RecordInfo, RecordKind
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,23 @@ def verify(store: Path, progress: Callable[[int, int], None] | None = None) -> V
 def whole_files(manifest: Manifest) -> dict[str, str]:
     """sha256 by name of the files that have one checksum each: dense and side files, by name."""
     return dict(sorted({**manifest.side_files, **manifest.dense_files}.items()))
+
+
+def check_files(store: Path, manifest: Manifest) -> None:
+    """Check the files that a model is opened from, before it is: dense and side files, no record.
+
+    Costs 0.76 to 0.82 s per GiB, against 0.10 to 0.23 s for only reading a file that is in memory
+    (one EPYC core with SHA instructions, 2026-11; 1 GiB, three times each).
+    Raises StoreFormatError for a file that is not there, CorruptRecordError for a changed one.
+    """
+    started = time.monotonic()
+    for name, sha256 in whole_files(manifest).items():
+        for damage in _check_file(store, name, sha256):
+            error = CorruptRecordError if (store / name).is_file() else StoreFormatError
+            raise error(
+                f"{store}: {damage}; copy that file again, or compress the model again with --force"
+            )
+    logger.info("%s: checked dense and side files in %.2f s", store, time.monotonic() - started)
 
 
 def _records(manifest: Manifest) -> Iterator[tuple[RecordKind, ExpertKey, RecordInfo]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from expert_store.errors import StoreFormatError
+from expert_store.verify import check_files
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
 from gpu_worker.experts import StoreExperts
@@ -40,10 +41,12 @@ def open_model(
 ) -> OpenModel:
     """The model in `store` with its experts from `source` and, by the config's policy, near data.
 
-    Raises ValueError when the config does not fit, StoreFormatError when the store is not whole.
+    Raises ValueError when the config does not fit, StoreFormatError when the store is not whole,
+    CorruptRecordError when one of its dense or side files was changed.
     """
     asked_context = config.max_context
     config = config.resolve(source.manifest)
+    check_files(store, source.manifest)
     experts = StoreExperts(source, config, near_data)
     try:
         runner = load_model(store, source.manifest, config, experts)

@@ -10,11 +10,10 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
+from expert_store.assemble import dense_file
+from expert_store.files import Disk
 from expert_store.format import is_store
+from expert_store.shards import StoredTensor, open_shards
 from models import MIXTRAL_MINI
 
 INDEX = "model.safetensors.index.json"
@@ -33,7 +32,8 @@ def prepare(store: Path) -> None:
 
 
 def whole_store(store: Path) -> Path:
-    """`store` itself or, when `prepare` made it, a copy beside it with its dense files put back.
+    """`store` itself or, when `prepare` made it, a copy beside it with its dense files put back,
+    byte for byte: their checksums are in the manifest.
 
     Raises FileNotFoundError when there is no store, saying how to make one.
     """
@@ -52,15 +52,12 @@ def whole_store(store: Path) -> Path:
     shutil.copytree(store, whole)
     for file in lacking:
         names = {name for name, place in places.items() if place == file}
-        save_file(_bundled_tensors(names), whole / file, metadata={"format": "pt"})
+        Disk().write_atomic(whole / file, *dense_file(_bundled_tensors(names)))
     return whole
 
 
-def _bundled_tensors(names: set[str]) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in sorted(MIXTRAL_MINI.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            found.update({name: tensors.get_tensor(name) for name in names & set(tensors.keys())})
-    if missing := names - set(found):
+def _bundled_tensors(names: set[str]) -> dict[str, StoredTensor]:
+    bundled = open_shards(MIXTRAL_MINI)
+    if missing := names - set(bundled):
         raise ValueError(f"{MIXTRAL_MINI} lacks {len(missing)} dense tensors: {min(missing)}, ...")
-    return found
+    return {name: bundled[name] for name in names}

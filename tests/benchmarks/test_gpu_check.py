@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,12 @@ from benchmarks.gpu import report
 from benchmarks.gpu.recorder import Check, Recorder, Row, read_findings
 from benchmarks.gpu.runner import STAGES, TOTAL_S, Result, Step, run_all, run_process
 from benchmarks.gpu.store import INDEX, whole_store
+from expert_store.assemble import write_dense
+from expert_store.checkpoint import Checkpoint
 from expert_store.compress import compress
 from expert_store.config import CompressionConfig
+from expert_store.files import Disk
+from expert_store.staging import Staging, file_sha256
 from models import MIXTRAL_MINI
 from tests.tiny_checkpoints import write_tiny_checkpoint
 
@@ -183,16 +188,20 @@ def test_nan_and_what_raises_are_red_and_a_cut_line_is_left_out(tmp_path: Path) 
 
 
 def test_dense_files_that_were_left_out_are_put_back(tmp_path: Path) -> None:
+    staging = Staging(tmp_path / "made", "run", Disk())
+    hashes = write_dense(staging, Checkpoint(MIXTRAL_MINI))
     store = tmp_path / "store"
     store.mkdir()
     (store / "manifest.json").write_text("{}")
-    (store / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "d.safetensors"}}))
-    put_back = load_file(whole_store(store) / "d.safetensors")
+    shutil.copy(staging.folder / INDEX, store / INDEX)
+    put_back = whole_store(store)
+    assert put_back != store
+    assert {name: file_sha256(put_back / name) for name in hashes} == hashes
+    (put_back_file,) = hashes
     with safe_open(MIXTRAL_MINI / "model.safetensors", framework="pt") as tensors:
         original = tensors.get_tensor("model.norm.weight")
-    assert list(put_back) == ["model.norm.weight"]
-    assert torch.equal(put_back["model.norm.weight"], original)
-    assert not (store / "d.safetensors").exists()
+    assert torch.equal(load_file(put_back / put_back_file)["model.norm.weight"], original)
+    assert not (store / put_back_file).exists()
 
 
 def test_a_missing_store_says_how_to_make_one(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_folder_that_is_no_store(moetier: Run, tmp_path: Path) -> None:
     assert "not a finished store" in err
 
 
-@pytest.mark.parametrize("tokenizer", ["{", "{}", None])
+@pytest.mark.parametrize("tokenizer", ["{", None])
 def test_a_damaged_tokenizer_is_the_stores_fault(
     moetier: Run, mini_cache: Path, tmp_path: Path, tokenizer: str | None
 ) -> None:
@@ -110,7 +110,7 @@ def test_a_damaged_tokenizer_is_the_stores_fault(
         (store / "tokenizer.json").write_text(tokenizer)
     code, _, err = moetier("generate", store, "--prompt", "x")
     assert code == 1
-    assert f"{store}: the tokenizer's files cannot be read" in err
+    assert f"{store}: tokenizer.json: expected sha256" in err
     assert "--force" in err
 
 

@@ -13,11 +13,11 @@ import pytest
 
 from expert_store.compress import compress
 from expert_store.config import CompressionConfig
-from expert_store.errors import StoreFormatError
+from expert_store.errors import CorruptRecordError, StoreFormatError
 from expert_store.format import load_manifest
 from expert_store.inspect import bytes_per_token, summarize
 from expert_store.types import ExpertKey, RecordInfo
-from expert_store.verify import verify
+from expert_store.verify import check_files, verify
 from kernels.types import block_bytes, matrix_bytes
 from tests.tiny_checkpoints import write_tiny_checkpoint
 
@@ -177,6 +177,20 @@ def test_a_damaged_side_file(name: str, how: str, store: Path) -> None:
     assert (damage.file, damage.key) == (name, None)
     assert damage.expected == f"sha256 {load_manifest(store).side_files[name]}"
     assert damage.found.startswith("sha256 " if how == "changed" else "No such file")
+
+
+@pytest.mark.parametrize("name", ["dense-00000.safetensors", *SIDE_FILES])
+def test_a_model_is_not_opened_from_a_changed_file(name: str, store: Path) -> None:
+    manifest = load_manifest(store)
+    check_files(store, manifest)
+    rewrite(store / name, lambda data: data.__setitem__(-1, data[-1] ^ 1))
+    with pytest.raises(CorruptRecordError, match="found sha256 .*--force") as caught:
+        check_files(store, manifest)
+    expected = {**manifest.dense_files, **manifest.side_files}[name]
+    assert str(caught.value).startswith(f"{store}: {name}: expected sha256 {expected}, found")
+    (store / name).unlink()
+    with pytest.raises(StoreFormatError, match=f"{name}: expected sha256 .*, found No such file"):
+        check_files(store, manifest)
 
 
 def test_a_damaged_manifest_is_an_error(store: Path) -> None:

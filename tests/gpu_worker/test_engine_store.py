@@ -7,6 +7,7 @@ lose records; token ids only.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch
 
 from expert_store.compress import compress
 from expert_store.config import CompressionConfig
-from expert_store.errors import StoreError
+from expert_store.errors import CorruptRecordError, StoreError, StoreFormatError
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey, RecordRequest
-from gpu_worker.build import build_engine, open_model, usable_context
+from gpu_worker.build import build_engine, load_tokenizer, open_model, usable_context
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters
 from gpu_worker.engine import Engine
@@ -191,3 +192,22 @@ def test_a_config_that_does_not_fit_is_refused(store: Path) -> None:
         open_model(store, Segment(store), None, WorkerConfig(near_data="low_bit"))
     with pytest.raises(ValueError, match="max_context"):
         open_model(store, Segment(store), None, WorkerConfig(max_context=10**6))
+
+
+def test_a_changed_dense_file_is_not_served(store: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(store, tmp_path / "store"))
+    dense = copied / "dense-00000.safetensors"
+    data = bytearray(dense.read_bytes())
+    data[-1] ^= 1
+    dense.write_bytes(data)
+    with pytest.raises(CorruptRecordError, match=f"{copied}: dense-00000.safetensors: expected"):
+        open_model(copied, Segment(copied), None, CONFIG)
+
+
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_tokenizer_files_that_make_no_tokenizer(text: str, store: Path, tmp_path: Path) -> None:
+    """As whole as its model's: the checksum is right and the content is not."""
+    copied = Path(shutil.copytree(store, tmp_path / "store"))
+    (copied / "tokenizer.json").write_text(text)
+    with pytest.raises(StoreFormatError, match=f"{copied}: the tokenizer's files cannot be read"):
+        load_tokenizer(copied)
