@@ -20,10 +20,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.keeper import Keeper, TierLost
 from cluster.placement import Node, Placed, tier_needs
 from cluster.settings import DirectorySettings, NdpSettings, StoreSettings
-from cluster.snapshot import ClusterSnapshot, IngressStats
+from cluster.snapshot import ClusterSnapshot, IngressStats, Reports
 from cluster.tier_link import Endpoints, open_directory
 from expert_store.actor import StoreActor, StoreHandle
 from expert_store.holder import HolderStatus
+from gpu_worker.actor import REPORT_INTERVAL_S
 from gpu_worker.messages import ModelDescription, WorkerStats
 from ndp_worker.actor import NdpActor
 from ndp_worker.config import NdpConfig
@@ -31,8 +32,10 @@ from ndp_worker.config import NdpConfig
 logger = logging.getLogger(__name__)
 
 TEND_INTERVAL_S = 1.0
-REPORT_EXPIRY_S = 10.0
-"""A GPU worker or ingress that has not reported for so long is not counted as running."""
+WORKER_EXPIRY_S = 3 * REPORT_INTERVAL_S
+"""A GPU worker that has not reported for so long is not counted as running: /health follows it."""
+INGRESS_EXPIRY_S = 10.0
+"""An ingress shares its counts every 3 s."""
 STOP_TIMEOUT_S = 3.0
 
 
@@ -56,8 +59,8 @@ class TierManager:
             clock=time.monotonic,
         )
         self._model: ModelDescription | None = None
-        self._workers: dict[str, tuple[float, WorkerStats]] = {}
-        self._ingresses: dict[str, tuple[float, IngressStats]] = {}
+        self._workers = Reports[WorkerStats](WORKER_EXPIRY_S, time.monotonic)
+        self._ingresses = Reports[IngressStats](INGRESS_EXPIRY_S, time.monotonic)
         await self._keeper.start()
         self._tending = asyncio.create_task(self._tend())
 
@@ -74,7 +77,7 @@ class TierManager:
         self, stats: WorkerStats, model: ModelDescription, generation: int
     ) -> Endpoints | None:
         """A GPU worker's sign of life; the endpoints when it knows another generation of them."""
-        self._workers[stats.replica] = (time.monotonic(), stats)
+        self._workers.add(stats.replica, stats)
         self._model = model
         return None if generation == self._keeper.generation else await self.endpoints()
 
@@ -90,15 +93,9 @@ class TierManager:
 
     async def snapshot(self, ingress: IngressStats) -> ClusterSnapshot:
         """The cluster now; `ingress` is the asker's own part of it."""
-        now = time.monotonic()
-        self._ingresses[ingress.replica] = (now, ingress)
-        for reports in (self._workers, self._ingresses):
-            for replica in [r for r, (at, _) in reports.items() if now - at > REPORT_EXPIRY_S]:
-                del reports[replica]
+        self._ingresses.add(ingress.replica, ingress)
         return ClusterSnapshot(
-            self._keeper.statuses(),
-            tuple(stats for _, stats in self._workers.values()),
-            tuple(stats for _, stats in self._ingresses.values()),
+            self._keeper.statuses(), self._workers.current(), self._ingresses.current()
         )
 
     def check_health(self) -> None:

@@ -104,7 +104,9 @@ class Routes:
         return JSONResponse(model_object(await self._named(name)))
 
     async def health(self) -> Response:
-        """GET /health: 200 only when a GPU worker and every tier answer."""
+        """GET /health: 200 only when a GPU worker has reported within the last 3 s (it does so
+        every second, busy or not) and every tier answered when it was last asked.
+        """
         again = self._settings.retry_after_s
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
