@@ -26,7 +26,7 @@ from gpu_worker.messages import (
     Piece,
     WorkerStats,
 )
-from gpu_worker.prompt import encode_prompt
+from gpu_worker.prompt import PromptTooLongError, encode_prompt, longest_token_bytes
 from gpu_worker.scheduler import QueueFullError
 from gpu_worker.sequence import Sequence
 
@@ -55,6 +55,7 @@ class EngineService:
         self._replica = replica
         self._clock = clock
         self._encoding = threading.Lock()
+        self._max_prompt_bytes = engine.max_context * longest_token_bytes(engine.tokenizer)
         self._num_requests = 0
         # Shared with the engine's thread, under this lock.
         self._wake = threading.Condition()
@@ -98,6 +99,10 @@ class EngineService:
             self._num_requests += 1
             request_id = f"{self._num_requests}:{request.request_id}"
             sequence = Sequence(request_id, prompt_ids, request.params)
+        except PromptTooLongError as error:
+            failed = _invalid(error)
+            yield Failed("context_length", failed.message, failed.field)
+            return
         except ValueError as error:
             yield _invalid(error)
             return
@@ -131,7 +136,7 @@ class EngineService:
     def _encode(self, request: GenerateRequest) -> tuple[int, ...]:
         # One at a time: tokenizers are not promised to be thread-safe.
         with self._encoding:
-            return encode_prompt(self._engine.tokenizer, request)
+            return encode_prompt(self._engine.tokenizer, request, max_bytes=self._max_prompt_bytes)
 
     def _arrive(self, sequence: Sequence, channel: Channel) -> None:
         with self._wake:

@@ -128,6 +128,13 @@ BAD: dict[str, tuple[str, str, Any, int, dict[str, Any]]] = {
         400,
         {"code": "context_length_exceeded"},
     ),
+    "prompt that no tokenizer need see": (
+        "POST",
+        "/v1/completions",
+        {**BODY, "prompt": "word " * 40 * MAX_CONTEXT},
+        400,
+        {"code": "context_length_exceeded", "param": "prompt"},
+    ),
     "long chat": (
         "POST",
         "/v1/chat/completions",
