@@ -25,9 +25,11 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from cluster.autoscaling import POLICY_IMPORT_PATH
 from cluster.config import ClusterConfig, config_from_mapping, load_config
 from cluster.door import (
+    ClusterStartError,
     check_ray_address,
     check_store,
     check_worker,
+    check_worker_if_readable,
     endpoint_url,
     last_line,
     settle_port,
@@ -46,7 +48,6 @@ from cluster.placement import (
 from cluster.processes import Process, descendants, end, named
 from cluster.settings import AutoscalingSettings, split_label
 from cluster.tier_link import connect, open_directory
-from expert_store.errors import StoreError
 from gpu_worker.actor import GpuWorker, WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -62,14 +63,11 @@ START_DEADLINE_S = 300.0
 END_PATIENCE_S = 5.0
 
 
-class ClusterStartError(StoreError):
-    """The application did not come up; the message names the part and its cause."""
-
-
 def build(args: Mapping[str, Any]) -> Application:
     """The application for a config given as plain values, or as {"config_path": FILE}.
 
-    Raises ValueError for a config that is wrong, naming the field.
+    Raises ValueError for a config that is wrong or, where the store can be read, does not fit it,
+    naming the field.
     """
     if "config_path" in args:
         if set(args) != {"config_path"}:
@@ -79,8 +77,9 @@ def build(args: Mapping[str, Any]) -> Application:
 
 
 def compose(config: ClusterConfig) -> Application:
-    """The application for a config: ingress, GPU workers, tier manager."""
+    """The application for a config: ingress, GPU workers, tier manager. Raises as `build`."""
     config = config.resolve()
+    check_worker_if_readable(config.worker, config.store)
     logger.info("resolved config: %s", config)
     tiers = serve.deployment(
         TierManager,

@@ -25,6 +25,10 @@ NEAR_DATA_HEAD_BYTES = 64 << 10
 """Of a near-data message: room for its header and for the numbers of experts."""
 
 
+class ClusterStartError(StoreError):
+    """The application did not come up; the message names the part and its cause."""
+
+
 def check_port(http: HttpSettings) -> None:
     """Raises ValueError when nobody can listen on the endpoint's address now."""
     try:
@@ -42,7 +46,7 @@ def check_port(http: HttpSettings) -> None:
 
 
 def check_ray_address(address: str) -> None:
-    """Raises ValueError for what is no address of a Ray cluster, StoreError when nobody is there.
+    """Raises ValueError for what is no Ray cluster's address, ClusterStartError if nobody is there.
 
     Ray itself would try for minutes. Only HOST:PORT is tried here, "auto" and ray:// are Ray's.
     """
@@ -57,7 +61,7 @@ def check_ray_address(address: str) -> None:
         with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
             return
     except (OSError, UnicodeError) as error:
-        raise StoreError(
+        raise ClusterStartError(
             f"cannot join the Ray cluster at {address}: nobody answers there ({error}); check the "
             "address and that `ray start --head` has run there, or use auto on one of its nodes"
         ) from error
@@ -98,6 +102,14 @@ def check_worker(worker: WorkerConfig, manifest: Manifest, *, is_here: bool) -> 
         raise ValueError(f"worker.{error}") from error
     if worker.near_data != "off":
         _check_near_data(worker, manifest)
+
+
+def check_worker_if_readable(worker: WorkerConfig, store: StoreSettings) -> None:
+    """`check_worker` for whoever composes away from the workers' machines: where this machine has
+    no such store, the workers find out themselves.
+    """
+    if is_store(Path(store.path)):
+        check_worker(worker, load_manifest(Path(store.path)), is_here=False)
 
 
 def _check_near_data(worker: WorkerConfig, manifest: Manifest) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hand_store import build_store
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError
 from ray.serve._private.build_app import build_app
@@ -158,6 +159,16 @@ def test_args_may_name_a_file_and_mistakes_name_the_field(tmp_path: Path) -> Non
         build({"config_path": str(file), "http": {}})
     with pytest.raises(ValueError, match="args: store.pth: unknown field; did you mean 'path'"):
         build({"store": {"pth": "/s"}})
+
+
+def test_a_store_that_can_be_read_is_held_against_the_worker(tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    args = {"store": {"path": store}, "worker": {"top_n": 5, "device": "cuda"}}
+    assert deployments(args), "not here: the workers will tell"
+    build_store(Path(store))
+    with pytest.raises(ValueError, match=r"worker\.top_n: got 5, .* use 0 to 2"):
+        build(args)
+    assert deployments({**args, "worker": {"top_n": 2, "device": "cuda"}})
 
 
 def test_serve_build_finds_the_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
