@@ -11,6 +11,8 @@ Files (paths are relative to the store; no other path is ever accepted):
 Layer and expert numbers are decimal, five digits. A safetensors header is padded with spaces so
 that the data starts at a multiple of 64 bytes in the file; every record's length is a multiple
 of 64, so every record starts at one. `RecordInfo.offset` counts from the start of the file.
+Readers go by the manifest's offsets and checksums alone: records behind a damaged safetensors
+header are still served, and `verify` reports the header.
 
 Codes record: gate [F, H], up [F, H], down [H, F], each in the layout of `kernels/types.py` (tiles
 of 16 rows x 64 inputs for 2, 3 and 4 bits, row-major bfloat16 for 16); then, where the experts

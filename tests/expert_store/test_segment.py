@@ -18,6 +18,7 @@ from expert_store.errors import CorruptRecordError, ExpertUnavailableError, Stor
 from expert_store.format import factors_bytes, parse_factors
 from expert_store.segment import Segment, locate
 from expert_store.types import ExpertKey, Manifest, RecordRequest
+from expert_store.verify import verify
 from tests.hand_store import build_store
 
 CODES = RecordRequest(ExpertKey(1, 2), "codes")
@@ -186,6 +187,15 @@ def test_a_missing_file_and_a_missing_store(store: Path, tmp_path: Path) -> None
         Segment(store)
     with pytest.raises(StoreFormatError):
         Segment(tmp_path / "nowhere")
+
+
+def test_records_behind_a_damaged_header_are_read(store: Path) -> None:
+    whole = bytes(Segment(store).fetch([CODES])[0].numpy())
+    path = store / locate(Segment(store).manifest, CODES).file
+    data = path.read_bytes()
+    path.write_bytes(b"\xff" * 64 + data[64:])
+    assert bytes(Segment(store).fetch([CODES])[0].numpy()) == whole
+    assert [item.file for item in verify(store).damage] == [path.relative_to(store).as_posix()]
 
 
 def test_views_outlive_close(store: Path) -> None:
