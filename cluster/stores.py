@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 Report: TypeAlias = "Callable[[Progress], None]"
 
 
+def folder(text: str) -> Path:
+    """A command's STORE. Raises ValueError for an empty one, which Path would take as "."."""
+    if not text:
+        raise ValueError("STORE: got an empty path, expected the folder of a store")
+    return Path(text)
+
+
 def bundled_store(report: Report | None = None) -> Path:
     """The store of the bundled model with the default recipe, made on first use (seconds)."""
     return _ensure(MIXTRAL_MINI, default_store(), CompressionConfig(), report)

@@ -31,9 +31,14 @@ def resolve_model(name_or_path: str | Path) -> Path:
     """The local folder of a model: "mixtral-mini" (bundled), a folder, or a Hub id (downloaded).
 
     A download shows huggingface_hub's progress bar and lands in its cache.
-    Raises CheckpointError when there is no such model or the Hub cannot be reached.
+    Raises ValueError for an empty name, CheckpointError when there is no such model or the Hub
+    cannot be reached.
     """
     name = str(name_or_path)
+    if not name:
+        raise ValueError(
+            f"model: got an empty name, expected a folder, a Hub id or {DEFAULT_MODEL}"
+        )
     if name == DEFAULT_MODEL:
         return _BUNDLED / DEFAULT_MODEL
     path = Path(name).expanduser()

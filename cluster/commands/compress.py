@@ -6,11 +6,11 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
 from cluster.commands.inspect import as_json, as_text
+from cluster.stores import folder
 from expert_store.compress import Progress, compress
 from expert_store.config import RECIPES, CompressionConfig
 from expert_store.inspect import summarize
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="default: %(default)s"
     )
-    parser.add_argument("store", type=Path, metavar="STORE", help="folder to write, new or empty")
+    parser.add_argument("store", metavar="STORE", help="folder to write, new or empty")
     parser.add_argument(
         "--recipe",
         default="paper",
@@ -70,16 +70,17 @@ def run(args: argparse.Namespace) -> int:
         top_n=args.top_n,
         group_size=args.group_size,
     )
+    store = folder(args.store)
     model = resolve_model(args.model)
     started = time.monotonic()
     with _Bar() as bar:
-        compress(model, args.store, config, progress=bar.show, jobs=args.jobs, force=args.force)
-    summary = summarize(args.store)
+        compress(model, store, config, progress=bar.show, jobs=args.jobs, force=args.force)
+    summary = summarize(store)
     if args.json:
         print(json.dumps(as_json(summary), indent=2))
     else:
         print(as_text(summary))
-        print(f"\nwritten in {time.monotonic() - started:.1f} s to {args.store}")
+        print(f"\nwritten in {time.monotonic() - started:.1f} s to {store}")
     return 0
 
 

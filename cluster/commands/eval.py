@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cluster.evaluate import EvalRow, EvalSettings, Variant, as_cells, conditions, evaluate
 from cluster.progress import store_progress
-from cluster.stores import bundled_store, original_store
+from cluster.stores import bundled_store, folder, original_store
 from cluster.table import format_table
 from cluster.texts import BUILT_IN, BUILT_IN_NOTE, read_texts
 from expert_store.format import load_manifest
@@ -30,7 +30,7 @@ DEFAULTS = EvalSettings()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", nargs="?", type=Path, metavar="STORE", help="folder of a store")
+    parser.add_argument("store", nargs="?", metavar="STORE", help="folder of a store")
     parser.add_argument(
         "--text",
         action="append",
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     )
     texts = read_texts(args.text)
     with store_progress() as report:
-        store = args.store or bundled_store(report)
+        store = bundled_store(report) if args.store is None else folder(args.store)
         manifest = load_manifest(store)
         variants = _variants(args, store, manifest)
         if args.compare_original is not None:

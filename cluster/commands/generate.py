@@ -7,12 +7,11 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.progress import store_progress
-from cluster.stores import bundled_store
+from cluster.stores import bundled_store, folder
 from expert_store.segment import Segment
 from gpu_worker.build import build_engine
 from gpu_worker.config import MEBIBYTE, WorkerConfig
@@ -29,7 +28,7 @@ of figures to stderr. Exit code 1 when an expert cannot be read, 2 for a wrong a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", nargs="?", type=Path, metavar="STORE", help="folder of a store")
+    parser.add_argument("store", nargs="?", metavar="STORE", help="folder of a store")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument(
         "--max-tokens", type=int, default=64, metavar="N", help="tokens at most (default: 64)"
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         top_n=args.top_n, cache_bytes=int(args.cache_mb * MEBIBYTE), max_sequences=1
     )
     with store_progress() as report:
-        store = args.store or bundled_store(report)
+        store = bundled_store(report) if args.store is None else folder(args.store)
     source = Segment(store)
     try:
         engine = build_engine(store, source, None, config)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from cluster.progress import store_progress
-from cluster.stores import bundled_store
+from cluster.stores import bundled_store, folder
 from cluster.table import format_table
 from expert_store.inspect import StoreSummary, summarize
 
@@ -24,14 +23,14 @@ _MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", nargs="?", type=Path, metavar="STORE", help="folder of a store")
+    parser.add_argument("store", nargs="?", metavar="STORE", help="folder of a store")
     parser.add_argument("--json", action="store_true", help="print one JSON object, bytes as bytes")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the summary. Raises StoreFormatError when the folder is no store."""
     with store_progress() as report:
-        store = args.store or bundled_store(report)
+        store = bundled_store(report) if args.store is None else folder(args.store)
     summary = summarize(store)
     print(json.dumps(as_json(summary), indent=2) if args.json else as_text(summary))
     return 0

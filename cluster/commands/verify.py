@@ -6,13 +6,12 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from cluster.progress import store_progress
-from cluster.stores import bundled_store
+from cluster.stores import bundled_store, folder
 from expert_store.verify import Verification, verify
 
 HELP = """Check every checksum of a store: records, dense and tokenizer files, config, manifest.
@@ -25,14 +24,14 @@ _MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", nargs="?", type=Path, metavar="STORE", help="folder of a store")
+    parser.add_argument("store", nargs="?", metavar="STORE", help="folder of a store")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what is damaged. Raises StoreFormatError when the manifest cannot be read."""
     with store_progress() as report:
-        store = args.store or bundled_store(report)
+        store = bundled_store(report) if args.store is None else folder(args.store)
     with tqdm(desc="verify", unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
 
         def show(done: int, total: int) -> None:

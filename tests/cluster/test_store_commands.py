@@ -112,6 +112,29 @@ def test_a_wrong_argument_is_exit_code_2(
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "", "s"], "model: got an empty name"),
+        (["compress", "mixtral-mini", ""], "STORE: got an empty path"),
+        (["inspect", ""], "STORE: got an empty path"),
+        (["verify", ""], "STORE: got an empty path"),
+        (["generate", "", "--prompt", "x"], "STORE: got an empty path"),
+        (["eval", ""], "STORE: got an empty path"),
+    ],
+)
+def test_an_empty_argument_is_not_the_current_folder(
+    arguments: list[str],
+    message: str,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(store)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_finished_store_needs_force(
     model: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
