@@ -66,6 +66,10 @@ class Checkpoint:
         tensors = open_shards(self.path)
         self._model = meta_model(self.config)
         self._modules = experts_modules(self._model)
+        if not self._modules:
+            raise CheckpointError(
+                f"{self.path}/config.json: has no MoE layer, expected one or more"
+            )
         first = next(iter(self._modules.values())).module
         self._shape = expert_shape(self.config, first)
         self._dense: dict[str, StoredTensor] = {}
@@ -233,7 +237,7 @@ class Checkpoint:
 
     def _check_sizes(self) -> None:
         for name, size in (("hidden", self._shape.hidden), ("ffn", self._shape.ffn)):
-            if size % GROUP_SIZE:
+            if size < GROUP_SIZE or size % GROUP_SIZE:
                 raise CheckpointError(
                     f"{self.path}: {name} size of the experts is {size}, expected a multiple of "
                     f"the group size {GROUP_SIZE}; this model cannot be compressed"
@@ -282,6 +286,10 @@ def _load_config(path: Path) -> Any:
         config = load_config(str(path))
     except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         raise CheckpointError(f"{path}/config.json: cannot be read: {error}") from error
+    if config.hidden_size < GROUP_SIZE:  # not left to torch, which warns of 0 and fails below
+        raise CheckpointError(
+            f"{path}: hidden_size is {config.hidden_size}, expected a multiple of {GROUP_SIZE}"
+        )
     quantization = raw.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None

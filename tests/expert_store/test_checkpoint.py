@@ -224,6 +224,23 @@ def test_group_size_that_does_not_divide(hidden: int, ffn: int, tmp_path: Path) 
         Checkpoint(folder)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", 0, "hidden_size is 0, expected a multiple of 64"),
+        ("hidden_size", -64, "hidden_size is -64, expected a multiple of 64"),
+        ("hidden_size", 32, "hidden_size is 32, expected a multiple of 64"),
+        ("num_hidden_layers", 0, "config.json: has no MoE layer"),
+    ],
+)
+def test_sizes_that_no_model_has(field: str, value: int, message: str, tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint("mixtral", tmp_path)
+    edit_config(folder, **{field: value})
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(folder)
+
+
 def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         Checkpoint(tmp_path)
