@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from expert_store.errors import StoreError, StoreWriteError
+from expert_store.errors import CheckpointError, StoreError, StoreWriteError
 from expert_store.files import Chunk, Disk, layout, read_bytes, read_header
 from expert_store.format import MANIFEST_FILE, is_store
 from expert_store.types import ExpertKey, RecordKind
@@ -143,13 +143,14 @@ class Staging:
 
 @contextmanager
 def staging(store: Path, fingerprint: str, *, force: bool, disk: Disk) -> Iterator[Staging]:
-    """Open the staging folder of one run, alone; delete it when the run has published a store.
+    """Open the staging folder of one run, alone; delete it when the run has published a store, or
+    failed by its checkpoint: nothing can go on from there.
 
     Raises ValueError when the target is a finished store (without `force`) or holds other files,
     StoreWriteError when another compress runs there or the folder cannot be made.
     """
     check_target(store, force=force)
-    work = Staging(store, fingerprint, disk)
+    work, is_new = Staging(store, fingerprint, disk), not store.exists()
     try:
         (store / PARTIAL).mkdir(parents=True, exist_ok=True)
         lock = open(store / PARTIAL / "lock", "wb")  # noqa: SIM115
@@ -165,7 +166,13 @@ def staging(store: Path, fingerprint: str, *, force: bool, disk: Disk) -> Iterat
         for other in (store / PARTIAL).iterdir():
             if other.is_dir() and other != work.folder:
                 shutil.rmtree(other)
-        yield work
+        try:
+            yield work
+        except CheckpointError:
+            shutil.rmtree(store / PARTIAL)
+            if is_new:
+                store.rmdir()
+            raise
         if is_store(store):
             shutil.rmtree(store / PARTIAL)
 

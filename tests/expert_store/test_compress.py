@@ -19,7 +19,7 @@ from expert_store.compress import Progress, compress
 from expert_store.config import CompressionConfig
 from expert_store.errors import CheckpointError, StoreWriteError
 from expert_store.files import Disk
-from expert_store.format import is_store, load_manifest, parse_codes, parse_factors
+from expert_store.format import load_manifest, parse_codes, parse_factors
 from expert_store.segment import Segment
 from expert_store.types import PROJECTIONS, ExpertKey, RecordRequest
 from kernels.reference import dequantize, dequantize_low_rank
@@ -291,7 +291,23 @@ def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> 
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="layer 1 expert 2, up: .* 2 .*of 4096"):
         compress(model, tmp_path / "store", PAPER)
-    assert not is_store(tmp_path / "store")
+    assert not (tmp_path / "store").exists()  # nothing to go on from
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError):
+        compress(model, tmp_path / "empty", PAPER)
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_damaged_checkpoint_leaves_the_old_store(store: Path, tmp_path: Path) -> None:
+    target = tmp_path / "store"
+    shutil.copytree(store, target)
+    model = write_tiny_checkpoint("mixtral", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"][5, 7] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError):
+        compress(model, target, PAPER, force=True)
+    assert tree(target) == tree(store)
 
 
 class SmallDisk(Disk):
