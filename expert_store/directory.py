@@ -1,4 +1,4 @@
-"""The directory: which holders of segments are alive, in memory on one host or in Redis.
+"""The directory: which holders of segments are alive, in Redis.
 
 A holder announces its listing again and again; one that falls silent disappears after `expiry_s`.
 Knows no transport; losing it stops no running request (`LastKnownDirectory`).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -41,36 +40,6 @@ class Directory(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-class MemoryDirectory:
-    """A directory for one process. The clock gives seconds and is passed in by tests."""
-
-    def __init__(
-        self, *, expiry_s: float = 15.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        _check_expiry(expiry_s)
-        self._expiry_s = expiry_s
-        self._clock = clock
-        self._entries: dict[str, tuple[float, Listing]] = {}
-        self._lock = threading.Lock()
-
-    def announce(self, listing: Listing) -> None:
-        with self._lock:
-            self._entries[listing.name] = (self._clock() + self._expiry_s, listing)
-
-    def withdraw(self, name: str) -> None:
-        with self._lock:
-            self._entries.pop(name, None)
-
-    def listings(self) -> tuple[Listing, ...]:
-        with self._lock:
-            now = self._clock()
-            self._entries = {k: entry for k, entry in self._entries.items() if entry[0] > now}
-            return tuple(self._entries[name][1] for name in sorted(self._entries))
-
-    def close(self) -> None:
-        """Nothing to give back."""
 
 
 class RedisDirectory:
@@ -150,11 +119,6 @@ class LastKnownDirectory:
         self._directory = directory
         self._known: tuple[Listing, ...] | None = None
         self._lost = False
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether the last answer was an old one."""
-        return self._lost
 
     def announce(self, listing: Listing) -> None:
         self._directory.announce(listing)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from expert_store.directory import MemoryDirectory
 from expert_store.errors import DirectoryError, ExpertUnavailableError
 from expert_store.holder import PREFIX, SOCKET, STALE_S, Holder, Presence, SocketFolder
 from expert_store.listing import Listing
 from expert_store.segment import Segment
 from expert_store.types import RecordRequest
 from tests.hand_store import build_store
+from tests.memory_directory import MemoryDirectory
 
 
 @pytest.fixture(autouse=True)
