@@ -41,7 +41,7 @@ _STATUS = (
 
 
 class RecordServer:
-    """Serves a segment's records and its store's manifest on all `addresses` until closed.
+    """Serves a segment's records on all `addresses` until closed.
 
     An address is "host:port" (port 0 takes a free one) or "unix:/path". Raises StoreError when an
     address cannot be listened on.
