@@ -45,7 +45,7 @@ from cluster.placement import (
     tier_needs,
     worker_need,
 )
-from cluster.processes import Process, descendants, end, named
+from cluster.processes import Process, descendants, end, named, uninterrupted
 from cluster.settings import AutoscalingSettings, split_label
 from cluster.tier_link import connect, open_directory
 from gpu_worker.actor import GpuWorker, WorkerSettings
@@ -178,6 +178,7 @@ class RunningCluster:
         """Whether Ray's own processes still run, as far as they are ours."""
         return all(process.is_alive for process in self.vital)
 
+    @uninterrupted()
     def close(self) -> None:
         """Shut down what was started for it: the application, and Ray if it was ours."""
         if self.ours is None:
@@ -275,6 +276,7 @@ def _deploy(config: ClusterConfig) -> str:
     return wait_healthy(endpoint_url(config.http), START_DEADLINE_S)
 
 
+@uninterrupted()
 def _end_local(before: frozenset[Process], *, politely: bool) -> None:
     """End our Ray and every process of it; politely lets them close what they hold first."""
     started = descendants(os.getpid()) - before
@@ -285,8 +287,9 @@ def _end_local(before: frozenset[Process], *, politely: bool) -> None:
         started |= descendants(os.getpid()) - before
         ray.shutdown()
     level = logging.WARNING if politely else logging.INFO
-    for process in end(started, patience_s=END_PATIENCE_S):
-        logger.log(level, "process %d did not end by itself and was ended", process.pid)
+    with uninterrupted():  # again: ray.shutdown() gives SIGTERM back to the system's default
+        for process in end(started, patience_s=END_PATIENCE_S):
+            logger.log(level, "process %d did not end by itself and was ended", process.pid)
 
 
 def __getattr__(name: str) -> Application:

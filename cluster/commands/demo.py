@@ -15,8 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from cluster.app import RunningCluster, start_local_cluster
 from cluster.config import ClusterConfig
+from cluster.door import check_port
 from cluster.evaluate import DEMO_SETTINGS, EvalRow, as_cells, conditions, demo_rows
 from cluster.progress import store_progress
+from cluster.settings import HttpSettings
 from cluster.stores import bundled_store, original_store
 from cluster.table import format_table
 from cluster.texts import BUILT_IN_NOTE
@@ -81,19 +83,22 @@ def run(args: argparse.Namespace) -> int:
     """Do it all. Raises ValueError and StoreError, which the CLI turns into exit codes."""
     disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell that starts a command in the background lets it ignore Ctrl-C's signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Compressing takes long: a port that cannot be had is told before.
+    http = replace(ClusterConfig().http, port=args.port)
+    if http.port:
+        check_port(http)
     teller = Teller(as_json=args.json)
     try:
         store, original = prepare(teller)
         teller.say("2. starting a local Ray cluster: store, NDP worker, GPU worker, HTTP ...")
-        with start_local_cluster(config_for(store, args.port)) as cluster:
+        with start_local_cluster(config_for(store, http)) as cluster:
             teller.done("start the cluster")
             teller.say(f"   {cluster.address} is healthy after {teller.stages[-1].seconds:.0f} s\n")
             text = ask(cluster, args.prompt, args.max_tokens, teller)
             rows = measure(store, original, teller)
             say_where(cluster, args.prompt, teller)
-            # From here on nothing may stop the clean-up half way.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing is left running", file=sys.stderr)
         return 130
@@ -123,14 +128,14 @@ def prepare(teller: Teller) -> tuple[Path, Path]:
     return store, original
 
 
-def config_for(store: Path, port: int) -> ClusterConfig:
+def config_for(store: Path, http: HttpSettings) -> ClusterConfig:
     """One store actor, one NDP worker, one GPU worker."""
     config = ClusterConfig()
     return replace(
         config,
         store=replace(config.store, path=str(store)),
         ndp=replace(config.ndp, enabled=True, num_threads=1),
-        http=replace(config.http, port=port),
+        http=http,
     )
 
 

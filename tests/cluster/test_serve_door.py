@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -32,7 +33,7 @@ from cluster.door import (
     settle_port,
     wait_healthy,
 )
-from cluster.processes import Process, descendants, end, named
+from cluster.processes import Process, descendants, end, named, uninterrupted
 from cluster.settings import HttpSettings, StoreSettings
 from expert_store.errors import StoreError, StoreFormatError
 from gpu_worker.config import WorkerConfig
@@ -215,6 +216,44 @@ def test_what_does_not_end_by_itself_is_ended(command: list[str], code: int) -> 
         assert end([process], patience_s=0.1) == {process}
         assert not process.is_alive
         assert child.wait(10) == code
+
+
+def test_no_signal_leaves_a_clean_up_half_way() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    done = []
+    with uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("clean")
+    assert done == ["clean"]
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_elsewhere_than_on_the_main_thread_signals_are_left_alone() -> None:
+    seen: list[object] = []
+
+    def clean() -> None:
+        with uninterrupted():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=clean)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]
+
+
+def test_the_demo_refuses_a_port_before_it_compresses(
+    moetier: Callable[..., tuple[int, str, str]],
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for port, told in ((99999, "port: got 99999"), (taken.getsockname()[1], "is in use")):
+            code, out, err = moetier("demo", "--port", port)
+            assert (code, out) == (2, "")
+            assert told in err
 
 
 def test_what_ends_by_itself_is_left_alone() -> None:

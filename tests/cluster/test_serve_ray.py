@@ -28,7 +28,7 @@ import openai
 import pytest
 from local_endpoint import wait_until
 
-from cluster.processes import Process, descendants, end
+from cluster.processes import Process, descendants, end, named
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -446,10 +446,13 @@ def end_in_a_stream(other: Command, http: httpx2.Client) -> None:
     assert other.process.wait(40) == 0
 
 
-def test_sigterm_while_it_starts_ends_all_of_it(tmp_path: Path, mini_cache: Path) -> None:
+@pytest.mark.parametrize(("name", "number"), [("serve", signal.SIGTERM), ("demo", signal.SIGINT)])
+def test_a_signal_while_it_starts_ends_all_of_it_and_ctrl_c_then_does_no_harm(
+    name: str, number: signal.Signals, tmp_path: Path, mini_cache: Path
+) -> None:
     (tmp_path / "cluster.yaml").write_text(CONFIG)
     with subprocess.Popen(
-        [moetier_path(), *serve_arguments(tmp_path)],
+        [moetier_path(), *(serve_arguments(tmp_path) if name == "serve" else ["demo"])],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -462,7 +465,11 @@ def test_sigterm_while_it_starts_ends_all_of_it(tmp_path: Path, mini_cache: Path
             return any("ServeController" in command_line(p) for p in below)
 
         wait_until(serve_starts, "Serve starts", START_DEADLINE_S)
-        process.terminate()
+        process.send_signal(number)
+        # Ray's own end is a wait of a second and more: the second signal comes in its midst.
+        raylets = named(below, ["raylet"])
+        wait_until(lambda: not all(p.is_alive for p in raylets), "Ray ends", 60)
+        process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
     assert told.splitlines()[-1] == "interrupted; nothing is left running"
