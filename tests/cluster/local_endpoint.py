@@ -114,6 +114,7 @@ def running_endpoint(**http: Any) -> Iterator[Endpoint]:
     app = create_app(service, tiers, HttpSettings(**{"max_body_bytes": 65536, **http}))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()  # who connects before uvicorn runs waits instead of being refused
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
