@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.table import counted
 from cluster.texts import EvalText, built_in_text
 from expert_store.format import load_manifest
 from expert_store.segment import Segment
@@ -147,8 +148,9 @@ def conditions(settings: EvalSettings) -> str:
     """What the table was measured with, in a sentence."""
     num_steps = settings.decode_tokens - settings.warm_up
     return (
-        f"Perplexity over {settings.windows} windows of {settings.window_tokens} tokens; bytes "
-        f"moved per token over {num_steps} steps of {settings.batch} sequences side by side, "
+        f"Perplexity over {counted(settings.windows, 'window')} of "
+        f"{counted(settings.window_tokens, 'token')}; bytes moved per token over "
+        f"{counted(num_steps, 'step')} of {counted(settings.batch, 'sequence')} side by side, "
         f"expert cache {settings.cache_percent:g} % of a line's own codes; "
         '"more nats" is the loss over the first line on the same windows.'
     )

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MAX_TRIES = 3
 """Times that a request is sent to a worker while nothing of its answer has come."""
+QUEUE_FULL = "every GPU worker is busy and as many requests wait as may; try again later"
 ASK_TIMEOUT_S = 10.0
 SHARE_INTERVAL_S = 3.0
 
@@ -89,9 +90,9 @@ class RoutedWorker:
                     ended = not isinstance(event, Piece)
                     yield event
                 return
-            except BackPressureError as error:
+            except BackPressureError:
                 ended = True
-                yield Failed("queue_full", f"{error.message} Try again later.")
+                yield Failed("queue_full", QUEUE_FULL)
                 return
             except (RayError, RayServeException) as error:
                 ended = True

@@ -188,7 +188,7 @@ def parse_request(kind: type[Request], body: bytes) -> Request:
     try:
         request = kind.model_validate(data)
     except ValidationError as error:
-        raise _as_api_error(error, kind) from error
+        raise _as_api_error(error) from error
     for name, value in (request.model_extra or {}).items():
         _check_extra(name, value)
     if request.stream_options is not None and not request.stream:
@@ -212,12 +212,10 @@ def _check_extra(name: str, value: object) -> None:
     )
 
 
-def _as_api_error(error: ValidationError, kind: type[GenerationRequest]) -> ApiError:
+def _as_api_error(error: ValidationError) -> ApiError:
     """The first mistake, by the field's path as the client wrote it."""
     first = error.errors(include_url=False, include_context=False)[0]
     param = _path(first["loc"])
-    if first["type"] == "missing" and len(first["loc"]) == 1:
-        return invalid(f"{param}: is missing; {kind.__name__} needs it", param=param)
     if first["type"] == "missing":
         return invalid(f"{param}: is missing", param=param)
     # Of several forms pydantic's first error names only the first.

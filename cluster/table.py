@@ -43,3 +43,8 @@ def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
     return f"{value:,}" if _is_number(value) else str(value)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, e.g. "1 thread" or "2 threads"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

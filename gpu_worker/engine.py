@@ -146,11 +146,16 @@ class Engine:
                 f"prompt: {num_prompt} tokens and max_tokens {wanted} are together more than the "
                 f"context of {self.max_context} tokens; shorten the prompt or ask for fewer tokens"
             )
-        outside = [i for i in sequence.prompt_ids if not 0 <= i < self._vocab_size]
-        if outside:
-            raise ValueError(
-                f"prompt: token id {outside[0]} is outside the vocabulary of {self._vocab_size}"
-            )
+        for field, ids in (
+            ("prompt", sequence.prompt_ids),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            outside = [i for i in ids if not 0 <= i < self._vocab_size]
+            if outside:
+                raise ValueError(
+                    f"{field}: token id {outside[0]} is outside the vocabulary of "
+                    f"{self._vocab_size}"
+                )
         if params.stop and self._tokenizer is None:
             raise ValueError("stop: this engine has no tokenizer; use stop_token_ids")
 

@@ -20,6 +20,7 @@ from gpu_worker.engine import Engine, StepOutput, TokenEvent
 from gpu_worker.messages import (
     Event,
     Failed,
+    FailureKind,
     Finished,
     GenerateRequest,
     ModelDescription,
@@ -100,11 +101,10 @@ class EngineService:
             request_id = f"{self._num_requests}:{request.request_id}"
             sequence = Sequence(request_id, prompt_ids, request.params)
         except PromptTooLongError as error:
-            failed = _invalid(error)
-            yield Failed("context_length", failed.message, failed.field)
+            yield _for_sender(_invalid(error, "context_length"), request)
             return
         except ValueError as error:
-            yield _invalid(error)
+            yield _for_sender(_invalid(error), request)
             return
         channel = Channel()
         self._arrive(sequence, channel)
@@ -113,7 +113,7 @@ class EngineService:
             while not ended:
                 event = await channel.get()
                 ended = not isinstance(event, Piece)
-                yield event
+                yield _for_sender(event, request) if isinstance(event, Failed) else event
         finally:
             if not ended:
                 self._leave(request_id)
@@ -199,9 +199,8 @@ class EngineService:
             channel.put(self._counted(Failed("queue_full", str(error))))
         except ValueError as error:
             wanted = len(sequence.prompt_ids) + (sequence.params.max_tokens or 1)
-            failed = _invalid(error)
-            if wanted > self._engine.max_context:
-                failed = Failed("context_length", failed.message, failed.field)
+            too_long = wanted > self._engine.max_context
+            failed = _invalid(error, "context_length" if too_long else "invalid")
             channel.put(self._counted(failed))
         else:
             self._live[sequence.request_id] = (sequence, channel)
@@ -257,10 +256,18 @@ class EngineService:
         )
 
 
-def _invalid(error: ValueError) -> Failed:
+def _invalid(error: ValueError, kind: FailureKind = "invalid") -> Failed:
     """Our ValueErrors begin with the field's name."""
     field, colon, _ = str(error).partition(":")
-    return Failed("invalid", str(error), field if colon and field.isidentifier() else None)
+    return Failed(kind, str(error), field if colon and field.isidentifier() else None)
+
+
+def _for_sender(failed: Failed, request: GenerateRequest) -> Failed:
+    """The engine knows only prompts; who sent messages is told of those."""
+    if failed.field != "prompt" or not request.messages:
+        return failed
+    message = "messages" + failed.message.removeprefix("prompt")
+    return Failed(failed.kind, message, "messages")
 
 
 def _failed(error: Exception) -> Failed:

@@ -9,7 +9,7 @@ import json
 from cluster.doctor import GIBIBYTE, MEBIBYTE, Advice, advise
 from cluster.environment import cache_folder
 from cluster.machine import Machine, Space, read_machine
-from cluster.table import format_table
+from cluster.table import counted, format_table
 from models import MIXTRAL_MINI
 
 HELP = """What this machine has, and what moetier would do with it.
@@ -89,7 +89,10 @@ def advice_rows(advice: Advice) -> list[tuple[str, str]]:
     return [
         ("device", f"{advice.device}, {advice.dtype}"),
         ("backend", advice.backend),
-        ("near-data workers", f"{advice.ndp_backend}, {advice.ndp_threads} compute threads"),
+        (
+            "near-data workers",
+            f"{advice.ndp_backend}, {counted(advice.ndp_threads, 'compute thread')}",
+        ),
         ("expert cache", f"{advice.expert_cache_bytes / MEBIBYTE:.0f} MiB"),
         ("transport", advice.transport),
     ]

@@ -189,6 +189,12 @@ def test_a_bad_chat_is_refused_by_name(case: str) -> None:
     assert (error.param, words in error.message) == (param, True), error.message
 
 
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_what_is_missing_is_told_in_the_clients_words(kind: type[GenerationRequest]) -> None:
+    with pytest.raises(ApiError, match="^(prompt|messages): is missing$"):
+        parse_request(kind, b'{"model": "mini"}')
+
+
 @pytest.mark.parametrize("field", UNSUPPORTED)
 def test_what_asks_for_nothing_is_accepted(field: str) -> None:
     for value in (None, *UNSUPPORTED[field]):

@@ -23,7 +23,7 @@ import cluster.app
 from cluster import autoscaling
 from cluster.app import build, num_gpus
 from cluster.config import ClusterConfig, config_from_mapping
-from cluster.ingress import MAX_TRIES, RemoteTiers, RoutedWorker
+from cluster.ingress import MAX_TRIES, QUEUE_FULL, RemoteTiers, RoutedWorker
 from cluster.openai_errors import ApiError
 from cluster.snapshot import IngressStats
 from gpu_worker.actor import HOLD_AGAIN_S, HOLD_S, GpuWorker
@@ -246,7 +246,7 @@ def test_tries_are_bounded() -> None:
 def test_serves_own_backpressure_is_a_full_queue() -> None:
     (failed,) = events_of(Answer([], BackPressureError(7, 7)))
     assert isinstance(failed, Failed)
-    assert failed.kind == "queue_full"
+    assert failed == Failed("queue_full", QUEUE_FULL), "not Serve's words"
 
 
 def test_leaving_an_answer_cancels_it_at_the_worker() -> None:

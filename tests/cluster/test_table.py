@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.table import format_table
+from cluster.table import counted, format_table
 
 ROWS = [{"what": "codes", "bytes": 12345, "ok": True}, {"what": "a", "bytes": None, "ok": False}]
 
@@ -23,3 +23,7 @@ def test_columns_choose_and_order() -> None:
 def test_no_rows() -> None:
     assert format_table([]) == ""
     assert format_table([], ["a"]).splitlines()[0] == "a"
+
+
+def test_one_is_singular() -> None:
+    assert [counted(n, "thread") for n in (0, 1, 2)] == ["0 threads", "1 thread", "2 threads"]
