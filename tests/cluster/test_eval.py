@@ -154,11 +154,15 @@ def test_bad_input_is_the_callers_mistake(
     assert message in err
 
 
-def test_progress_shows_each_stage_and_closes() -> None:
+def test_progress_is_silent_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with store_progress() as report:
         for stage in ("scan", "compress"):
             for done in range(1, 4):
                 report(Progress(stage, done, 3))  # type: ignore[arg-type]
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
 
 
 def test_texts_that_cannot_be_read(tmp_path: Path) -> None:

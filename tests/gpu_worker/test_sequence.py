@@ -44,8 +44,11 @@ def test_bad_sampling_is_refused_by_name(field: str, value: object) -> None:
 
 
 def test_bounds_themselves_are_allowed() -> None:
-    SamplingParams(max_tokens=None, temperature=0, top_p=1, top_k=0, seed=2**63 - 1)
-    SamplingParams(max_tokens=1, temperature=2.0, top_p=1e-6, seed=-5, stop=("x" * 1024,) * 16)
+    params = SamplingParams(max_tokens=None, temperature=0, top_p=1, top_k=0, seed=2**63 - 1)
+    assert params.seed == 2**63 - 1
+    stops = ("x" * 1024,) * 16
+    params = SamplingParams(max_tokens=1, temperature=2.0, top_p=1e-6, seed=-5, stop=stops)
+    assert params.stop == stops
 
 
 def test_empty_prompt_and_empty_id_are_refused() -> None:
