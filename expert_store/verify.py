@@ -96,8 +96,8 @@ def whole_files(manifest: Manifest) -> dict[str, str]:
 def check_files(store: Path, manifest: Manifest) -> None:
     """Check the files that a model is opened from, before it is: dense and side files, no record.
 
-    Costs 0.76 to 0.82 s per GiB, against 0.10 to 0.23 s for only reading a file that is in memory
-    (one EPYC core with SHA instructions, 2026-11; 1 GiB, three times each).
+    Costs 0.76 to 0.82 s per GiB, and 1.61 s in one of the runs, against 0.10 to 0.23 s for only
+    reading a file that is in memory (one EPYC core with SHA instructions, shared; 2026-11; 1 GiB).
     Raises StoreFormatError for a file that is not there, CorruptRecordError for a changed one.
     """
     started = time.monotonic()
