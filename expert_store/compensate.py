@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from expert_store.quantize import quantize_hqq
+from expert_store.matrix.hqq import quantize_hqq
 from expert_store.records import FactorBlock
 from expert_store.types import Projection
 from kernels.reference import dequantize

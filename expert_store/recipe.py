@@ -12,7 +12,7 @@ import torch
 
 from expert_store.compensate import RepairBlock, in_order, repair_blocks
 from expert_store.errors import CheckpointError
-from expert_store.quantize import quantize_hqq
+from expert_store.matrix.hqq import quantize_hqq
 from expert_store.records import encode_codes, encode_factors
 from expert_store.types import PROJECTIONS, ExpertShape, ExpertWeights, Projection, Recipe
 from kernels.packing import pack_bf16

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hqq.core.quantize import Quantizer
 
-from expert_store import quantize
-from expert_store.quantize import quantize_hqq
+from expert_store.matrix import hqq
+from expert_store.matrix.hqq import quantize_hqq
 from kernels.packing import unpack
 from kernels.reference import dequantize
 
@@ -50,7 +50,7 @@ def test_error_falls_with_bits() -> None:
 
 def test_large_matrices_go_in_row_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(40, 128)
-    monkeypatch.setattr(quantize, "CHUNK_WEIGHTS", 16 * 128)
+    monkeypatch.setattr(hqq, "CHUNK_WEIGHTS", 16 * 128)
     chunked = quantize_hqq(weight, 2)
     parts = [dequantize(quantize_hqq(part, 2)) for part in weight.split(16)]
     assert torch.equal(dequantize(chunked), torch.cat(parts))
@@ -72,5 +72,5 @@ def test_a_shape_that_groups_do_not_divide() -> None:
 
 def test_what_hqq_needs_but_does_not_ask_for_is_a_dependency_of_ours() -> None:
     # Where hqq lies without these three, no transformers model can be imported at all.
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
     assert {"termcolor", "einops", "tqdm"} <= set(project["project"]["dependencies"])
