@@ -6,11 +6,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.moetier-ready
 READY_TEST := $(VENV)/.moetier-ready-test
 CONFIG ?=
+MODEL :=
 
-.PHONY: help demo serve test test-all lint types check bench gpu-check clean
+.PHONY: help demo smol serve test test-all lint types check bench gpu-check clean
 
 help:
 	@echo "make demo       set-up if needed, then the whole path once: compress, serve, ask, table, shut down"
+	@echo "                (MODEL=mini or smol chooses the model; without, smol-moe when it is there)"
+	@echo "make smol       fetch 93 MB and assemble smol-moe, a model of real pretrained weights, in the cache"
 	@echo "make serve      the same cluster, kept up until Ctrl-C (CONFIG=cluster.yaml for your own)"
 	@echo "make test       set-up if needed, lint, types, then the tests that need under 15 minutes on 2 cores"
 	@echo "make test-all   everything, with the slow tests"
@@ -19,7 +22,10 @@ help:
 	@echo "make clean      remove the environment and the caches of this folder"
 
 demo: $(READY)
-	@$(BIN)/moetier demo
+	@$(BIN)/moetier demo $(if $(MODEL),--model $(MODEL))
+
+smol: $(READY)
+	@$(BIN)/moetier fetch smol-moe
 
 serve: $(READY)
 	@$(BIN)/moetier serve $(if $(CONFIG),--config $(CONFIG))

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from expert_store.errors import StoreError
 
 COMMANDS = {
+    "fetch": "put smol-moe, a model of real pretrained weights, into the cache",
     "compress": "turn a checkpoint into a store of low-bit experts with compensators",
     "inspect": "print what a store holds: sizes, bits, ranks, bytes per token",
     "verify": "check every checksum of a store and name what is damaged",

@@ -37,17 +37,27 @@ def bundled_store(report: Report | None = None) -> Path:
     return _ensure(MIXTRAL_MINI, default_store(), CompressionConfig(), report)
 
 
+def default_recipe_store(model: Path, report: Report | None = None) -> Path:
+    """A store of any checkpoint folder with the default recipe; as `original_store`, but small."""
+    name = f"{model.resolve().name}-{_digest(model)}"
+    return _ensure(model, cache_folder() / "stores" / name, CompressionConfig(), report)
+
+
 def original_store(model: Path, report: Report | None = None) -> Path:
     """A store of the checkpoint's own bfloat16 experts, so that its bytes are counted alike.
 
     As large as the checkpoint. Made on first use, and again when the checkpoint's files change.
     """
-    files = sorted(path for path in model.iterdir() if path.is_file())
-    told = [str(model.resolve()), *(f"{f.name} {_stamp(f)}" for f in files)]
-    digest = hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
-    name = f"{model.resolve().name}-original-{digest}"
+    name = f"{model.resolve().name}-original-{_digest(model)}"
     config = CompressionConfig(recipe="original")
     return _ensure(model, cache_folder() / "stores" / name, config, report)
+
+
+def _digest(model: Path) -> str:
+    """Of where a checkpoint lies and its files' sizes and times, in 12 digits."""
+    files = sorted(path for path in model.iterdir() if path.is_file())
+    told = [str(model.resolve()), *(f"{f.name} {_stamp(f)}" for f in files)]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
 
 
 def _stamp(file: Path) -> str:

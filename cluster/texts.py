@@ -14,7 +14,8 @@ from pydoc_data.topics import topics
 BUILT_IN = "python-reference"
 BUILT_IN_NOTE = (
     f"{BUILT_IN} is the language reference inside CPython (pydoc_data.topics), each paragraph on "
-    "one line; mixtral-mini was trained on Python documentation, so it has seen text of that kind."
+    "one line; mixtral-mini and the deltas of smol-moe were trained on Python documentation, so "
+    "they have seen text of that kind."
 )
 
 

@@ -10,18 +10,20 @@ import time
 from tqdm import tqdm
 
 from cluster.commands.inspect import as_json, as_text
+from cluster.models import find_model
 from cluster.stores import folder
 from expert_store.compress import Progress, compress
 from expert_store.config import RECIPES, CompressionConfig
 from expert_store.inspect import summarize
-from expert_store.sources import DEFAULT_MODEL, resolve_model
+from expert_store.sources import DEFAULT_MODEL
 
 HELP = """Turn a checkpoint into a store: low-bit experts, each with a small compensator.
 
-MODEL is a folder with config.json and *.safetensors, a Hugging Face Hub id (downloaded), or
-mixtral-mini, the bundled model. An interrupted run goes on where it stopped when the same command
-is given again; STORE counts as a store only when all of it is written. Peak memory is a few experts
-per job. Exit code 1 for an unusable checkpoint or a full disk, 2 for a wrong argument."""
+MODEL is a folder with config.json and *.safetensors, a Hugging Face Hub id (downloaded),
+mixtral-mini, the bundled model, or smol-moe after `make smol`. An interrupted run goes on where it
+stopped when the same command is given again; STORE counts as a store only when all of it is
+written. Peak memory is a few experts per job. Exit code 1 for an unusable checkpoint or a full
+disk, 2 for a wrong argument."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         group_size=args.group_size,
     )
     store = folder(args.store)
-    model = resolve_model(args.model)
+    model = find_model(args.model)
     started = time.monotonic()
     with _Bar() as bar:
         compress(model, store, config, progress=bar.show, jobs=args.jobs, force=args.force)

@@ -1,4 +1,4 @@
-"""`moetier demo`: the whole path once, on the bundled model: compress, serve, ask, measure, end."""
+"""`moetier demo`: the whole path once, on one of our models: compress, serve, ask, measure, end."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import openai
 from transformers.utils.logging import disable_progress_bar
@@ -16,31 +18,38 @@ from transformers.utils.logging import disable_progress_bar
 from cluster.app import RunningCluster, start_local_cluster
 from cluster.config import ClusterConfig
 from cluster.door import check_port
-from cluster.evaluate import DEMO_SETTINGS, EvalRow, as_cells, conditions, demo_rows
+from cluster.evaluate import DEMO_SETTINGS, EvalRow, EvalSettings, as_cells, conditions, demo_rows
+from cluster.models import ensure_smol, has_smol
 from cluster.progress import store_progress
 from cluster.settings import HttpSettings
-from cluster.stores import bundled_store, original_store
+from cluster.stores import bundled_store, default_recipe_store, original_store
 from cluster.table import format_table
 from cluster.texts import BUILT_IN_NOTE
 from expert_store.inspect import summarize
 from models import MIXTRAL_MINI
 
-HELP = """The whole path once, on this machine, with the bundled model.
+HELP = """The whole path once, on this machine, with one of our models.
 
-Makes the model's store if there is none yet, starts a local Ray cluster (expert store, NDP worker,
-GPU worker, on the CPU when there is no GPU, and the HTTP endpoint), asks it for a streamed
-completion with the openai client, prints a small table of perplexity against expert bytes moved
-per token, and shuts all of it down, also on Ctrl-C. `moetier serve` keeps a cluster up."""
+The model is smol-moe when `make smol` was run, else the bundled mixtral-mini; --model smol fetches
+smol-moe first. Makes the model's store if there is none yet, starts a local Ray cluster (expert
+store, NDP worker, GPU worker, on the CPU when there is no GPU, and the HTTP endpoint), asks it for
+a streamed answer with the openai client, prints a small table of perplexity against expert bytes
+moved per token, and shuts all of it down, also on Ctrl-C. `moetier serve` keeps a cluster up."""
 
 COLUMNS = ("experts", "perplexity", "more nats", "expert KB/token", "near-data KB/token")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--model",
+        choices=("mini", "smol"),
+        help="smol: smol-moe, fetched (93 MB) and assembled if need be; mini: the bundled "
+        "mixtral-mini (default: smol if it is there)",
+    )
+    parser.add_argument(
         "--prompt",
-        default="The return statement",
         metavar="TEXT",
-        help="text to continue (default: %(default)r)",
+        help="text to continue, or for smol-moe a question (default: one that the model can do)",
     )
     parser.add_argument(
         "--max-tokens", type=int, default=48, metavar="N", help="tokens to ask for (default: 48)"
@@ -49,6 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--port", type=int, default=0, metavar="PORT", help="of the endpoint (default: a free one)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model that is shown, and how."""
+
+    model: Path
+    prompt: str
+    chats: bool  # whether it was trained on conversations, so that it is asked and not continued
+    settings: EvalSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +110,16 @@ def run(args: argparse.Namespace) -> int:
         check_port(http)
     teller = Teller(as_json=args.json)
     try:
-        store, original = prepare(teller)
+        subject = choose(args.model, teller)
+        store, original = prepare(subject, teller)
         teller.say("2. starting a local Ray cluster: store, NDP worker, GPU worker, HTTP ...")
         with start_local_cluster(config_for(store, http)) as cluster:
             teller.done("start the cluster")
             teller.say(f"   {cluster.address} is healthy after {teller.stages[-1].seconds:.0f} s\n")
-            text = ask(cluster, args.prompt, args.max_tokens, teller)
-            rows = measure(store, original, teller)
-            say_where(cluster, args.prompt, teller)
+            prompt = args.prompt or subject.prompt
+            text = ask(cluster, subject, prompt, args.max_tokens, teller)
+            rows = measure(subject, store, original, teller)
+            say_where(cluster, prompt, teller)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing is left running", file=sys.stderr)
         return 130
@@ -109,14 +130,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def prepare(teller: Teller) -> tuple[Path, Path]:
-    """The bundled model's store, and one of its original experts for the comparison."""
+def choose(name: str | None, teller: Teller) -> Subject:
+    """The model to show: smol-moe when it is there or asked for, else mixtral-mini."""
+    if name == "mini" or (name is None and not has_smol()):
+        return Subject(MIXTRAL_MINI, "The return statement", False, DEMO_SETTINGS)
+    folder = ensure_smol(teller.say)
+    # Sixteen times the model, with real weights: fewer windows tell the variants apart as well.
+    settings = replace(DEMO_SETTINGS, windows=8, decode_tokens=24)
+    return Subject(folder, "What is the capital of France?", True, settings)
+
+
+def prepare(subject: Subject, teller: Teller) -> tuple[Path, Path]:
+    """The model's store, and one of its original experts for the comparison."""
     teller.say(
-        "1. the bundled model, mixtral-mini, as a store of 2-bit experts and compensators ..."
+        f"1. the model, {subject.model.name}, as a store of 2-bit experts and compensators ..."
     )
     with store_progress() as show:
-        store = bundled_store(show)
-        original = original_store(MIXTRAL_MINI, show)
+        is_mini = subject.model == MIXTRAL_MINI
+        store = bundled_store(show) if is_mini else default_recipe_store(subject.model, show)
+        original = original_store(subject.model, show)
     teller.done("compress")
     summary = summarize(store)
     teller.say(
@@ -139,26 +171,19 @@ def config_for(store: Path, http: HttpSettings) -> ClusterConfig:
     )
 
 
-def ask(cluster: RunningCluster, prompt: str, max_tokens: int, teller: Teller) -> str:
-    """A streamed completion over HTTP, shown as it comes."""
+def ask(
+    cluster: RunningCluster, subject: Subject, prompt: str, max_tokens: int, teller: Teller
+) -> str:
+    """A streamed completion or answer over HTTP, shown as it comes."""
     teller.say(f"3. asking it over HTTP with the openai client: {prompt!r}\n")
     client = openai.OpenAI(base_url=f"{cluster.address}/v1", api_key="none", max_retries=0)
     start_s = time.perf_counter()
-    first_s, pieces = 0.0, [prompt]
-    teller.say(f"   {prompt}", end="")
-    stream = client.completions.create(
-        model=cluster.model,
-        prompt=prompt,
-        max_tokens=max_tokens,
-        temperature=0.7,
-        seed=1,
-        stream=True,
-    )
-    for chunk in stream:
-        for choice in chunk.choices:
-            first_s = first_s or time.perf_counter() - start_s
-            pieces.append(choice.text)
-            teller.say(choice.text.replace("\n", "\n   "), end="")
+    first_s, pieces = 0.0, [] if subject.chats else [prompt]
+    teller.say("   " + "".join(pieces), end="")
+    for piece in stream(client, cluster.model, subject, prompt, max_tokens):
+        first_s = first_s or time.perf_counter() - start_s
+        pieces.append(piece)
+        teller.say(piece.replace("\n", "\n   "), end="")
     teller.done("answer")
     teller.say(
         f"\n\n   first text after {first_s:.2f} s, done after {teller.stages[-1].seconds:.2f} s"
@@ -166,13 +191,34 @@ def ask(cluster: RunningCluster, prompt: str, max_tokens: int, teller: Teller) -
     return "".join(pieces)
 
 
-def measure(store: Path, original: Path, teller: Teller) -> list[EvalRow]:
+def stream(
+    client: openai.OpenAI, model: str, subject: Subject, prompt: str, max_tokens: int
+) -> Iterator[str]:
+    """The text as it comes, of the endpoint that suits the model."""
+    if subject.chats:
+        messages: Any = [{"role": "user", "content": prompt}]
+        for event in client.chat.completions.create(
+            model=model,
+            messages=messages,
+            max_tokens=max_tokens,
+            temperature=0.0,
+            stream=True,
+        ):
+            yield from (choice.delta.content or "" for choice in event.choices)
+        return
+    for chunk in client.completions.create(
+        model=model, prompt=prompt, max_tokens=max_tokens, temperature=0.7, seed=1, stream=True
+    ):
+        yield from (choice.text for choice in chunk.choices)
+
+
+def measure(subject: Subject, store: Path, original: Path, teller: Teller) -> list[EvalRow]:
     """The table of the README."""
     teller.say("\n4. perplexity against expert bytes moved per token (in this process) ...")
-    rows = list(demo_rows(store, original))
+    rows = list(demo_rows(store, original, subject.settings))
     teller.done("measure")
     teller.say(format_table([as_cells(row) for row in rows], COLUMNS))
-    teller.say(f"\n{conditions(DEMO_SETTINGS)}\n{BUILT_IN_NOTE}\n")
+    teller.say(f"\n{conditions(subject.settings)}\n{BUILT_IN_NOTE}\n")
     return rows
 
 

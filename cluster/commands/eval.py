@@ -11,12 +11,12 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.evaluate import EvalRow, EvalSettings, Variant, as_cells, conditions, evaluate
+from cluster.models import find_model
 from cluster.progress import store_progress
 from cluster.stores import bundled_store, folder, original_store
 from cluster.table import format_table
 from cluster.texts import BUILT_IN, BUILT_IN_NOTE, read_texts
 from expert_store.format import load_manifest
-from expert_store.sources import resolve_model
 from expert_store.types import Manifest
 
 HELP = """Perplexity of a store on texts, and the expert bytes it moves per decoded token.
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         manifest = load_manifest(store)
         variants = _variants(args, store, manifest)
         if args.compare_original is not None:
-            model = resolve_model(args.compare_original or manifest.model.name)
+            model = find_model(args.compare_original or manifest.model.name)
             variants = [Variant("original bf16", original_store(model, report)), *variants]
     rows = list(evaluate(variants, texts, settings))
     if args.json:

