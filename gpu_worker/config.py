@@ -5,12 +5,14 @@ Knows no file and no environment variable; `resolve` needs only the store's mani
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 
 from expert_store.types import Manifest
+from gpu_worker.restoring import PairPolicy, Restore, repaired_errors
 
 NearDataPolicy = Literal["off", "low_bit", "cost"]
 """Which (token, expert) pairs run near their bytes.
@@ -31,6 +33,14 @@ class WorkerConfig:
     """How one worker runs one model.
 
     - top_n: how many of a token's experts get their compensator; None means what the store says.
+    - restore: which ones: the top_n of largest router weight, all, top_n at random, those that hold
+      restore_mass of the weight, or those whose benefit is over restore_benefit.
+    - restore_mass: share of a token's router weight, 0 to 1, that restore "mass" covers.
+    - restore_benefit: share of the router weight times the relative error that the compensator
+      repairs, over which restore "benefit" fetches it.
+    - restore_seed: another seed gives restore "random" other pairs.
+    - skip_below: pairs with less than this share of their token's router weight are not run; a
+      token's first expert always is. 0 skips none; the others' weights stay as they are.
     - near_data: which (token, expert) pairs run near their bytes: off is none, low_bit all that are
       not restored, cost those of experts for which copying is dearer.
     - cache_bytes: device memory for experts kept between steps; 0 keeps none.
@@ -49,6 +59,11 @@ class WorkerConfig:
     """
 
     top_n: int | None = None
+    restore: Restore = "top_n"
+    restore_mass: float | None = None
+    restore_benefit: float | None = None
+    restore_seed: int = 0
+    skip_below: float = 0.0
     near_data: NearDataPolicy = "off"
     cache_bytes: int = 512 * MEBIBYTE
     max_in_flight_bytes: int = 256 * MEBIBYTE
@@ -63,10 +78,21 @@ class WorkerConfig:
     near_data_token_s: float | None = None
 
     def __post_init__(self) -> None:
+        _one_of("restore", self.restore, get_args(Restore))
         _one_of("near_data", self.near_data, get_args(NearDataPolicy))
         _one_of("device", self.device, get_args(Device))
         _one_of("dtype", self.dtype, get_args(DType))
         _at_least("top_n", self.top_n, 0)
+        _at_least("restore_seed", self.restore_seed, 0)
+        _within("restore_mass", self.restore_mass, most=1)
+        _within("restore_benefit", self.restore_benefit)
+        _within("skip_below", self.skip_below, most=1)
+        for rule in ("mass", "benefit"):
+            if self.restore == rule and getattr(self, f"restore_{rule}") is None:
+                raise ValueError(
+                    f"restore_{rule}: got None, restore {rule!r} needs a threshold; give one or "
+                    "choose restore 'top_n'"
+                )
         _at_least("cache_bytes", self.cache_bytes, 0)
         _at_least("max_in_flight_bytes", self.max_in_flight_bytes, 1)
         _at_least("fetch_threads", self.fetch_threads, 1)
@@ -117,6 +143,19 @@ class WorkerConfig:
             dtype=dtype,
         )
 
+    def pair_policy(self, manifest: Manifest) -> PairPolicy:
+        """What to do with a token's pairs; of a resolved config only."""
+        assert self.top_n is not None, "resolve the config first"
+        return PairPolicy(
+            restore=self.restore,
+            top_n=self.top_n,
+            restore_mass=self.restore_mass or 0.0,
+            restore_benefit=self.restore_benefit or 0.0,
+            restore_seed=self.restore_seed,
+            skip_below=self.skip_below,
+            repaired=repaired_errors(manifest) if self.restore == "benefit" else {},
+        )
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """dtype of the dense part; of a resolved config only."""
@@ -136,3 +175,9 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _at_least(name: str, value: int | None, least: int) -> None:
     if value is not None and (isinstance(value, bool) or value != int(value) or value < least):
         raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")
+
+
+def _within(name: str, value: float | None, *, most: float = math.inf) -> None:
+    if value is not None and not (math.isfinite(value) and 0 <= value <= most):
+        allowed = "0 or more" if most == math.inf else f"0 to {most:g}"
+        raise ValueError(f"{name}: got {value!r}, expected {allowed}")

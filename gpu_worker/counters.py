@@ -1,7 +1,8 @@
 """What a step moved, found, restored and waited for. Counts only; knows nobody who counts.
 
 A `Tally` is filled while a step runs; `StepCounters` is what leaves with it. Every (token, expert)
-pair is counted once as restored, low-bit or degraded: the three sum to tokens x top-k x MoE layers.
+pair is counted once as restored, low-bit, degraded or skipped: the four sum to tokens x top-k x MoE
+layers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class StepCounters:
     - cache_hits, cache_misses: records a plan needed that were, or were not, on the device.
     - restored_pairs, low_bit_pairs, degraded_pairs: pairs whose compensator was applied, whose plan
       was codes alone, and whose compensator could not be had.
+    - skipped_pairs: pairs that were not run, because of their small router weight.
     - near_data_pairs: the low-bit pairs that ran near data.
     - sent_bytes, received_bytes: activations to and from near data, counted by the transport.
     - wait_s: seconds the step had nothing to compute until a copy or a near-data answer came.
@@ -35,6 +37,7 @@ class StepCounters:
     restored_pairs: int = 0
     low_bit_pairs: int = 0
     degraded_pairs: int = 0
+    skipped_pairs: int = 0
     near_data_pairs: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -70,6 +73,7 @@ class Tally:
         self.restored_pairs = 0
         self.low_bit_pairs = 0
         self.degraded_pairs = 0
+        self.skipped_pairs = 0
         self.near_data_pairs = 0
         self.sent_bytes = 0
         self.received_bytes = 0

@@ -25,7 +25,7 @@ from gpu_worker.local_run import DeviceExperts, LocalRun, Part
 from gpu_worker.model import StepReport
 from gpu_worker.planner import ExpertWork, Policy, RecordSizes, plan, plan_local
 from gpu_worker.protocols import ExpertSource, NearData
-from gpu_worker.routing import route
+from gpu_worker.restoring import route
 from gpu_worker.streamer import Streamer
 from kernels import ops
 
@@ -86,7 +86,7 @@ class StoreExperts:
                 f"near_data: got {config.near_data!r}, but no near-data worker is connected; "
                 f"start one or choose 'off'"
             )
-        self._top_n = config.top_n
+        self._pairs = config.pair_policy(source.manifest)
         self._policy = Policy(config.near_data, config.link_bytes_per_s, config.near_data_token_s)
         self._sizes = RecordSizes.of(source.manifest)
         self._near_data = near_data if config.near_data != "off" else None
@@ -104,8 +104,9 @@ class StoreExperts:
         self._device = DeviceExperts(source.manifest, self.cache, self.streamer, backend)
         self.begin(None)
 
-    def begin(self, valid_S: torch.Tensor | None) -> None:
+    def begin(self, valid_S: torch.Tensor | None, token_tags_S: torch.Tensor | None = None) -> None:
         self._active_S = valid_S
+        self._token_tags_S = token_tags_S
         self._tally = Tally()
         self._degraded_rows: Counter[int] = Counter()
         self._near_bytes_at_begin = self._near_bytes()
@@ -122,7 +123,15 @@ class StoreExperts:
         Sums in float32 and, for each row, in rising order of expert: neither what landed first nor
         what was resident nor who ran it changes the order.
         """
-        routing = route(topk_ids_SK, topk_weights_SK, top_n=self._top_n, active_T=self._active_S)
+        routing = route(
+            layer,
+            topk_ids_SK,
+            topk_weights_SK,
+            policy=self._pairs,
+            active_T=self._active_S,
+            token_tags_T=self._token_tags_S,
+        )
+        self._tally.skipped_pairs += routing.num_skipped
         dispatch = plan(
             layer,
             routing,

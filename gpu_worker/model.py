@@ -50,8 +50,11 @@ class StepReport:
 class StepExperts(Protocol):
     """Runs the routed experts of a step, layer after layer: `gpu_worker/experts.py`."""
 
-    def begin(self, valid_S: torch.Tensor | None) -> None:
-        """Start a step. Rows where `valid_S` (bool) is False are padding: no expert runs."""
+    def begin(self, valid_S: torch.Tensor | None, token_tags_S: torch.Tensor | None = None) -> None:
+        """Start a step. Rows where `valid_S` (bool) is False are padding: no expert runs.
+
+        `token_tags_S` (int64) tells tokens apart whatever batch they are in.
+        """
         ...
 
     def run_layer(
@@ -104,7 +107,8 @@ class ModelRunner:
         Raises ExpertsFailed (gpu_worker/experts.py) whose token rows index the flattened [B*T].
         """
         num_sequences, num_tokens = input_ids_BT.shape
-        self.experts.begin(None if valid_BT is None else valid_BT.reshape(-1))
+        valid_S = None if valid_BT is None else valid_BT.reshape(-1)
+        self.experts.begin(valid_S, token_tags(input_ids_BT, positions_BT).reshape(-1))
         with torch.inference_mode():
             logits = self.model(
                 input_ids=input_ids_BT,
@@ -119,6 +123,11 @@ class ModelRunner:
         for row, pairs in report.degraded_rows.items():
             degraded[row // num_tokens] += pairs
         return ForwardOutput(logits, report.counters, tuple(degraded))
+
+
+def token_tags(input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """int64, the same for a token at its position in every batch."""
+    return positions.to(torch.int64) * (1 << 32) + input_ids
 
 
 def load_model(

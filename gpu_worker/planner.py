@@ -145,8 +145,8 @@ def plan_local(
 
 
 def group_by_expert(layer: int, routing: Routing, sizes: RecordSizes) -> list[ExpertWork]:
-    """The active pairs of a routing by expert, experts and then token rows in rising order."""
-    rows, columns = routing.active_T[:, None].expand_as(routing.restore_TK).nonzero().unbind(1)
+    """The pairs of a routing that are run, experts and then token rows in rising order."""
+    rows, columns = routing.run_TK.nonzero().unbind(1)
     ids = routing.topk_ids_TK[rows, columns]
     order = ids.argsort(stable=True)
     flags = routing.restore_TK[rows, columns][order].tolist()

@@ -1,6 +1,7 @@
-"""Which experts a layer's tokens go to, with what weight, and which pairs get a compensator.
+"""Which experts a layer's tokens go to, with what weight, and which pairs a policy leaves out.
 
-Pure: tensors in, tensors out. Knows no bytes and no device.
+Pure: tensors in, tensors out. Which pairs get a compensator is `gpu_worker/restoring.py`. Knows no
+bytes and no device.
 
 Legend: T token rows, K top-k columns.
 """
@@ -17,21 +18,24 @@ class Routing:
     """One layer's routing, on CPU.
 
     Columns are in the order the router gave them, which is not that of the weights in every family.
-    Rows where `active_T` is False are padding: they reach no expert.
+    Rows where `active_T` is False are padding: they reach no expert. Pairs in `skip_TK` are not run
+    either; their token goes on with the others.
     """
 
     topk_ids_TK: torch.Tensor  # [T, K] int64
     topk_weights_TK: torch.Tensor  # [T, K] float32
     restore_TK: torch.Tensor  # [T, K] bool
+    skip_TK: torch.Tensor  # [T, K] bool
     active_T: torch.Tensor  # [T] bool
 
     def __post_init__(self) -> None:
         shape = self.topk_ids_TK.shape
-        if len(shape) != 2 or self.topk_weights_TK.shape != shape or self.restore_TK.shape != shape:
+        others = (self.topk_weights_TK, self.restore_TK, self.skip_TK)
+        if len(shape) != 2 or any(other.shape != shape for other in others):
             raise ValueError(
-                f"routing: expected three tensors of one shape [T, K], got ids {tuple(shape)}, "
+                f"routing: expected four tensors of one shape [T, K], got ids {tuple(shape)}, "
                 f"weights {tuple(self.topk_weights_TK.shape)}, "
-                f"restore {tuple(self.restore_TK.shape)}"
+                f"restore {tuple(self.restore_TK.shape)}, skip {tuple(self.skip_TK.shape)}"
             )
         if self.active_T.shape != shape[:1]:
             raise ValueError(
@@ -39,36 +43,42 @@ class Routing:
                 f"got {tuple(self.active_T.shape)}"
             )
 
+    @property
+    def run_TK(self) -> torch.Tensor:
+        """[T, K] bool: the pairs that are run."""
+        return self.active_T[:, None] & ~self.skip_TK
 
-def route(
-    topk_ids_TK: torch.Tensor,
-    topk_weights_TK: torch.Tensor,
-    *,
-    top_n: int,
-    active_T: torch.Tensor | None = None,
-) -> Routing:
-    """The routing of a layer, with each token's Top-n pairs marked for restoring.
+    @property
+    def num_skipped(self) -> int:
+        """Pairs of active rows that are not run."""
+        return int((self.active_T[:, None] & self.skip_TK).sum())
 
-    Takes the router's output from any device. Raises ValueError when top_n is not 0 to K.
+
+def skip_mask(topk_weights_TK: torch.Tensor, below: float) -> torch.Tensor:
+    """[T, K] bool: pairs with less than `below` of their token's router weight; 0 marks none.
+
+    Sizes count, not signs. A token's first expert is never marked, however small its share.
     """
-    ids_TK = topk_ids_TK.to("cpu", torch.int64)
-    weights_TK = topk_weights_TK.to("cpu", torch.float32)
-    if active_T is None:
-        active_T = torch.ones(ids_TK.shape[0], dtype=torch.bool)
-    restore_TK = restore_mask(weights_TK, top_n)
-    return Routing(ids_TK, weights_TK, restore_TK, active_T.to("cpu", torch.bool))
+    mask_TK = shares(topk_weights_TK) < below
+    return mask_TK & (ranks(topk_weights_TK) > 0)
 
 
-def restore_mask(topk_weights_TK: torch.Tensor, top_n: int) -> torch.Tensor:
-    """[T, K] bool: the pairs among their token's `top_n` largest router weights.
+def ranks(topk_weights_TK: torch.Tensor) -> torch.Tensor:
+    """[T, K] int64: 0 for a token's largest router weight, 1 for the next, and so on.
 
     Sizes count, not signs: a large negative weight matters as much as a positive one. Of equal
     weights the earlier column goes first: phimoe often gives both its experts weight 1 exactly, and
     the first is the one its router scored higher.
     """
-    num_columns = topk_weights_TK.shape[1]
-    if not 0 <= top_n <= num_columns:
-        raise ValueError(f"top_n: got {top_n}, expected 0 to the router's top-k of {num_columns}")
     by_size_TK = topk_weights_TK.abs().argsort(dim=1, descending=True, stable=True)
-    mask_TK = torch.zeros_like(topk_weights_TK, dtype=torch.bool)
-    return mask_TK.scatter_(1, by_size_TK[:, :top_n], True)
+    return by_size_TK.argsort(dim=1)
+
+
+def shares(topk_weights_TK: torch.Tensor) -> torch.Tensor:
+    """[T, K] float64: each pair's part of the sum of its token's weights; 0 where all are 0.
+
+    Sizes count, not signs.
+    """
+    sizes_TK = topk_weights_TK.double().abs()
+    sums_T1 = sizes_TK.sum(dim=1, keepdim=True)
+    return sizes_TK / sums_T1.where(sums_T1 > 0, 1.0)

@@ -56,7 +56,7 @@ class OwnExperts:
         finally:
             self._gate.set()
 
-    def begin(self, valid_S: torch.Tensor | None) -> None:
+    def begin(self, valid_S: torch.Tensor | None, token_tags_S: Any = None) -> None:
         if not self._gate.is_set():
             self._at_gate.set()
             assert self._gate.wait(60), "a test held a step for too long"

@@ -23,7 +23,7 @@ MINI = Path(__file__).resolve().parents[2] / "models" / "mixtral-mini"
 class OwnExperts:
     """The model keeps its own experts: nothing to begin, nothing to report."""
 
-    def begin(self, valid_S: torch.Tensor | None) -> None:
+    def begin(self, valid_S: torch.Tensor | None, token_tags_S: Any = None) -> None:
         self.begun = True
 
     def run_layer(self, *args: Any) -> torch.Tensor:

@@ -24,7 +24,7 @@ from expert_store.segment import Segment
 from expert_store.types import ExpertKey, RecordRequest
 from gpu_worker.config import WorkerConfig
 from gpu_worker.experts import ExpertsFailed, StoreExperts
-from gpu_worker.routing import restore_mask
+from gpu_worker.restoring import restore_mask
 from gpu_worker.streamer import largest_expert_bytes
 from kernels import reference
 from tests.gpu_worker.sources import (

@@ -37,6 +37,7 @@ def routing_of(
         ids_TK,
         torch.full(ids_TK.shape, 0.5),
         torch.tensor(restore, dtype=torch.bool),
+        torch.zeros(ids_TK.shape, dtype=torch.bool),
         torch.tensor(active if active is not None else [True] * len(ids), dtype=torch.bool),
     )
 

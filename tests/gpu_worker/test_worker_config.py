@@ -26,6 +26,15 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"restore": "best"}, "restore: got 'best', expected one of top_n, all, random, mass"),
+        ({"restore": "mass"}, "restore_mass: got None, restore 'mass' needs a threshold"),
+        ({"restore": "benefit"}, "restore_benefit: got None, restore 'benefit' needs"),
+        ({"restore_mass": 1.5}, "restore_mass: got 1.5, expected 0 to 1"),
+        ({"restore_benefit": -0.1}, "restore_benefit: got -0.1, expected 0 or more"),
+        ({"restore_benefit": float("inf")}, "restore_benefit: got inf"),
+        ({"restore_seed": -1}, "restore_seed: got -1"),
+        ({"skip_below": float("nan")}, "skip_below: got nan, expected 0 to 1"),
+        ({"skip_below": 2}, "skip_below: got 2"),
         ({"near_data": "on"}, "near_data: got 'on', expected one of off, low_bit, cost"),
         ({"device": "tpu"}, "device: got 'tpu', expected one of auto, cpu, cuda"),
         ({"dtype": "int8"}, "dtype: got 'int8', expected one of auto, float32"),
@@ -53,9 +62,14 @@ def test_wrong_values_are_named(wrong: dict[str, Any], message: str) -> None:
 
 def test_resolve_leaves_nothing_open(manifest: Manifest) -> None:
     resolved = WorkerConfig().resolve(manifest)
-    costs = {"link_bytes_per_s", "near_data_token_s"}
+    of_one_policy = {
+        "link_bytes_per_s",
+        "near_data_token_s",
+        "restore_mass",
+        "restore_benefit",
+    }
     for field in fields(resolved):
-        if field.name not in costs:
+        if field.name not in of_one_policy:
             assert getattr(resolved, field.name) not in (None, "auto"), field.name
     assert resolved.top_n == manifest.recipe.top_n
     assert resolved.max_context == manifest.model.max_positions
@@ -83,3 +97,12 @@ def test_what_the_model_cannot_do_is_refused(manifest: Manifest) -> None:
 def test_a_gpu_that_is_not_there_is_refused(manifest: Manifest) -> None:
     with pytest.raises(ValueError, match="no usable GPU; use 'auto'"):
         WorkerConfig(device="cuda").resolve(manifest)
+
+
+def test_the_policy_of_pairs_is_the_config_s(manifest: Manifest) -> None:
+    config = WorkerConfig(restore="benefit", restore_benefit=0.1, skip_below=0.2, top_n=1)
+    policy = config.resolve(manifest).pair_policy(manifest)
+    assert (policy.restore, policy.restore_benefit, policy.skip_below) == ("benefit", 0.1, 0.2)
+    assert policy.top_n == 1
+    assert policy.repaired.keys() == {0}
+    assert WorkerConfig().resolve(manifest).pair_policy(manifest).restore == "top_n"
