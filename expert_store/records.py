@@ -22,8 +22,8 @@ from expert_store.types import (
     Projection,
 )
 from kernels.types import (
-    GatedLowRank,
     GatedMLP,
+    GatedRepair,
     LowRank,
     QuantizedMatrix,
     block_bytes,
@@ -144,7 +144,7 @@ def parse_factors(
         name: LowRank(data, tuple(offsets[name]), *shape.projection(name), factor_bits)
         for name in PROJECTIONS
     }
-    return Compensator(key, GatedLowRank(**low_ranks), at)
+    return Compensator(key, GatedRepair(low_ranks["gate"], low_ranks["up"], low_ranks["down"]), at)
 
 
 def _codes_layout(shape: ExpertShape, bits: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from kernels.types import Activation, GatedLowRank, GatedMLP
+from kernels.types import Activation, GatedMLP, GatedRepair
 
 FORMAT_VERSION = 1
 
@@ -92,7 +92,7 @@ class Compensator:
     """The low-rank record of one expert, or a prefix of it."""
 
     key: ExpertKey
-    factors: GatedLowRank
+    factors: GatedRepair
     num_bytes: int
 
 

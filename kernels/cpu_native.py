@@ -17,8 +17,7 @@ from typing import Literal, get_args
 
 import torch
 
-from kernels.packing import PACKED_BITS
-from kernels.types import Activation, GatedMLP, LowRank, QuantizedMatrix
+from kernels.types import GRID_BITS, Activation, GatedMLP, LowRank, QuantizedMatrix
 
 ABI_VERSION = 1
 Isa = Literal["scalar", "avx2", "avx512vnni"]
@@ -191,8 +190,9 @@ def _check(status: int) -> None:
 
 
 def _packed_bits(name: str, bits: int) -> int:
-    if bits not in PACKED_BITS:
-        raise ValueError(f"{name}: bits {bits} has no native form, expected one of {PACKED_BITS}")
+    allowed = GRID_BITS["affine"]
+    if bits not in allowed:
+        raise ValueError(f"{name}: bits {bits} has no native form, expected one of {allowed}")
     return bits
 
 

@@ -19,7 +19,7 @@ import torch
 
 from kernels import reference
 from kernels.gated import compose_gated_mlp
-from kernels.types import GatedLowRank, GatedMLP, LowRank, QuantizedMatrix
+from kernels.types import GatedMLP, GatedRepair, LowRank, QuantizedMatrix
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def native_isa() -> NativeIsa | None:
 def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
     """The [N, K] float32 weight on the matrix's device; the same bits whichever code makes it."""
     native = _native()
-    if native and matrix.data.device.type == "cpu" and matrix.bits != 16:
+    if native and matrix.data.device.type == "cpu" and _has_native(matrix):
         return native.dequantize(matrix, num_threads=torch.get_num_threads())
     return reference.dequantize(matrix)
 
@@ -58,7 +58,7 @@ def dequantize_low_rank(factors: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
 def gated_mlp(
     x_TH: torch.Tensor,
     mlp: GatedMLP,
-    factors: GatedLowRank | None = None,
+    factors: GatedRepair | None = None,
     restored_T: torch.Tensor | None = None,
     *,
     backend: Backend,
@@ -86,7 +86,10 @@ def gated_mlp(
             if factors is None:
                 return native.gated_mlp_many([(x_TH, mlp)], num_threads=threads)[0]
             matmul = functools.partial(native.matmul, num_threads=threads)
-            low_rank_matmul = functools.partial(native.low_rank_matmul, num_threads=threads)
+            if factors.gate.grid == factors.up.grid == factors.down.grid == "affine":
+                low_rank_matmul = functools.partial(native.low_rank_matmul, num_threads=threads)
+            if factors.gate_planes or factors.up_planes or factors.down_planes:
+                matmul, low_rank_matmul = _matmul_fp32, _low_rank_matmul_fp32
     return compose_gated_mlp(
         x_TH, mlp, factors, restored_T, matmul=matmul, low_rank_matmul=low_rank_matmul
     )
@@ -129,8 +132,12 @@ def _low_rank_matmul_fp32(factors: LowRank, x_TK: torch.Tensor) -> torch.Tensor:
 
 
 def _is_packed(mlp: GatedMLP) -> bool:
-    """Whether all three matrices have codes: the bfloat16 baseline has no int8 form."""
-    return 16 not in (mlp.gate.bits, mlp.up.bits, mlp.down.bits)
+    """Whether all three matrices have a native form."""
+    return all(_has_native(matrix) for matrix in (mlp.gate, mlp.up, mlp.down))
+
+
+def _has_native(matrix: QuantizedMatrix) -> bool:
+    return matrix.bits != 16 and matrix.grid == "affine"
 
 
 @functools.cache
@@ -159,7 +166,7 @@ def _triton() -> ModuleType:
 def _check_gated_mlp(
     x_TH: torch.Tensor,
     mlp: GatedMLP,
-    factors: GatedLowRank | None,
+    factors: GatedRepair | None,
     restored_T: torch.Tensor | None,
     backend: Backend,
 ) -> None:

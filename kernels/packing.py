@@ -11,12 +11,21 @@ from __future__ import annotations
 
 import torch
 
-from kernels.types import GROUP_SIZE, TILE_ROWS, QuantizedMatrix, padded_rows, tile_bytes
+from kernels.types import (
+    GRID_BITS,
+    GROUP_SIZE,
+    SCALE8_MAX,
+    TILE_ROWS,
+    Grid,
+    QuantizedMatrix,
+    padded_rows,
+    tile_bytes,
+    tiles_bytes,
+)
 
 VECTORS = 16
 VECTOR_BYTES = 64
 INPUTS_PER_LANE = 4
-PACKED_BITS = (2, 3, 4)
 FLOAT16_MAX = 65504.0
 
 
@@ -31,29 +40,48 @@ def pack(
 
     Raises ValueError when shapes, bits or values do not fit the layout.
     """
-    _check_pack_arguments(codes_NK, scale_NG, zero_NG, bits)
+    _check_codes(codes_NK, bits, "affine")
     rows, cols = codes_NK.shape
-    blocks, groups = padded_rows(rows) // TILE_ROWS, cols // GROUP_SIZE
+    groups = cols // GROUP_SIZE
+    for name, values in (("scale", scale_NG), ("zero", zero_NG)):
+        _check_float(name, values, (rows, groups))
     scale = scale_NG.float()
     zero_scaled = zero_NG.float() * scale
     _check_float16("scale", scale)
     _check_float16("zero * scale", zero_scaled)
 
-    padded_NK = _pad_rows(codes_NK, blocks * TILE_ROWS)
-    vectors_BGVC = (
-        padded_NK.view(blocks, TILE_ROWS, groups, VECTORS, INPUTS_PER_LANE)
-        .permute(0, 2, 3, 1, 4)
-        .reshape(blocks, groups, VECTORS, VECTOR_BYTES)
-    )
-    tiles = torch.empty(blocks, groups, tile_bytes(bits), dtype=torch.uint8, device=codes_NK.device)
-    code_bytes = bits * 2 * VECTOR_BYTES
-    planes = tiles[:, :, :code_bytes].view(blocks, groups, 2 * bits, VECTOR_BYTES)
-    _put_planes(vectors_BGVC, planes, bits)
+    tiles, code_bytes = _tiles_with_codes(codes_NK, bits, "affine")
     for values, start in ((scale, code_bytes), (zero_scaled, code_bytes + 2 * TILE_ROWS)):
-        values_NG = _pad_rows(values, blocks * TILE_ROWS)
-        per_tile = values_NG.view(blocks, TILE_ROWS, groups).transpose(1, 2).half().contiguous()
-        tiles[:, :, start : start + 2 * TILE_ROWS] = per_tile.view(torch.uint8)
+        halves = _per_tile(values.half())
+        tiles[:, :, start : start + 2 * TILE_ROWS] = halves.view(torch.uint8)
     return QuantizedMatrix(tiles.view(-1), rows, cols, bits)
+
+
+def pack_symmetric(
+    codes_NK: torch.Tensor, scale8_NG: torch.Tensor, row_scale_N: torch.Tensor, bits: int
+) -> QuantizedMatrix:
+    """Pack W = row_scale * scale8/255 * (codes - (2**bits - 1)/2), levels evenly about zero.
+
+    codes_NK is uint8 below 2**bits, scale8_NG uint8 (one per row and group of 64 inputs) and
+    row_scale_N float, stored as float16. Works on any device; the bytes lie where the codes lie.
+
+    Raises ValueError when shapes, bits or values do not fit the layout.
+    """
+    _check_codes(codes_NK, bits, "symmetric")
+    rows, cols = codes_NK.shape
+    expected = (rows, cols // GROUP_SIZE)
+    if tuple(scale8_NG.shape) != expected or scale8_NG.dtype != torch.uint8:
+        raise ValueError(
+            f"scale8: expected uint8 {expected}, got {scale8_NG.dtype} {tuple(scale8_NG.shape)}"
+        )
+    _check_float("row_scale", row_scale_N, (rows,))
+    _check_float16("row_scale", row_scale_N)
+    tiles, code_bytes = _tiles_with_codes(codes_NK, bits, "symmetric")
+    tiles[:, :, code_bytes:] = _per_tile(scale8_NG)
+    row_scales = _pad_rows(row_scale_N.half()[:, None]).view(-1).view(torch.uint8)
+    return QuantizedMatrix(
+        torch.cat((tiles.view(-1), row_scales)), rows, cols, bits, grid="symmetric"
+    )
 
 
 def pack_bf16(weight_NK: torch.Tensor) -> QuantizedMatrix:
@@ -68,25 +96,41 @@ def pack_bf16(weight_NK: torch.Tensor) -> QuantizedMatrix:
 def unpack(matrix: QuantizedMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [N, K] uint8, scale [N, G] float32 and zero * scale [N, G] float32 of a packed matrix.
 
-    W = scale * codes - zero_scaled. Raises ValueError for bits 16, which has no codes.
+    W = scale * codes - zero_scaled. Of a symmetric matrix, scale is its row and group scale in one,
+    and zero_scaled the middle code times it; see `unpack_symmetric` for what it stores. Raises
+    ValueError for bits 16, which has no codes.
     """
-    if matrix.bits not in PACKED_BITS:
-        raise ValueError(f"bits: got {matrix.bits}, only {PACKED_BITS} hold codes to unpack")
-    rows, cols, bits = matrix.rows, matrix.cols, matrix.bits
-    blocks, groups = padded_rows(rows) // TILE_ROWS, cols // GROUP_SIZE
-    tiles = matrix.data.view(blocks, groups, tile_bytes(bits))
-    code_bytes = bits * 2 * VECTOR_BYTES
-    planes = tiles[:, :, :code_bytes].view(blocks, groups, 2 * bits, VECTOR_BYTES)
-    # The four inputs of a row in one vector move together, as one int32.
-    lanes = _get_vectors(planes, bits).view(torch.int32)  # [B, G, V, 16]
-    codes_NK = lanes.permute(0, 3, 1, 2).contiguous().view(torch.uint8)
-    codes_NK = codes_NK.view(blocks * TILE_ROWS, cols)
-    # A copy of its own starts at an aligned address, wherever the bytes lie.
-    scale_bytes = tiles[:, :, code_bytes:].clone(memory_format=torch.contiguous_format)
+    if matrix.grid == "symmetric":
+        codes_NK, scale8_NG, row_scale_N = unpack_symmetric(matrix)
+        scale_NG = (row_scale_N / SCALE8_MAX)[:, None] * scale8_NG.float()
+        return codes_NK, scale_NG, scale_NG * middle_code(matrix.bits)
+    codes_NK, scale_bytes = _codes_and_scale_bytes(matrix)
+    blocks, groups = scale_bytes.shape[:2]
     half_tiles = scale_bytes.view(torch.float16).float()
     per_row = half_tiles.view(blocks, groups, 2, TILE_ROWS).permute(2, 0, 3, 1)
     scale_NG, zero_scaled_NG = per_row.reshape(2, blocks * TILE_ROWS, groups)
-    return codes_NK[:rows], scale_NG[:rows], zero_scaled_NG[:rows]
+    return codes_NK, scale_NG[: matrix.rows], zero_scaled_NG[: matrix.rows]
+
+
+def unpack_symmetric(matrix: QuantizedMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [N, K] uint8, scale8 [N, G] uint8, row_scale [N] float32: what `pack_symmetric` took.
+
+    Raises ValueError for an affine matrix.
+    """
+    if matrix.grid != "symmetric":
+        raise ValueError(f"grid: got {matrix.grid!r}, expected 'symmetric'")
+    codes_NK, scale_bytes = _codes_and_scale_bytes(matrix)
+    scale8_NG = scale_bytes.transpose(1, 2).reshape(-1, scale_bytes.shape[1])
+    start = tiles_bytes(matrix.rows, matrix.cols, matrix.bits, matrix.grid)
+    # A copy of its own starts at an aligned address, wherever the bytes lie.
+    row_scale = matrix.data[start:].clone(memory_format=torch.contiguous_format)
+    row_scale_N = row_scale.view(torch.float16).float()
+    return codes_NK, scale8_NG[: matrix.rows], row_scale_N[: matrix.rows]
+
+
+def middle_code(bits: int) -> float:
+    """The code that a symmetric grid takes for zero; between two codes, so that zero is none."""
+    return (2**bits - 1) / 2
 
 
 def bf16_weight(matrix: QuantizedMatrix) -> torch.Tensor:
@@ -99,14 +143,57 @@ def bf16_weight(matrix: QuantizedMatrix) -> torch.Tensor:
     return data.view(torch.bfloat16).view(matrix.rows, matrix.cols)
 
 
+def _tiles_with_codes(codes_NK: torch.Tensor, bits: int, grid: Grid) -> tuple[torch.Tensor, int]:
+    """Tiles [B, G, tile_bytes] with their codes written and scales not; and where the scales go."""
+    rows, cols = codes_NK.shape
+    blocks, groups = padded_rows(rows) // TILE_ROWS, cols // GROUP_SIZE
+    vectors_BGVC = (
+        _pad_rows(codes_NK)
+        .view(blocks, TILE_ROWS, groups, VECTORS, INPUTS_PER_LANE)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(blocks, groups, VECTORS, VECTOR_BYTES)
+    )
+    tiles = codes_NK.new_empty(blocks, groups, tile_bytes(bits, grid))
+    code_bytes = bits * 2 * VECTOR_BYTES
+    planes = tiles[:, :, :code_bytes].view(blocks, groups, 2 * bits, VECTOR_BYTES)
+    _put_planes(vectors_BGVC, planes, bits)
+    return tiles, code_bytes
+
+
+def _per_tile(values_NG: torch.Tensor) -> torch.Tensor:
+    """[B, G, 16] from one value per row and group; padding rows are zero."""
+    padded = _pad_rows(values_NG)
+    return padded.view(-1, TILE_ROWS, padded.shape[1]).transpose(1, 2).contiguous()
+
+
+def _codes_and_scale_bytes(matrix: QuantizedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [N, K] uint8, and what follows the codes of each tile, [B, G, bytes] uint8 copied."""
+    if matrix.bits == 16:
+        raise ValueError("bits: got 16, which holds no codes to unpack")
+    rows, cols, bits = matrix.rows, matrix.cols, matrix.bits
+    blocks, groups = padded_rows(rows) // TILE_ROWS, cols // GROUP_SIZE
+    tiles = matrix.data[: tiles_bytes(rows, cols, bits, matrix.grid)].view(blocks, groups, -1)
+    code_bytes = bits * 2 * VECTOR_BYTES
+    planes = tiles[:, :, :code_bytes].view(blocks, groups, 2 * bits, VECTOR_BYTES)
+    # The four inputs of a row in one vector move together, as one int32.
+    lanes = _get_vectors(planes, bits).view(torch.int32)  # [B, G, V, 16]
+    codes_NK = lanes.permute(0, 3, 1, 2).contiguous().view(torch.uint8)
+    codes_NK = codes_NK.view(blocks * TILE_ROWS, cols)
+    # A copy of its own starts at an aligned address, wherever the bytes lie.
+    scale_bytes = tiles[:, :, code_bytes:].clone(memory_format=torch.contiguous_format)
+    return codes_NK[:rows], scale_bytes
+
+
 def _put_planes(vectors: torch.Tensor, planes: torch.Tensor, bits: int) -> None:
     """Write 16 vectors of codes [..., V, 64] into 2*bits planes of bytes [..., P, 64]."""
     if bits == 4:  # plane p: vector p low, p+8 high
         planes.copy_(vectors[:, :, :8] | vectors[:, :, 8:] << 4)
-    elif bits == 2:  # plane p: vectors p, p+4, p+8, p+12 from the low bits up
-        planes.copy_(vectors[:, :, :4])
-        for step in (1, 2, 3):
-            planes.bitwise_or_(vectors[:, :, 4 * step : 4 * step + 4] << (2 * step))
+    elif bits in (1, 2):  # 2: plane p holds vectors p, p+4, p+8, p+12 from the low bits up
+        count = 2 * bits  # 1: plane p holds vectors p, p+2, ..., p+14
+        planes.copy_(vectors[:, :, :count])
+        for step in range(1, VECTORS // count):
+            at = count * step
+            planes.bitwise_or_(vectors[:, :, at : at + count] << (bits * step))
     else:
         # Two halves of 8 vectors in 3 planes: vectors 0..2 in bits 0-2, 3..5 in bits 3-5; the two
         # bits left over in each of the three bytes hold vectors 6 and 7, lowest bits first.
@@ -122,8 +209,9 @@ def _get_vectors(planes: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of `_put_planes`: [..., P, 64] bytes to [..., V, 64] codes."""
     if bits == 4:
         return torch.cat((planes & 15, planes >> 4), dim=2)
-    if bits == 2:
-        return torch.cat([planes >> (2 * step) & 3 for step in range(4)], dim=2)
+    if bits in (1, 2):
+        steps, mask = 8 // bits, 2**bits - 1
+        return torch.cat([planes >> (bits * step) & mask for step in range(steps)], dim=2)
     halves = []
     for half in (0, 1):
         p = planes[:, :, 3 * half : 3 * half + 3]
@@ -133,18 +221,18 @@ def _get_vectors(planes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat(halves, dim=2)
 
 
-def _pad_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
-    if values.shape[0] == rows:
+def _pad_rows(values: torch.Tensor) -> torch.Tensor:
+    """values [N, ...] with zero rows added up to a multiple of 16, contiguous."""
+    rows = values.shape[0]
+    if padded_rows(rows) == rows:
         return values.contiguous()
-    padding = values.new_zeros(rows - values.shape[0], values.shape[1])
-    return torch.cat((values, padding))
+    return torch.cat((values, values.new_zeros(padded_rows(rows) - rows, *values.shape[1:])))
 
 
-def _check_pack_arguments(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
-) -> None:
-    if bits not in PACKED_BITS:
-        raise ValueError(f"bits: got {bits}, expected one of {PACKED_BITS} (16: use pack_bf16)")
+def _check_codes(codes: torch.Tensor, bits: int, grid: Grid) -> None:
+    allowed = GRID_BITS[grid]
+    if bits not in allowed:
+        raise ValueError(f"bits: got {bits}, expected one of {allowed} (16: use pack_bf16)")
     if codes.dim() != 2 or codes.dtype != torch.uint8:
         raise ValueError(
             f"codes: expected [rows, cols] uint8, got {codes.dtype} {tuple(codes.shape)}"
@@ -155,15 +243,16 @@ def _check_pack_arguments(
             f"codes: got [{rows}, {cols}], expected at least one row and a multiple of "
             f"{GROUP_SIZE} cols"
         )
-    expected = (rows, cols // GROUP_SIZE)
-    for name, values in (("scale", scale), ("zero", zero)):
-        if tuple(values.shape) != expected or not values.is_floating_point():
-            raise ValueError(
-                f"{name}: expected float {expected}, got {values.dtype} {tuple(values.shape)}"
-            )
     largest = int(codes.max())
     if largest >= 2**bits:
         raise ValueError(f"codes: largest is {largest}, {bits} bits hold at most {2**bits - 1}")
+
+
+def _check_float(name: str, values: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(values.shape) != expected or not values.is_floating_point():
+        raise ValueError(
+            f"{name}: expected float {expected}, got {values.dtype} {tuple(values.shape)}"
+        )
 
 
 def _check_float16(name: str, values: torch.Tensor) -> None:

@@ -12,18 +12,25 @@ from collections.abc import Callable
 import torch
 
 from kernels.gated import compose_gated_mlp
-from kernels.packing import bf16_weight, unpack
-from kernels.types import GROUP_SIZE, GatedLowRank, GatedMLP, LowRank, QuantizedMatrix
+from kernels.packing import bf16_weight, middle_code, unpack
+from kernels.types import GROUP_SIZE, GatedMLP, GatedRepair, LowRank, QuantizedMatrix
 
 
 def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
-    """The [N, K] float32 weight: scale * code - zero_scaled, or the bfloat16 baseline widened."""
+    """The [N, K] float32 weight: scale * code - zero_scaled, or the bfloat16 baseline widened.
+
+    Symmetric: row_scale / 255 * scale8 * (code - middle), rounded to float32 in this order.
+    """
     if matrix.bits == 16:
         return bf16_weight(matrix).float()
     codes_NK, scale_NG, zero_scaled_NG = unpack(matrix)
     weight_NGK = codes_NK.float().view(matrix.rows, -1, GROUP_SIZE)
-    weight_NGK *= scale_NG[:, :, None]
-    weight_NGK -= zero_scaled_NG[:, :, None]
+    if matrix.grid == "symmetric":
+        weight_NGK -= middle_code(matrix.bits)
+        weight_NGK *= scale_NG[:, :, None]
+    else:
+        weight_NGK *= scale_NG[:, :, None]
+        weight_NGK -= zero_scaled_NG[:, :, None]
     return weight_NGK.view(matrix.rows, matrix.cols)
 
 
@@ -57,7 +64,7 @@ def low_rank_matmul(factors: LowRank, x_TK: torch.Tensor) -> torch.Tensor:
 def gated_mlp(
     x_TH: torch.Tensor,
     mlp: GatedMLP,
-    factors: GatedLowRank | None = None,
+    factors: GatedRepair | None = None,
     restored_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """down(act(gate x) * (up x)) as [T, H] float32; factors as in `kernels.ops.gated_mlp`."""

@@ -1,5 +1,4 @@
-"""The weight shapes of this room: low-bit matrices, low-rank factors, and the gated MLP made of
-them.
+"""The weight shapes of this room: low-bit matrices, low-rank factors, a gated MLP and its repair.
 
 These are views over packed bytes. The bit order inside a tile is written once, in
 `kernels/packing.py`.
@@ -10,7 +9,8 @@ Legend: N rows (outputs), K cols (inputs), R rank, T tokens, H hidden, F ffn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -20,17 +20,31 @@ TILE_ROWS = 16
 GROUP_SIZE = 64
 """Inputs that share one scale and one zero; also the columns of one tile."""
 
-Bits = Literal[2, 3, 4, 16]
+Bits = Literal[1, 2, 3, 4, 16]
 """Code widths. 16 means unquantised bfloat16, row-major: the baseline, not a tile layout."""
+Grid = Literal["affine", "symmetric"]
+"""Where a code's levels lie: affine has a float16 scale and zero per row and group; symmetric has
+levels about zero, an 8-bit scale per row and group and one float16 scale per row."""
 FactorBits = Literal[2, 3, 4]
+"""Code widths that stores use for rank blocks."""
+GRID_BITS: Mapping[Grid, tuple[int, ...]] = {"affine": (2, 3, 4), "symmetric": (1, 2, 3, 4)}
+"""The code widths of each grid's tiles. Planes are symmetric of 1 bit."""
+SCALE8_MAX = 255
+"""A symmetric tile's scale byte of this value means the row's whole scale."""
+BLOCK_ALIGNMENT = 64
+"""Bytes: where a rank block and each of its factors may start, counted from the block's start."""
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
 """What joins gate and up: `act(gate) * up`; `clamped_swiglu` is gpt-oss' (alpha 1.702, limit 7)."""
 
 
-def tile_bytes(bits: int) -> int:
-    """Bytes of one 16x64 tile: bits*128 of codes, 32 of fp16 scales, 32 of fp16 zero*scale."""
-    return bits * (TILE_ROWS * GROUP_SIZE // 8) + 2 * (TILE_ROWS * 2)
+def tile_bytes(bits: int, grid: Grid = "affine") -> int:
+    """Bytes of one 16x64 tile: bits*128 of codes, then its scales.
+
+    affine: 32 of fp16 scales and 32 of fp16 zero*scale. symmetric: 16 of uint8 scales.
+    """
+    scale_bytes = TILE_ROWS if grid == "symmetric" else 2 * (TILE_ROWS * 2)
+    return bits * (TILE_ROWS * GROUP_SIZE // 8) + scale_bytes
 
 
 def padded_rows(rows: int) -> int:
@@ -38,24 +52,33 @@ def padded_rows(rows: int) -> int:
     return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
-def matrix_bytes(rows: int, cols: int, bits: int) -> int:
+def tiles_bytes(rows: int, cols: int, bits: int, grid: Grid = "affine") -> int:
+    """Bytes of all tiles of a packed [rows, cols] matrix; a symmetric one's row scales follow."""
+    return padded_rows(rows) // TILE_ROWS * (cols // GROUP_SIZE) * tile_bytes(bits, grid)
+
+
+def matrix_bytes(rows: int, cols: int, bits: int, grid: Grid = "affine") -> int:
     """Bytes of a packed [rows, cols] matrix; [rows, cols] bfloat16 when bits is 16."""
     if bits == 16:
         return rows * cols * 2
-    return (padded_rows(rows) // TILE_ROWS) * (cols // GROUP_SIZE) * tile_bytes(bits)
+    row_scales = 2 * padded_rows(rows) if grid == "symmetric" else 0
+    return tiles_bytes(rows, cols, bits, grid) + row_scales
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrix:
-    """A [rows, cols] weight W[n, k] = scale[n, k//64] * code[n, k] - zero_scaled[n, k//64].
+    """A packed [rows, cols] weight; n is a row, k an input, g = k//64 its group.
 
-    `data` is a flat uint8 tensor of `matrix_bytes(rows, cols, bits)`: tiles of 16 rows x 64
-    inputs, row
-    block by row block, groups within a row block in order, each tile followed by its own scales
-    and zeros.
-    With bits 16 it is row-major bfloat16. The tensor may be a read-only view of a mapped file.
+    affine:    W[n, k] = scale[n, g] * code[n, k] - zero_scaled[n, g]
+    symmetric: W[n, k] = row_scale[n] * scale8[n, g]/255 * (code[n, k] - (2**bits - 1)/2)
 
-    Raises ValueError when shape, bits and length do not fit together.
+    `data` is a flat uint8 tensor of `matrix_bytes(rows, cols, bits, grid)`: tiles of 16 rows x 64
+    inputs, row block by row block, groups within a row block in order, each tile followed by its
+    own scales and zeros; after all tiles of a symmetric matrix its float16 row scales, padding rows
+    included. With bits 16 it is row-major bfloat16 (and grid stays "affine"). The tensor may be a
+    read-only view of a mapped file.
+
+    Raises ValueError when shape, bits, grid and length do not fit together.
     """
 
     data: torch.Tensor  # [num_bytes] uint8
@@ -63,10 +86,11 @@ class QuantizedMatrix:
     cols: int
     bits: int
     group_size: int = GROUP_SIZE
+    grid: Grid = "affine"
 
     def __post_init__(self) -> None:
-        if self.bits not in get_args(Bits):
-            raise ValueError(f"bits: got {self.bits}, expected one of {get_args(Bits)}")
+        if not (self.bits == 16 and self.grid == "affine"):
+            _check_bits(self.bits, self.grid)
         if self.group_size != GROUP_SIZE:
             raise ValueError(
                 f"group_size: got {self.group_size}, this layout has only {GROUP_SIZE}"
@@ -77,29 +101,50 @@ class QuantizedMatrix:
             raise ValueError(
                 f"cols: got {self.cols}, expected a multiple of the group size {GROUP_SIZE}"
             )
-        expected = matrix_bytes(self.rows, self.cols, self.bits)
+        expected = matrix_bytes(self.rows, self.cols, self.bits, self.grid)
         if self.data.dtype != torch.uint8 or self.data.dim() != 1 or self.data.numel() != expected:
             raise ValueError(
                 f"data: expected a flat uint8 tensor of {expected} bytes for "
-                f"[{self.rows}, {self.cols}] at {self.bits} bits, "
+                f"[{self.rows}, {self.cols}] at {self.bits} bits ({self.grid}), "
                 f"got {self.data.dtype} of shape {tuple(self.data.shape)}"
             )
 
 
-def block_bytes(rows: int, cols: int, bits: int) -> int:
-    """Bytes of one rank block: right [16, cols], then left transposed [16, rows], both packed."""
-    return matrix_bytes(TILE_ROWS, cols, bits) + matrix_bytes(TILE_ROWS, rows, bits)
+def _check_bits(bits: int, grid: Grid) -> None:
+    if grid not in GRID_BITS:
+        raise ValueError(f"grid: got {grid!r}, expected one of {get_args(Grid)}")
+    if bits not in GRID_BITS[grid]:
+        raise ValueError(f"bits: got {bits}, a grid {grid!r} has one of {GRID_BITS[grid]}")
+
+
+def left_offset(cols: int, bits: int, grid: Grid = "affine") -> int:
+    """Bytes from a rank block's start to its left factor: right [16, cols], then up to 63 free."""
+    return _aligned(matrix_bytes(TILE_ROWS, cols, bits, grid))
+
+
+def block_bytes(rows: int, cols: int, bits: int, grid: Grid = "affine") -> int:
+    """Bytes of one rank block: right [16, cols], then left transposed [16, rows], both packed.
+
+    Each is rounded up to a multiple of 64 bytes, which affine tiles are anyway.
+    """
+    return left_offset(cols, bits, grid) + _aligned(matrix_bytes(TILE_ROWS, rows, bits, grid))
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """A [rows, cols] matrix left @ right of rank 16 * len(block_offsets), factors quantised.
 
-    Block b lies in `data` at `block_offsets[b]`: right [16, cols] packed, then left transposed
-    [16, rows] packed (groups of 64 along its rows, so both factors have whole tiles). Any prefix of
-    the blocks is a valid LowRank of smaller rank. rank 0 is an empty tuple.
+    Block b lies in `data` at `block_offsets[b]`: right [16, cols] packed, then, from the next
+    multiple of 64 bytes on, left transposed [16, rows] packed (groups of 64 along its rows, so both
+    factors have whole tiles). Any prefix of the blocks is a valid LowRank of smaller rank. rank 0
+    is an empty tuple.
 
-    Raises ValueError when rows or cols is not a multiple of 64 or a block reaches past the data.
+    Raises ValueError when rows or cols is not a multiple of 64, bits and grid do not fit together
+    or a block reaches past the data.
     """
 
     data: torch.Tensor  # [num_bytes] uint8, may hold blocks of other matrices too
@@ -107,17 +152,17 @@ class LowRank:
     rows: int
     cols: int
     bits: int
+    grid: Grid = "affine"
 
     def __post_init__(self) -> None:
-        if self.bits not in get_args(FactorBits):
-            raise ValueError(f"bits: got {self.bits}, expected one of {get_args(FactorBits)}")
+        _check_bits(self.bits, self.grid)
         if self.rows % GROUP_SIZE or self.cols % GROUP_SIZE:
             raise ValueError(
                 f"shape: got [{self.rows}, {self.cols}], expected multiples of {GROUP_SIZE}"
             )
         if self.data.dtype != torch.uint8 or self.data.dim() != 1:
             raise ValueError(f"data: expected a flat uint8 tensor, got {self.data.dtype}")
-        size = block_bytes(self.rows, self.cols, self.bits)
+        size = block_bytes(self.rows, self.cols, self.bits, self.grid)
         for offset in self.block_offsets:
             if offset < 0 or offset + size > self.data.numel():
                 raise ValueError(
@@ -131,25 +176,29 @@ class LowRank:
 
     def prefix(self, num_blocks: int) -> LowRank:
         """The same matrix with only its first `num_blocks` rank blocks."""
-        return LowRank(self.data, self.block_offsets[:num_blocks], self.rows, self.cols, self.bits)
+        return replace(self, block_offsets=self.block_offsets[:num_blocks])
 
     def right(self, block: int) -> QuantizedMatrix:
         """Right factor of one block, [16, cols]."""
-        start = self.block_offsets[block]
-        size = matrix_bytes(TILE_ROWS, self.cols, self.bits)
-        return QuantizedMatrix(self.data[start : start + size], TILE_ROWS, self.cols, self.bits)
+        return self._factor(self.block_offsets[block], self.cols)
 
     def left_t(self, block: int) -> QuantizedMatrix:
         """Left factor of one block, transposed, [16, rows]."""
-        start = self.block_offsets[block] + matrix_bytes(TILE_ROWS, self.cols, self.bits)
-        size = matrix_bytes(TILE_ROWS, self.rows, self.bits)
-        return QuantizedMatrix(self.data[start : start + size], TILE_ROWS, self.rows, self.bits)
+        start = self.block_offsets[block] + left_offset(self.cols, self.bits, self.grid)
+        return self._factor(start, self.rows)
+
+    def _factor(self, start: int, cols: int) -> QuantizedMatrix:
+        size = matrix_bytes(TILE_ROWS, cols, self.bits, self.grid)
+        data = self.data[start : start + size]
+        return QuantizedMatrix(data, TILE_ROWS, cols, self.bits, grid=self.grid)
 
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
-    """down(act(gate x + gate_bias) * (up x + up_bias)) + down_bias. Biases are fp32 or absent
-    together."""
+    """down(act(gate x + gate_bias) * (up x + up_bias)) + down_bias.
+
+    Biases are fp32 or absent together.
+    """
 
     gate: QuantizedMatrix  # [F, H]
     up: QuantizedMatrix  # [F, H]
@@ -176,9 +225,37 @@ class GatedMLP:
 
 
 @dataclass(frozen=True, slots=True)
-class GatedLowRank:
-    """Low-rank additions to the three matrices of a GatedMLP."""
+class GatedRepair:
+    """What a compensator adds to the three matrices of a GatedMLP: W ~ codes + planes + left@right.
+
+    A plane is a symmetric matrix of 1 bit and its matrix's shape: one more bit of the codes, with
+    its own scales. Raises ValueError for a plane of another form.
+    """
 
     gate: LowRank  # [F, H]
     up: LowRank  # [F, H]
     down: LowRank  # [H, F]
+    gate_planes: tuple[QuantizedMatrix, ...] = ()  # [F, H] each
+    up_planes: tuple[QuantizedMatrix, ...] = ()  # [F, H] each
+    down_planes: tuple[QuantizedMatrix, ...] = ()  # [H, F] each
+
+    def __post_init__(self) -> None:
+        for name, low_rank, planes in (
+            ("gate", self.gate, self.gate_planes),
+            ("up", self.up, self.up_planes),
+            ("down", self.down, self.down_planes),
+        ):
+            for i, plane in enumerate(planes):
+                got = (plane.rows, plane.cols, plane.bits, plane.grid)
+                if got != (low_rank.rows, low_rank.cols, 1, "symmetric"):
+                    raise ValueError(
+                        f"{name}_planes[{i}]: expected [{low_rank.rows}, {low_rank.cols}] of "
+                        f"1 bit (symmetric), got [{plane.rows}, {plane.cols}] of {plane.bits} "
+                        f"({plane.grid})"
+                    )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it adds nothing at all: no rank and no plane anywhere."""
+        ranks = self.gate.rank + self.up.rank + self.down.rank
+        return ranks == 0 and not (self.gate_planes or self.up_planes or self.down_planes)

@@ -15,8 +15,8 @@ from kernels import packing
 from kernels.types import (
     GROUP_SIZE,
     TILE_ROWS,
-    GatedLowRank,
     GatedMLP,
+    GatedRepair,
     LowRank,
     QuantizedMatrix,
     block_bytes,
@@ -64,9 +64,9 @@ def random_expert(hidden: int, ffn: int, bits: int, device: str, *, seed: int = 
     )
 
 
-def random_factors(hidden: int, ffn: int, rank: int, device: str, *, seed: int = 0) -> GatedLowRank:
+def random_factors(hidden: int, ffn: int, rank: int, device: str, *, seed: int = 0) -> GatedRepair:
     """Additions of one rank to the three matrices of `random_expert`."""
-    return GatedLowRank(
+    return GatedRepair(
         random_low_rank(ffn, hidden, rank, device, bits=FACTOR_BITS, seed=seed + 100),
         random_low_rank(ffn, hidden, rank, device, bits=FACTOR_BITS, seed=seed + 200),
         random_low_rank(hidden, ffn, rank, device, bits=FACTOR_BITS, seed=seed + 300),

@@ -243,7 +243,7 @@ MALFORMED: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("unknown recipe field", change("recipe.speed", 1), "recipe: unknown field 'speed'"),
     ("no recipe", change("recipe", "DELETE"), "field 'recipe' is missing"),
     ("recipe type", change("recipe", 7), "recipe: expected an object, got a number"),
-    ("bits", change("recipe.bits", 5), r"bits: expected one of \(2, 3, 4, 16\), got 5"),
+    ("bits", change("recipe.bits", 5), r"bits: expected one of \(1, 2, 3, 4, 16\), got 5"),
     ("bits true", change("recipe.bits", True), "bits: expected one of"),
     ("group", change("recipe.group_size", 48), r"group_size: expected one of \(64,\), got 48"),
     ("ladder", change("recipe.rank_ladder", [0, "16"]), "rank_ladder: expected integers"),

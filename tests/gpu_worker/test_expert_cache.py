@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from expert_store.types import Compensator, ExpertKey, RecordRequest
 from gpu_worker.expert_cache import ExpertCache
-from kernels.types import GatedLowRank, LowRank
+from kernels.types import GatedRepair, LowRank
 
 _EMPTY = LowRank(torch.empty(0, dtype=torch.uint8), (), 64, 64, 3)
 NAMES = [
@@ -25,7 +25,7 @@ NAMES = [
 
 
 def record(request: RecordRequest, num_bytes: int = 1) -> Compensator:
-    return Compensator(request.key, GatedLowRank(_EMPTY, _EMPTY, _EMPTY), num_bytes)
+    return Compensator(request.key, GatedRepair(_EMPTY, _EMPTY, _EMPTY), num_bytes)
 
 
 class NaiveCache:

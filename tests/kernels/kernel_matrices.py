@@ -9,8 +9,8 @@ from kernels.types import (
     GROUP_SIZE,
     TILE_ROWS,
     Activation,
-    GatedLowRank,
     GatedMLP,
+    GatedRepair,
     LowRank,
     QuantizedMatrix,
     block_bytes,
@@ -81,8 +81,8 @@ def random_mlp(
     )
 
 
-def random_factors(hidden: int, ffn: int, bits: int, num_blocks: int) -> GatedLowRank:
-    return GatedLowRank(
+def random_factors(hidden: int, ffn: int, bits: int, num_blocks: int) -> GatedRepair:
+    return GatedRepair(
         random_low_rank(ffn, hidden, bits, num_blocks, seed=10),
         random_low_rank(ffn, hidden, bits, num_blocks, seed=30),
         random_low_rank(hidden, ffn, bits, num_blocks, seed=50),

@@ -18,7 +18,7 @@ from kernel_matrices import (
 from kernels import reference
 from kernels.activations import apply_gate
 from kernels.packing import unpack
-from kernels.types import GatedLowRank
+from kernels.types import GatedRepair
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -84,7 +84,7 @@ def test_no_restored_token_is_no_factors_and_none_is_all() -> None:
     plain = reference.gated_mlp(x, mlp)
     nobody = reference.gated_mlp(x, mlp, factors, torch.zeros(3, dtype=torch.bool))
     assert torch.equal(nobody, plain)
-    empty = GatedLowRank(factors.gate.prefix(0), factors.up.prefix(0), factors.down.prefix(0))
+    empty = GatedRepair(factors.gate.prefix(0), factors.up.prefix(0), factors.down.prefix(0))
     assert torch.equal(reference.gated_mlp(x, mlp, empty), plain)
     everybody = reference.gated_mlp(x, mlp, factors, torch.ones(3, dtype=torch.bool))
     assert torch.equal(reference.gated_mlp(x, mlp, factors), everybody)
@@ -93,7 +93,7 @@ def test_no_restored_token_is_no_factors_and_none_is_all() -> None:
 
 def test_rank_may_differ_between_the_three_matrices() -> None:
     mlp, factors = random_mlp(64, 64, 3), random_factors(64, 64, 3, 2)
-    uneven = GatedLowRank(factors.gate.prefix(0), factors.up.prefix(1), factors.down)
+    uneven = GatedRepair(factors.gate.prefix(0), factors.up.prefix(1), factors.down)
     got = reference.gated_mlp(random_inputs(2, 64), mlp, uneven)
     assert torch.isfinite(got).all()
     assert not torch.equal(got, reference.gated_mlp(random_inputs(2, 64), mlp, factors))
