@@ -22,6 +22,7 @@ from models.smol import TOP_K
 from models.smol.base import Base
 from models.smol.deltas import LayerDeltas
 
+Adjust = Callable[["Routing"], "Routing"]
 Tap = Callable[[int, Tensor], None]
 _HEAD_CHUNK = 256  # tokens; 256 x 49152 logits in float32 are 50 MB
 
@@ -62,10 +63,11 @@ class TrainingModel:
         tokens_BS: Tensor,
         deltas: Sequence[LayerDeltas] | None,
         tap: Tap | None = None,
+        adjust: Adjust | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Last hidden states [T, H] float32, and each layer's routing; `deltas` None is the base.
 
-        `tap` is shown each layer's FFN inputs [T, H] float32.
+        `tap` is shown each layer's FFN inputs [T, H] float32; `adjust` changes what a router said.
         """
         B, S = tokens_BS.shape
         x_TH = self._embedding[tokens_BS.reshape(-1)].float()
@@ -82,6 +84,8 @@ class TrainingModel:
                 x_TH = x_TH + _dense_mlp(n_TH.to(self._dtype), layer)
                 continue
             routing = route(n_TH, deltas[number].router)
+            if adjust is not None:
+                routing = adjust(routing)
             x_TH = x_TH + _moe_mlp(n_TH.to(self._dtype), layer, deltas[number], routing)
             routings.append(routing)
         return self._normed(x_TH, self._norm), routings
