@@ -102,7 +102,7 @@ def unpack(matrix: QuantizedMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """
     if matrix.grid == "symmetric":
         codes_NK, scale8_NG, row_scale_N = unpack_symmetric(matrix)
-        scale_NG = (row_scale_N / SCALE8_MAX)[:, None] * scale8_NG.float()
+        scale_NG = (row_scale_N * (1 / SCALE8_MAX))[:, None] * scale8_NG.float()
         return codes_NK, scale_NG, scale_NG * middle_code(matrix.bits)
     codes_NK, scale_bytes = _codes_and_scale_bytes(matrix)
     blocks, groups = scale_bytes.shape[:2]

@@ -19,7 +19,7 @@ from kernels.types import GROUP_SIZE, GatedMLP, GatedRepair, LowRank, QuantizedM
 def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
     """The [N, K] float32 weight: scale * code - zero_scaled, or the bfloat16 baseline widened.
 
-    Symmetric: row_scale / 255 * scale8 * (code - middle), rounded to float32 in this order.
+    Symmetric: row_scale * (1/255) * scale8 * (code - middle), each step rounded to float32.
     """
     if matrix.bits == 16:
         return bf16_weight(matrix).float()
