@@ -11,14 +11,23 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from gpu_worker.counters import StepCounters
 from gpu_worker.model import ModelRunner
 from gpu_worker.slot_cache import AttentionMasks, SlotCache
+
+
+class WindowObserver(Protocol):
+    """Sees what the model says of each window while it is scored."""
+
+    def see(self, window: int, log_probs_TV: torch.Tensor) -> None:
+        """Float32 log-probabilities [T, V] of the next token after each of a window's tokens."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +92,13 @@ def cut_windows(
     return torch.tensor([token_ids[start : start + width] for start in starts])
 
 
-def score_windows(runner: ModelRunner, windows_WT: torch.Tensor, *, batch: int = 4) -> Score:
+def score_windows(
+    runner: ModelRunner,
+    windows_WT: torch.Tensor,
+    *,
+    batch: int = 4,
+    observers: Sequence[WindowObserver] = (),
+) -> Score:
     """Each window in one pass, `batch` windows at a time: the way prompts are computed."""
     _check(windows_WT, batch)
     windows_WT = windows_WT.to(runner.model.device)
@@ -92,8 +107,13 @@ def score_windows(runner: ModelRunner, windows_WT: torch.Tensor, *, batch: int =
     for windows_BT in windows_WT.split(batch):
         stepper = _Stepper(runner, windows_BT.shape[0], windows_BT.shape[1] - 1)
         logits_BTV, spent = stepper.forward(windows_BT[:, :-1], 0)
-        nats += _loss(logits_BTV, windows_BT[:, 1:]).mean(dim=1).tolist()
         counters += spent
+        # A window at a time, so that only one is widened to float32.
+        for logits_TV, window_T in zip(logits_BTV, windows_BT, strict=True):
+            log_probs_TV = logits_TV.float().log_softmax(dim=1)
+            for observer in observers:
+                observer.see(len(nats), log_probs_TV)
+            nats.append(float(_losses(log_probs_TV, window_T[1:]).mean()))
     return Score(tuple(nats), counters, windows_WT[:, 1:].numel())
 
 
@@ -115,10 +135,11 @@ def score_decode(runner: ModelRunner, windows_BT: torch.Tensor, *, warm_up: int 
     counters = StepCounters()
     for step in range(num_steps):
         logits_BTV, spent = stepper.forward(windows_BT[:, step : step + 1], step)
-        losses.append(_loss(logits_BTV, windows_BT[:, step + 1 : step + 2]))
+        log_probs_BV = logits_BTV[:, 0].float().log_softmax(dim=1)
+        losses.append(_losses(log_probs_BV, windows_BT[:, step + 1]))
         if step >= warm_up:
             counters += spent
-    nats_B = torch.cat(losses, dim=1).mean(dim=1)
+    nats_B = torch.stack(losses).mean(dim=0)
     return Score(tuple(nats_B.tolist()), counters, num_windows * (num_steps - warm_up))
 
 
@@ -142,14 +163,9 @@ class _Stepper:
         return output.logits, output.counters
 
 
-def _loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """[B, T] nats, a window at a time so that only one is widened to float32."""
-    return torch.stack(
-        [
-            cross_entropy(logits_TV.float(), targets_T, reduction="none")
-            for logits_TV, targets_T in zip(logits_BTV, targets_BT, strict=True)
-        ]
-    )
+def _losses(log_probs_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """[T] nats of the tokens that came."""
+    return -log_probs_TV.gather(1, targets_T[:, None])[:, 0]
 
 
 def _check(windows_WT: torch.Tensor, batch: int) -> None:
