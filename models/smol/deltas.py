@@ -7,7 +7,7 @@ Legend: E experts, R rank, H hidden, F ffn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,31 +58,42 @@ def new_layer(router: torch.Tensor, ffn: int, rank: int, seed: int) -> LayerDelt
     return LayerDeltas(router, right, left_t)
 
 
-def write_deltas(path: Path, layers: list[LayerDeltas], note: Mapping[str, str]) -> None:
+def write_deltas(path: Path, layers: Sequence[LayerDeltas], note: Mapping[str, str]) -> None:
     """Write all layers as bfloat16, with `note` as the file's metadata."""
     tensors = {
-        f"layers.{number}.{name}": value.detach().to(torch.bfloat16).contiguous()
-        for number, layer in enumerate(layers)
-        for name, value in layer.tensors()
+        name: value.to(torch.bfloat16).contiguous() for name, value in named_tensors(layers).items()
     }
     save_file(tensors, path, metadata=dict(note))
 
 
 def read_deltas(path: Path) -> list[LayerDeltas]:
     """The layers of a file, as they are stored. Raises ValueError if names or shapes are wrong."""
-    tensors = load_file(path)
+    return layers_of(load_file(path), str(path))
+
+
+def named_tensors(layers: Sequence[LayerDeltas]) -> dict[str, torch.Tensor]:
+    """All layers' tensors by name, without gradients."""
+    return {
+        f"layers.{number}.{name}": value.detach()
+        for number, layer in enumerate(layers)
+        for name, value in layer.tensors()
+    }
+
+
+def layers_of(tensors: Mapping[str, torch.Tensor], where: str) -> list[LayerDeltas]:
+    """The layers of what `named_tensors` gave. Raises ValueError that names `where`."""
     num_layers = sum(name.endswith(".router") for name in tensors)
     try:
         layers = [_layer(tensors, f"layers.{number}.") for number in range(num_layers)]
     except KeyError as error:
-        raise ValueError(f"{path}: no tensor {error}; the file is not one of deltas") from error
+        raise ValueError(f"{where}: no tensor {error}; the file is not one of deltas") from error
     if not layers or len(tensors) != num_layers * 7:
         raise ValueError(
-            f"{path}: expected 7 tensors in each of one or more layers, got {len(tensors)} tensors "
-            f"and {num_layers} routers"
+            f"{where}: expected 7 tensors in each of one or more layers, got {len(tensors)} "
+            f"tensors and {num_layers} routers"
         )
     for number, layer in enumerate(layers):
-        _check_shapes(layer, f"{path}: layer {number}")
+        _check_shapes(layer, f"{where}: layer {number}")
     return layers
 
 

@@ -21,7 +21,7 @@ import torch
 from models.smol import NUM_EXPERTS, RANK
 from models.smol.base import load_base
 from models.smol.corpus import Domain, even_windows, random_windows, read_domains
-from models.smol.deltas import LayerDeltas, new_layer, write_deltas
+from models.smol.deltas import LayerDeltas, layers_of, named_tensors, new_layer, write_deltas
 from models.smol.forward import Routing, TrainingModel, balance_loss
 from models.smol.routers import first_router
 
@@ -59,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for domain in training:
         logger.info("%s: %d tokens to train on", domain.name, len(domain.tokens))
     model = TrainingModel(base)
-    args.out.mkdir(parents=True, exist_ok=True)
-    run = _start(model, training, base.config.intermediate_size, args)
+    run = start(model, training, base.config.intermediate_size, args)
     train(model, run, training, held_out, args)
 
 
@@ -112,7 +111,7 @@ def train(
 def save(model: TrainingModel, run: Run, held_out: list[Domain], args: argparse.Namespace) -> None:
     """Write state and deltas, each whole or not at all, then measure them."""
     state = {
-        "layers": run.layers,
+        "deltas": named_tensors(run.layers),
         "optimizer": run.optimizer.state_dict(),
         "step": run.step,
         "seconds": run.seconds,
@@ -163,15 +162,17 @@ def first_layers(
     return layers
 
 
-def _start(model: TrainingModel, domains: list[Domain], ffn: int, args: argparse.Namespace) -> Run:
+def start(model: TrainingModel, domains: list[Domain], ffn: int, args: argparse.Namespace) -> Run:
+    """A new run with deltas that change nothing, or the one that `args.out` holds the state of."""
+    args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "state.pt"
     if not file.exists():
         run = _new_run(first_layers(model, domains, ffn, args.seed), args.rate)
         write_deltas(args.out / "deltas.safetensors", run.layers, {"steps": "0"})
         logger.info("made the first routers")
         return run
-    state = torch.load(file, weights_only=False)  # our own file: dataclasses in it
-    run = _new_run(state["layers"], args.rate)
+    state = torch.load(file)
+    run = _new_run(layers_of(state["deltas"], str(file)), args.rate)
     run.optimizer.load_state_dict(state["optimizer"])
     run.step, run.seconds, run.log = state["step"], state["seconds"], state["log"]
     logger.info("going on at step %d, %.1f minutes", run.step, run.seconds / 60)
