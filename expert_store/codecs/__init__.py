@@ -1,0 +1,1 @@
+"""Error-bounded codecs of weights, and the lossless wire form of low-bit records."""

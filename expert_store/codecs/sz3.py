@@ -1,0 +1,208 @@
+"""Codec sz3: a weight within an error bound <-> bytes of the SZ3 library (`pysz`, BSD-3-Clause).
+
+Rows or groups are divided by their step, so that SZ3's own bound is half a step everywhere; what is
+served is bfloat16. The layout of a part, little-endian:
+
+    header, 36 bytes  "MTS3", u8 version 1, u8 flags (1: a step per group, 2: flips), u16 0,
+                      u32 rows, u32 cols, u64 bytes of the table, u64 bytes of the stream,
+                      u32 crc32 of table and stream
+    table             one zstd frame: float32 [rows] row steps, u8 [rows, cols / 64] group factors
+                      (`kernels/steps.py`), u8 flips, a bit per weight, the first in the lowest
+    stream            SZ3's own, of float32 [rows, cols]
+
+A flip says that the decoded float32 is to be rounded to the farther of its two bfloat16 neighbours:
+the nearer one would break the bound.
+
+Legend: N rows, K cols, G groups of 64 cols.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import zstandard
+from pysz import sz, szAlgorithm, szConfig, szErrorBoundMode
+
+from expert_store.codecs.bound import ErrorBound, assert_within, largest_error
+from expert_store.errors import StoreFormatError
+from kernels.packing import bf16_weight
+from kernels.steps import GROUP_SIZE, steps, steps_within
+from kernels.types import QuantizedMatrix
+
+Predictor = Literal["none", "interpolation", "lorenzo"]
+"""What SZ3 guesses a value from. Weights are white noise: none is smallest and fastest."""
+
+MAGIC = b"MTS3"
+VERSION = 1
+GROUPED, FLIPPED = 1, 2  # bits of the flags
+HEADER = struct.Struct("<4sBBHIIQQI")
+MAX_SIZE = 1 << 20
+"""Rows, and cols, of a matrix: the store's limit of hidden and ffn."""
+_ALGORITHMS = {
+    "none": szAlgorithm.NOPRED,
+    "interpolation": szAlgorithm.INTERP_LORENZO,
+    "lorenzo": szAlgorithm.LORENZO_REG,
+}
+
+
+def encode(
+    weight_NK: torch.Tensor, bound: ErrorBound, *, predictor: Predictor = "none"
+) -> torch.Tensor:
+    """The part (flat uint8) of a float [N, K] weight; every bfloat16 served is within the bound.
+
+    The bound is checked on what the part decodes to. Raises ValueError for a weight that is not
+    finite and for a bound that bfloat16 cannot hold (possible only where the weight itself is no
+    bfloat16).
+    """
+    if predictor not in get_args(Predictor):
+        raise ValueError(f"predictor: got {predictor!r}, expected one of {get_args(Predictor)}")
+    weight_NK = weight_NK.detach().cpu().float().contiguous()
+    bound_NG = bound.of(weight_NK)
+    _check_shape(*weight_NK.shape)
+    row_step_N, factor_NG = steps_within(weight_NK, bound_NG)
+    step_NG = steps(row_step_N, factor_NG)
+    stream = _compress(_by_step(weight_NK, step_NG, torch.div), predictor)
+    decoded_NK = _by_step(_decompress(stream, *weight_NK.shape), step_NG, torch.mul)
+    flips_NK = _flips(weight_NK, decoded_NK, bound, bound_NG)
+    data = _assemble(row_step_N, factor_NG, flips_NK, stream)
+    served = decode(data, *weight_NK.shape)
+    assert_within(weight_NK, bf16_weight(served), bound, "sz3")
+    return data
+
+
+def decode(data: torch.Tensor, rows: int, cols: int) -> QuantizedMatrix:
+    """The bfloat16 matrix of a part; `data` lies on the CPU.
+
+    Raises StoreFormatError for a part that is truncated, damaged or of another shape; nothing
+    larger than the matrix is allocated before that is known.
+    """
+    _check_shape(rows, cols)
+    flags, table, stream = _parse(data.contiguous().numpy(), rows, cols)
+    row_step_N = torch.from_numpy(table[: 4 * rows].view("<f4").astype(np.float32))
+    at, factor_NG = 4 * rows, None
+    if flags & GROUPED:
+        end = at + rows * (cols // GROUP_SIZE)
+        factor_NG, at = torch.from_numpy(table[at:end].copy()).view(rows, -1), end
+    decoded_NK = _decompress(stream, rows, cols)
+    decoded_NK = _by_step(decoded_NK, steps(row_step_N, factor_NG), torch.mul)
+    served_NK = decoded_NK.to(torch.bfloat16)
+    if flags & FLIPPED:
+        flips = np.unpackbits(table[at:], count=rows * cols, bitorder="little")
+        place = torch.from_numpy(np.flatnonzero(flips))
+        flat = served_NK.view(-1)
+        flat[place] = _other_neighbour(decoded_NK.view(-1)[place])
+    return QuantizedMatrix(served_NK.view(torch.uint8).view(-1), rows, cols, 16)
+
+
+def _check_shape(rows: int, cols: int) -> None:
+    if not (0 < rows <= MAX_SIZE and 0 < cols <= MAX_SIZE):
+        raise ValueError(f"shape: got [{rows}, {cols}], expected 1 to {MAX_SIZE} rows and cols")
+
+
+def _by_step(values_NK: torch.Tensor, step_NG: torch.Tensor, how: object) -> torch.Tensor:
+    """values / step or values * step, whichever `how` does."""
+    assert callable(how)
+    grouped = values_NK.view(step_NG.shape[0], step_NG.shape[1], -1)
+    result: torch.Tensor = how(grouped, step_NG[:, :, None])
+    return result.view(values_NK.shape)
+
+
+def _compress(values_NK: torch.Tensor, predictor: Predictor) -> bytes:
+    config = szConfig()
+    config.errorBoundMode = szErrorBoundMode.ABS
+    config.absErrorBound = 0.5
+    config.cmprAlgo = _ALGORITHMS[predictor]
+    compressed, _ = sz.compress(values_NK.numpy(), config)
+    return bytes(compressed.data)
+
+
+def _decompress(stream: bytes | np.ndarray, rows: int, cols: int) -> torch.Tensor:
+    """SZ3's values float32 [N, K]. The stream is one of ours: its checksum was right."""
+    octets = np.frombuffer(stream, np.uint8)
+    try:
+        values, _ = sz.decompress(octets, np.float32, (rows, cols))
+    except (ValueError, RuntimeError) as error:
+        raise StoreFormatError(f"sz3 part: SZ3 cannot read the stream: {error}") from error
+    return torch.from_numpy(values)
+
+
+def _flips(
+    weight_NK: torch.Tensor, decoded_NK: torch.Tensor, bound: ErrorBound, bound_NG: torch.Tensor
+) -> torch.Tensor:
+    """Where the nearer bfloat16 breaks the bound, bool [N, K]."""
+    shape = (*bound_NG.shape, -1)
+    bound_NG1, weight = bound_NG[:, :, None], weight_NK.view(shape).double()
+    nearer = decoded_NK.to(torch.bfloat16)
+    flips = ((nearer.view(shape).double() - weight).abs() > bound_NG1).view(weight_NK.shape)
+    other = _other_neighbour(decoded_NK[flips]).double()
+    limit = bound_NG1.expand(weight.shape).reshape(weight_NK.shape)[flips]
+    if bool(((other - weight_NK[flips].double()).abs() > limit).any()):
+        least = bound.value * largest_error(weight_NK, weight_NK.to(torch.bfloat16), bound_NG)
+        raise ValueError(
+            f"bound: {bound} is finer than bfloat16, which is served, on weights that are no "
+            f"bfloat16 themselves; give at least {bound.mode}:{least:.3g}"
+        )
+    return flips
+
+
+def _other_neighbour(decoded: torch.Tensor) -> torch.Tensor:
+    """The bfloat16 next to a float32 on the side where the nearest one is not."""
+    nearest = decoded.to(torch.bfloat16)
+    size, exact = nearest.float().abs(), decoded.abs()
+    away = (size < exact).to(torch.int16) - (size > exact).to(torch.int16)
+    return (nearest.view(torch.int16) + away).view(torch.bfloat16)
+
+
+def _assemble(
+    row_step_N: torch.Tensor, factor_NG: torch.Tensor | None, flips_NK: torch.Tensor, stream: bytes
+) -> torch.Tensor:
+    tables, flags = [row_step_N.numpy().astype("<f4").tobytes()], 0
+    if factor_NG is not None:
+        tables.append(factor_NG.numpy().tobytes())
+        flags |= GROUPED
+    if bool(flips_NK.any()):
+        tables.append(np.packbits(flips_NK.numpy(), bitorder="little").tobytes())
+        flags |= FLIPPED
+    table = zstandard.ZstdCompressor(level=3).compress(b"".join(tables))
+    rows, cols = flips_NK.shape
+    crc = zlib.crc32(stream, zlib.crc32(table))
+    head = HEADER.pack(MAGIC, VERSION, flags, 0, rows, cols, len(table), len(stream), crc)
+    return torch.from_numpy(np.frombuffer(bytearray(head + table + stream), np.uint8))
+
+
+def _parse(octets: np.ndarray, rows: int, cols: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """Flags, unpacked table and stream of a part whose lengths and checksum are right."""
+    if octets.size < HEADER.size:
+        raise StoreFormatError(f"sz3 part: {octets.size} bytes, a header has {HEADER.size}")
+    magic, version, flags, zero, told_rows, told_cols, table_bytes, stream_bytes, crc = (
+        HEADER.unpack(octets[: HEADER.size].tobytes())
+    )
+    if magic != MAGIC or version != VERSION or flags > GROUPED + FLIPPED or zero:
+        raise StoreFormatError(f"sz3 part: expected a header {MAGIC!r} {VERSION}, got {magic!r}")
+    if (told_rows, told_cols) != (rows, cols):
+        raise StoreFormatError(
+            f"sz3 part: expected a [{rows}, {cols}] matrix, its header says "
+            f"[{told_rows}, {told_cols}]"
+        )
+    if octets.size != HEADER.size + table_bytes + stream_bytes:
+        raise StoreFormatError(
+            f"sz3 part of [{rows}, {cols}]: {octets.size} bytes, its header announces "
+            f"{HEADER.size + table_bytes + stream_bytes}: truncated or damaged"
+        )
+    body = octets[HEADER.size :]
+    if zlib.crc32(body.data) != crc:
+        raise StoreFormatError(f"sz3 part of [{rows}, {cols}]: damaged, its checksum is not right")
+    table_size = 4 * rows + (rows * (cols // GROUP_SIZE) if flags & GROUPED else 0)
+    table_size += -(-rows * cols // 8) if flags & FLIPPED else 0
+    frame = body[:table_bytes].tobytes()
+    try:
+        if zstandard.frame_content_size(frame) != table_size:
+            raise StoreFormatError(f"sz3 part of [{rows}, {cols}]: its table has another length")
+        table = zstandard.ZstdDecompressor().decompress(frame)
+    except zstandard.ZstdError as error:
+        raise StoreFormatError(f"sz3 part of [{rows}, {cols}]: its table: {error}") from error
+    return flags, np.frombuffer(table, np.uint8), body[table_bytes:]
