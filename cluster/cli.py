@@ -19,6 +19,7 @@ from expert_store.errors import StoreError
 
 COMMANDS = {
     "fetch": "put smol-moe, a model of real pretrained weights, into the cache",
+    "calibrate": "collect what the experts see while the model reads text, for compress",
     "compress": "turn a checkpoint into a store of low-bit experts with compensators",
     "inspect": "print what a store holds: sizes, bits, ranks, bytes per token",
     "verify": "check every checksum of a store and name what is damaged",
