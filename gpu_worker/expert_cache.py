@@ -9,9 +9,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from expert_store.types import Compensator, ExpertCodes, RecordRequest
-
-Record = ExpertCodes | Compensator
+from expert_store.types import RecordRequest
+from gpu_worker.expert_math import Record
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from expert_store.types import ExpertKey, ExpertTokens
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters, Tally
 from gpu_worker.expert_cache import ExpertCache
+from gpu_worker.expert_math import ExpertMath, KernelMath
 from gpu_worker.local_run import DeviceExperts, LocalRun, Part
 from gpu_worker.model import StepReport
 from gpu_worker.planner import ExpertWork, Policy, RecordSizes, plan, plan_local
@@ -67,8 +68,8 @@ class ExpertsFailed(StoreError):
 class StoreExperts:
     """`StepExperts` out of a store. Not thread-safe; `close` ends its threads.
 
-    `config` is resolved. Raises ValueError when near data is wanted and not given, or the largest
-    expert does not fit into max_in_flight_bytes.
+    `config` is resolved; `math` is the device's own unless given. Raises ValueError when near data
+    is wanted and not given, or the largest expert does not fit into max_in_flight_bytes.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class StoreExperts:
         config: WorkerConfig,
         near_data: NearData | None = None,
         *,
+        math: ExpertMath | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert config.top_n is not None, "resolve the config first"
@@ -100,8 +102,8 @@ class StoreExperts:
             num_threads=config.fetch_threads,
             clock=clock,
         )
-        backend = ops.default_backend(config.device)
-        self._device = DeviceExperts(source.manifest, self.cache, self.streamer, backend)
+        math = math or KernelMath(source.manifest, ops.default_backend(config.device))
+        self._device = DeviceExperts(self.cache, self.streamer, math)
         self.begin(None)
 
     def begin(self, valid_S: torch.Tensor | None, token_tags_S: torch.Tensor | None = None) -> None:

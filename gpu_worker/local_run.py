@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 import torch
 
 from expert_store.errors import StoreError
-from expert_store.format import parse_codes, parse_factors
-from expert_store.types import Compensator, ExpertCodes, ExpertKey, Manifest, RecordRequest
+from expert_store.types import Compensator, ExpertCodes, ExpertKey, RecordRequest
 from gpu_worker.counters import Tally
-from gpu_worker.expert_cache import ExpertCache, Record
+from gpu_worker.expert_cache import ExpertCache
+from gpu_worker.expert_math import ExpertMath, Record
 from gpu_worker.planner import DispatchPlan, ExpertWork
 from gpu_worker.streamer import Landed, Stream, Streamer
-from kernels import ops
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +37,9 @@ class Part:
 class DeviceExperts:
     """What computing on the device needs, the same for every layer."""
 
-    manifest: Manifest
     cache: ExpertCache
     streamer: Streamer
-    backend: ops.Backend
+    math: ExpertMath
 
 
 @dataclass(slots=True)
@@ -129,13 +127,8 @@ class LocalRun:
     def _parse(self, landed: Landed) -> tuple[Record | None, StoreError | None]:
         if landed.data is None:
             return None, landed.error
-        request, manifest = landed.copy.request, self._device.manifest
-        info, shape = manifest.experts[request.key], manifest.model.expert
         try:
-            if request.kind == "codes":
-                return parse_codes(request.key, landed.data, shape, info.bits), None
-            bits = manifest.recipe.factor_bits
-            return parse_factors(request.key, landed.data, shape, info.blocks, bits), None
+            return self._device.math.parse(landed.copy.request, landed.data), None
         except StoreError as error:
             return None, error
 
@@ -153,13 +146,11 @@ class LocalRun:
             return
         work, codes = gathering.work, gathering.codes
         assert codes is not None, f"{work.key} has neither codes nor a failure"
-        factors = gathering.factors.factors if gathering.factors else None
+        factors = gathering.factors
         restored_P = torch.tensor(work.restored) if factors is not None else None
         # Not waiting lets the host launch the next expert; pageable sources are staged at once.
         rows_P = torch.tensor(work.token_rows).to(self._hidden_SH.device, non_blocking=True)
-        output_PH = ops.gated_mlp(
-            self._hidden_SH[rows_P], codes.mlp, factors, restored_P, backend=self._device.backend
-        )
+        output_PH = self._device.math.run(self._hidden_SH[rows_P], codes, factors, restored_P)
         self.parts.append(Part(work, output_PH))
         self._tally.low_bit_pairs += len(work.token_rows) - work.num_restored
         if factors is not None:

@@ -1,0 +1,62 @@
+"""What a record becomes on the device, and what an expert makes of its rows: the kernels' part.
+
+Knows no cache, no plan and no transport. A replay (`gpu_worker/replay.py`) puts nothing in its
+place.
+
+Legend: P pairs of one expert, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from expert_store.format import parse_codes, parse_factors
+from expert_store.types import Compensator, ExpertCodes, Manifest, RecordRequest
+from kernels import ops
+
+Record = ExpertCodes | Compensator
+
+
+class ExpertMath(Protocol):
+    """From bytes to a record, and from a record and rows to rows."""
+
+    def parse(self, request: RecordRequest, data: torch.Tensor) -> Record:
+        """The record in `data` (uint8, on the device). Raises a StoreError when it is none."""
+        ...
+
+    def run(
+        self,
+        hidden_PH: torch.Tensor,
+        codes: ExpertCodes,
+        factors: Compensator | None,
+        restored_P: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[P, H] float32: the expert on each row, with its factors where `restored_P` (bool)."""
+        ...
+
+
+class KernelMath:
+    """The real thing: records as the kernels read them, run by one backend."""
+
+    def __init__(self, manifest: Manifest, backend: ops.Backend) -> None:
+        self._manifest = manifest
+        self._backend = backend
+
+    def parse(self, request: RecordRequest, data: torch.Tensor) -> Record:
+        info, shape = self._manifest.experts[request.key], self._manifest.model.expert
+        if request.kind == "codes":
+            return parse_codes(request.key, data, shape, info.bits)
+        bits = self._manifest.recipe.factor_bits
+        return parse_factors(request.key, data, shape, info.blocks, bits)
+
+    def run(
+        self,
+        hidden_PH: torch.Tensor,
+        codes: ExpertCodes,
+        factors: Compensator | None,
+        restored_P: torch.Tensor | None,
+    ) -> torch.Tensor:
+        low_rank = factors.factors if factors is not None else None
+        return ops.gated_mlp(hidden_PH, codes.mlp, low_rank, restored_P, backend=self._backend)
