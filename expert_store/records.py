@@ -63,12 +63,13 @@ def encode_codes(mlp: GatedMLP) -> torch.Tensor:
 
     Raises ValueError when the three matrices differ in bits or only some biases are there.
     """
-    bits = mlp.gate.bits
-    if (mlp.up.bits, mlp.down.bits) != (bits, bits):
+    matrices = (mlp.gate, mlp.up, mlp.down)
+    gate, up, down = (m.bits if isinstance(m, QuantizedMatrix) else None for m in matrices)
+    if gate is None or (up, down) != (gate, gate):
         raise ValueError(
-            f"bits: expected one width in a record, got gate {bits}, up {mlp.up.bits}, "
-            f"down {mlp.down.bits}"
+            f"bits: expected one width in a record, got gate {gate}, up {up}, down {down}"
         )
+    bits = gate
     biases = (mlp.gate_bias, mlp.up_bias, mlp.down_bias)
     present = [bias for bias in biases if bias is not None]
     if len(present) not in (0, 3):

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 import torch
 
-from kernels.types import GRID_BITS, Activation, GatedMLP, LowRank, QuantizedMatrix
+from kernels.types import GRID_BITS, Activation, GatedMLP, LowRank, Matrix, QuantizedMatrix
 
 ABI_VERSION = 1
 Isa = Literal["scalar", "avx2", "avx512vnni"]
@@ -171,9 +171,9 @@ def _record(x: torch.Tensor, mlp: GatedMLP, y: torch.Tensor) -> _GatedMlp:
         hidden=hidden,
         ffn=ffn,
         tokens=x.shape[0],
-        gate_bits=_packed_bits("gate", mlp.gate.bits),
-        up_bits=_packed_bits("up", mlp.up.bits),
-        down_bits=_packed_bits("down", mlp.down.bits),
+        gate_bits=_matrix_bits("gate", mlp.gate),
+        up_bits=_matrix_bits("up", mlp.up),
+        down_bits=_matrix_bits("down", mlp.down),
         activation=get_args(Activation).index(mlp.activation),
     )
 
@@ -187,6 +187,12 @@ def _loaded() -> ctypes.CDLL:
 def _check(status: int) -> None:
     if status:
         raise MemoryError("a native kernel could not allocate its scratch memory")
+
+
+def _matrix_bits(name: str, matrix: Matrix) -> int:
+    if not isinstance(matrix, QuantizedMatrix):
+        raise ValueError(f"{name}: a {type(matrix).__name__} has no native product; decode it")
+    return _packed_bits(name, matrix.bits)
 
 
 def _packed_bits(name: str, bits: int) -> int:

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 
 from kernels.activations import apply_gate
-from kernels.types import GatedMLP, GatedRepair, LowRank, QuantizedMatrix
+from kernels.types import GatedMLP, GatedRepair, LowRank, Matrix, QuantizedMatrix
 
-MatrixProduct = Callable[[QuantizedMatrix, torch.Tensor], torch.Tensor]
+MatrixProduct = Callable[[Matrix, torch.Tensor], torch.Tensor]
 """(matrix, x_TK) -> [T, N] float32."""
 LowRankProduct = Callable[[LowRank, torch.Tensor], torch.Tensor]
 """(factors, x_TK) -> [T, N] float32."""

@@ -19,7 +19,7 @@ import torch
 
 from kernels import reference
 from kernels.gated import compose_gated_mlp
-from kernels.types import GatedMLP, GatedRepair, LowRank, QuantizedMatrix
+from kernels.types import GatedMLP, GatedRepair, LowRank, Matrix, QuantizedMatrix
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def native_isa() -> NativeIsa | None:
     return native.best_isa() if native else None
 
 
-def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
+def dequantize(matrix: Matrix) -> torch.Tensor:
     """The [N, K] float32 weight on the matrix's device; the same bits whichever code makes it."""
     native = _native()
     if native and matrix.data.device.type == "cpu" and _has_native(matrix):
@@ -122,7 +122,7 @@ def gated_mlp_many(
     ]
 
 
-def _matmul_fp32(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
+def _matmul_fp32(matrix: Matrix, x_TK: torch.Tensor) -> torch.Tensor:
     return x_TK @ dequantize(matrix).T
 
 
@@ -136,8 +136,8 @@ def _is_packed(mlp: GatedMLP) -> bool:
     return all(_has_native(matrix) for matrix in (mlp.gate, mlp.up, mlp.down))
 
 
-def _has_native(matrix: QuantizedMatrix) -> bool:
-    return matrix.bits != 16 and matrix.grid == "affine"
+def _has_native(matrix: Matrix) -> bool:
+    return isinstance(matrix, QuantizedMatrix) and matrix.bits != 16 and matrix.grid == "affine"
 
 
 @functools.cache

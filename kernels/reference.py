@@ -11,16 +11,19 @@ from collections.abc import Callable
 
 import torch
 
+from kernels.block_code import BlockCodedMatrix, decode_block_code
 from kernels.gated import compose_gated_mlp
 from kernels.packing import bf16_weight, middle_code, unpack
-from kernels.types import GROUP_SIZE, GatedMLP, GatedRepair, LowRank, QuantizedMatrix
+from kernels.types import GROUP_SIZE, GatedMLP, GatedRepair, LowRank, Matrix, QuantizedMatrix
 
 
-def dequantize(matrix: QuantizedMatrix) -> torch.Tensor:
+def dequantize(matrix: Matrix) -> torch.Tensor:
     """The [N, K] float32 weight: scale * code - zero_scaled, or the bfloat16 baseline widened.
 
     Symmetric: row_scale * (1/255) * scale8 * (code - middle), each step rounded to float32.
     """
+    if isinstance(matrix, BlockCodedMatrix):
+        return decode_block_code(matrix)
     if matrix.bits == 16:
         return bf16_weight(matrix).float()
     codes_NK, scale_NG, zero_scaled_NG = unpack(matrix)
@@ -50,7 +53,7 @@ def dequantize_low_rank(
     return torch.cat(lefts, dim=1), torch.cat(rights)
 
 
-def matmul(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
+def matmul(matrix: Matrix, x_TK: torch.Tensor) -> torch.Tensor:
     """x @ W.T as [T, N] float32."""
     return x_TK.float() @ dequantize(matrix).T
 

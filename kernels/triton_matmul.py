@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 
 from kernels import reference
+from kernels.block_code import BlockCodedMatrix
 from kernels.triton_decode import low_rank_matmul_decode, matmul_decode
 from kernels.triton_prefill import matmul_prefill
-from kernels.types import LowRank, QuantizedMatrix
+from kernels.types import LowRank, Matrix
 
 DECODE_TOKENS = 16
 """Up to here the decode kernel, which needs no tensor core. To be set by measurement: in its sm_90
@@ -24,8 +25,10 @@ so that past a token or two those loads, not memory, are expected to bound it (T
 `make gpu-check` times both kernels at 1, 2 and 8 tokens)."""
 
 
-def matmul(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
+def matmul(matrix: Matrix, x_TK: torch.Tensor) -> torch.Tensor:
     """x @ W.T as [T, N] float32; the bfloat16 baseline is multiplied by torch."""
+    if isinstance(matrix, BlockCodedMatrix):
+        return reference.matmul(matrix, x_TK)
     if matrix.bits == 16 or matrix.grid == "symmetric" or x_TK.shape[0] == 0:
         return reference.matmul(matrix, x_TK)
     x = x_TK.float().contiguous()

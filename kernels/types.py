@@ -15,6 +15,8 @@ from typing import Literal, get_args
 
 import torch
 
+from kernels.block_code import BlockCodedMatrix
+
 TILE_ROWS = 16
 """Rows of one tile; also the rank of one rank block."""
 GROUP_SIZE = 64
@@ -193,6 +195,10 @@ class LowRank:
         return QuantizedMatrix(data, TILE_ROWS, cols, self.bits, grid=self.grid)
 
 
+Matrix = QuantizedMatrix | BlockCodedMatrix
+"""A weight in any form that `kernels/ops.py` multiplies by."""
+
+
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
     """down(act(gate x + gate_bias) * (up x + up_bias)) + down_bias.
@@ -200,9 +206,9 @@ class GatedMLP:
     Biases are fp32 or absent together.
     """
 
-    gate: QuantizedMatrix  # [F, H]
-    up: QuantizedMatrix  # [F, H]
-    down: QuantizedMatrix  # [H, F]
+    gate: Matrix  # [F, H]
+    up: Matrix  # [F, H]
+    down: Matrix  # [H, F]
     activation: Activation
     gate_bias: torch.Tensor | None = None  # [F] float32
     up_bias: torch.Tensor | None = None  # [F] float32
