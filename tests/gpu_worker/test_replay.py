@@ -109,7 +109,7 @@ def test_a_replay_counts_what_the_real_decode_counts(
     assert found.total_moved_bytes == source.bytes.total() > 0
     if policy == "skip":
         assert found.skipped_pairs > 0
-    if cache_share:
+    if cache_share > 1:
         assert found.cache_hits["codes"] > 0
 
 
