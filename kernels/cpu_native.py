@@ -17,24 +17,43 @@ from typing import Literal, get_args
 
 import torch
 
-from kernels.types import GRID_BITS, Activation, GatedMLP, LowRank, Matrix, QuantizedMatrix
+from kernels.types import Activation, GatedMLP, Grid, LowRank, Matrix, QuantizedMatrix
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 Isa = Literal["scalar", "avx2", "avx512vnni"]
 """Instruction sets in the order of MoetierIsa; the later, the faster."""
 
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
+class _Matrix(ctypes.Structure):
+    """MoetierMatrix, field by field."""
+
+    _fields_ = (
+        ("data", _POINTER),
+        *((name, _INT64) for name in ("rows", "cols")),
+        *((name, _INT32) for name in ("bits", "grid")),
+    )
+
+
+class _LowRank(ctypes.Structure):
+    """MoetierLowRank, field by field."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("data", "block_offsets")),
+        *((name, _INT64) for name in ("num_blocks", "rows", "cols")),
+        *((name, _INT32) for name in ("bits", "grid")),
+    )
+
+
 class _GatedMlp(ctypes.Structure):
     """MoetierGatedMlp, field by field."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("gate", "up", "down")),
+        *((name, _Matrix) for name in ("gate", "up", "down")),
         *((name, _POINTER) for name in ("gate_bias", "up_bias", "down_bias")),
         *((name, _POINTER) for name in ("x", "y")),
-        *((name, _INT64) for name in ("hidden", "ffn", "tokens")),
-        *((name, _INT32) for name in ("gate_bits", "up_bits", "down_bits", "activation")),
+        *((name, _INT64) for name in ("tokens", "activation")),
     )
 
 
@@ -52,16 +71,9 @@ def _library() -> ctypes.CDLL | None:
             f"{path} is a build of another version (ABI {found}, expected {ABI_VERSION}): "
             "reinstall moetier (pip install --force-reinstall --no-deps .)"
         )
-    library.moetier_dequantize.argtypes = (
-        _INT32, _POINTER, _INT64, _INT64, _POINTER, _INT32, _INT32,
-    )  # fmt: skip
-    library.moetier_matmul.argtypes = (
-        _INT32, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER, _INT32, _INT32,
-    )  # fmt: skip
-    library.moetier_low_rank_matmul.argtypes = (
-        _INT32, _POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER, _INT64, _POINTER, _INT32,
-        _INT32,
-    )  # fmt: skip
+    library.moetier_dequantize.argtypes = (_POINTER, _POINTER, _INT32, _INT32)
+    product = (_POINTER, _POINTER, _INT64, _POINTER, _INT32, _INT32)
+    library.moetier_matmul.argtypes = library.moetier_low_rank_matmul.argtypes = product
     library.moetier_gated_mlp_many.argtypes = (_POINTER, _INT64, _INT32, _INT32)
     return library
 
@@ -87,10 +99,10 @@ def dequantize(
 ) -> torch.Tensor:
     """The [N, K] weight, the same bits as the reference's."""
     weight_NK = _output(out, matrix.rows, matrix.cols)
+    record = _matrix_record("matrix", matrix)
     status = _loaded().moetier_dequantize(
-        _packed_bits("matrix", matrix.bits), _bytes_pointer("matrix", matrix.data), matrix.rows,
-        matrix.cols, weight_NK.data_ptr(), _threads(num_threads), _isa_index(isa),
-    )  # fmt: skip
+        ctypes.addressof(record), weight_NK.data_ptr(), _threads(num_threads), _isa_index(isa)
+    )
     _check(status)
     return weight_NK
 
@@ -106,10 +118,10 @@ def matmul(
     """x @ W.T as [T, N], x rounded to int8 per token and group of 64."""
     x = _input(x_TK, matrix.cols)
     y_TN = _output(out, x.shape[0], matrix.rows)
+    record = _matrix_record("matrix", matrix)
     status = _loaded().moetier_matmul(
-        _packed_bits("matrix", matrix.bits), _bytes_pointer("matrix", matrix.data), matrix.rows,
-        matrix.cols, x.data_ptr(), x.shape[0], y_TN.data_ptr(), _threads(num_threads),
-        _isa_index(isa),
+        ctypes.addressof(record), x.data_ptr(), x.shape[0], y_TN.data_ptr(),
+        _threads(num_threads), _isa_index(isa),
     )  # fmt: skip
     _check(status)
     return y_TN
@@ -128,9 +140,17 @@ def low_rank_matmul(
     y_TN = _output(out, x.shape[0], factors.rows)
     num_blocks = len(factors.block_offsets)
     offsets = (_INT64 * num_blocks)(*factors.block_offsets)
+    record = _LowRank(
+        data=_bytes_pointer("factors", factors.data),
+        block_offsets=ctypes.addressof(offsets),
+        num_blocks=num_blocks,
+        rows=factors.rows,
+        cols=factors.cols,
+        bits=factors.bits,
+        grid=get_args(Grid).index(factors.grid),
+    )
     status = _loaded().moetier_low_rank_matmul(
-        factors.bits, _bytes_pointer("factors", factors.data), ctypes.addressof(offsets),
-        num_blocks, factors.rows, factors.cols, x.data_ptr(), x.shape[0], y_TN.data_ptr(),
+        ctypes.addressof(record), x.data_ptr(), x.shape[0], y_TN.data_ptr(),
         _threads(num_threads), _isa_index(isa),
     )  # fmt: skip
     _check(status)
@@ -160,20 +180,15 @@ def gated_mlp_many(
 def _record(x: torch.Tensor, mlp: GatedMLP, y: torch.Tensor) -> _GatedMlp:
     hidden, ffn = mlp.gate.cols, mlp.gate.rows
     return _GatedMlp(
-        gate=_bytes_pointer("gate", mlp.gate.data),
-        up=_bytes_pointer("up", mlp.up.data),
-        down=_bytes_pointer("down", mlp.down.data),
+        gate=_matrix_record("gate", mlp.gate),
+        up=_matrix_record("up", mlp.up),
+        down=_matrix_record("down", mlp.down),
         gate_bias=_bias_pointer("gate_bias", mlp.gate_bias, ffn),
         up_bias=_bias_pointer("up_bias", mlp.up_bias, ffn),
         down_bias=_bias_pointer("down_bias", mlp.down_bias, hidden),
         x=x.data_ptr(),
         y=y.data_ptr(),
-        hidden=hidden,
-        ffn=ffn,
         tokens=x.shape[0],
-        gate_bits=_matrix_bits("gate", mlp.gate),
-        up_bits=_matrix_bits("up", mlp.up),
-        down_bits=_matrix_bits("down", mlp.down),
         activation=get_args(Activation).index(mlp.activation),
     )
 
@@ -189,17 +204,19 @@ def _check(status: int) -> None:
         raise MemoryError("a native kernel could not allocate its scratch memory")
 
 
-def _matrix_bits(name: str, matrix: Matrix) -> int:
+def _matrix_record(name: str, matrix: Matrix) -> _Matrix:
+    """The caller keeps the matrix alive. Bits and grid were checked by its type."""
     if not isinstance(matrix, QuantizedMatrix):
         raise ValueError(f"{name}: a {type(matrix).__name__} has no native product; decode it")
-    return _packed_bits(name, matrix.bits)
-
-
-def _packed_bits(name: str, bits: int) -> int:
-    allowed = GRID_BITS["affine"]
-    if bits not in allowed:
-        raise ValueError(f"{name}: bits {bits} has no native form, expected one of {allowed}")
-    return bits
+    if matrix.bits == 16:
+        raise ValueError(f"{name}: bits 16 has no native form")
+    return _Matrix(
+        data=_bytes_pointer(name, matrix.data),
+        rows=matrix.rows,
+        cols=matrix.cols,
+        bits=matrix.bits,
+        grid=get_args(Grid).index(matrix.grid),
+    )
 
 
 def _bytes_pointer(name: str, data: torch.Tensor) -> int:

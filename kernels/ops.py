@@ -86,10 +86,7 @@ def gated_mlp(
             if factors is None:
                 return native.gated_mlp_many([(x_TH, mlp)], num_threads=threads)[0]
             matmul = functools.partial(native.matmul, num_threads=threads)
-            if factors.gate.grid == factors.up.grid == factors.down.grid == "affine":
-                low_rank_matmul = functools.partial(native.low_rank_matmul, num_threads=threads)
-            if factors.gate_planes or factors.up_planes or factors.down_planes:
-                matmul, low_rank_matmul = _matmul_fp32, _low_rank_matmul_fp32
+            low_rank_matmul = functools.partial(native.low_rank_matmul, num_threads=threads)
     return compose_gated_mlp(
         x_TH, mlp, factors, restored_T, matmul=matmul, low_rank_matmul=low_rank_matmul
     )
@@ -137,7 +134,7 @@ def _is_packed(mlp: GatedMLP) -> bool:
 
 
 def _has_native(matrix: Matrix) -> bool:
-    return isinstance(matrix, QuantizedMatrix) and matrix.bits != 16 and matrix.grid == "affine"
+    return isinstance(matrix, QuantizedMatrix) and matrix.bits != 16
 
 
 @functools.cache

@@ -2,10 +2,13 @@
 #pragma once
 #include <cstdint>
 
+#include "tile.h"
+
 namespace moetier {
 
-// weight [16][64] of one tile: scale * code - zero_scaled, the operations and so the bits of the
+// weight [16][64] of tile `group` of the first row block: the operations and so the bits of the
 // reference.
-void dequantize_tile(int bits, const uint8_t* tile, float* weight, int64_t row_stride, int isa);
+void dequantize_tile(const RowBlocks& rows, int64_t group, float* weight, int64_t row_stride,
+                     int isa);
 
 }  // namespace moetier

@@ -34,19 +34,17 @@ std::pair<Work*, int64_t> find(std::vector<Work>& works, int64_t item) {
 
 // Numbers the items of a phase through all works; returns how many there are. A work without tokens
 // has none, and shares its first item with the next work, which `find` then prefers.
-int64_t number_items(std::vector<Work>& works, int64_t MoetierGatedMlp::*rows) {
+int64_t number_items(std::vector<Work>& works, MoetierMatrix MoetierGatedMlp::*matrix) {
   int64_t items = 0;
   for (Work& work : works) {
     work.first_item = items;
-    if (work.mlp->tokens) items += work.mlp->*rows / kGroupSize;
+    if (work.mlp->tokens) items += (work.mlp->*matrix).rows / kGroupSize;
   }
   return items;
 }
 
-RowBlocks row_blocks(const uint8_t* data, int bits, int64_t cols, int64_t item) {
-  const int64_t groups = cols / kGroupSize;
-  const size_t item_bytes = static_cast<size_t>(kBlocksPerItem * groups) * tile_bytes(bits);
-  return {bits, data + item * item_bytes, groups, kBlocksPerItem};
+RowBlocks rows_of(const MoetierMatrix& matrix, int64_t item) {
+  return row_blocks(matrix).slice(item * kBlocksPerItem, kBlocksPerItem);
 }
 
 void add_bias(float* values, const float* bias, int64_t item) {
@@ -57,8 +55,8 @@ void add_bias(float* values, const float* bias, int64_t item) {
 // 64 values of the middle for every token, quantised for the down projection.
 void make_middle(Work& work, int64_t item, Multiply* multiply, int isa) {
   const MoetierGatedMlp& mlp = *work.mlp;
-  const RowBlocks gate_rows = row_blocks(mlp.gate, mlp.gate_bits, mlp.hidden, item);
-  const RowBlocks up_rows = row_blocks(mlp.up, mlp.up_bits, mlp.hidden, item);
+  const RowBlocks gate_rows = rows_of(mlp.gate, item);
+  const RowBlocks up_rows = rows_of(mlp.up, item);
   alignas(64) float gate[kTokensAtOnce][kGroupSize], up[kTokensAtOnce][kGroupSize];
   for (int64_t t = 0; t < mlp.tokens; t += kTokensAtOnce) {
     const int64_t n = std::min(kTokensAtOnce, mlp.tokens - t);
@@ -68,7 +66,7 @@ void make_middle(Work& work, int64_t item, Multiply* multiply, int isa) {
     for (int64_t i = 0; i < n; i++) {
       add_bias(gate[i], mlp.gate_bias, item);
       add_bias(up[i], mlp.up_bias, item);
-      apply_gate(mlp.activation, gate[i], up[i], gate[i], isa);
+      apply_gate(static_cast<int>(mlp.activation), gate[i], up[i], gate[i], isa);
       work.middle.set_group(t + i, item, gate[i], isa);
     }
   }
@@ -77,10 +75,10 @@ void make_middle(Work& work, int64_t item, Multiply* multiply, int isa) {
 // 64 values of the output for every token.
 void make_output(Work& work, int64_t item, Multiply* multiply) {
   const MoetierGatedMlp& mlp = *work.mlp;
+  const int64_t hidden = mlp.down.rows;
   float* y = mlp.y + item * kGroupSize;
-  multiply(row_blocks(mlp.down, mlp.down_bits, mlp.ffn, item), work.middle.view(), mlp.tokens, y,
-           mlp.hidden);
-  for (int64_t t = 0; t < mlp.tokens; t++) add_bias(y + t * mlp.hidden, mlp.down_bias, item);
+  multiply(rows_of(mlp.down, item), work.middle.view(), mlp.tokens, y, hidden);
+  for (int64_t t = 0; t < mlp.tokens; t++) add_bias(y + t * hidden, mlp.down_bias, item);
 }
 
 }  // namespace
@@ -93,17 +91,17 @@ int32_t moetier_gated_mlp_many(const MoetierGatedMlp* mlps, int64_t num_mlps, in
     std::vector<Work> works;
     works.reserve(static_cast<size_t>(num_mlps));
     for (int64_t i = 0; i < num_mlps; i++)
-      works.push_back({mlps + i, QuantizedInputs(mlps[i].tokens, mlps[i].hidden),
-                       QuantizedInputs(mlps[i].tokens, mlps[i].ffn), 0});
+      works.push_back({mlps + i, QuantizedInputs(mlps[i].tokens, mlps[i].gate.cols),
+                       QuantizedInputs(mlps[i].tokens, mlps[i].down.cols), 0});
     Multiply* const multiply = multiply_for(isa);
 
     parallel_for(num_mlps, num_threads,
                  [&](int64_t i) { works[i].inputs.set_all(mlps[i].x, isa); });
-    parallel_for(number_items(works, &MoetierGatedMlp::ffn), num_threads, [&](int64_t item) {
+    parallel_for(number_items(works, &MoetierGatedMlp::gate), num_threads, [&](int64_t item) {
       auto [work, place] = find(works, item);
       make_middle(*work, place, multiply, isa);
     });
-    parallel_for(number_items(works, &MoetierGatedMlp::hidden), num_threads, [&](int64_t item) {
+    parallel_for(number_items(works, &MoetierGatedMlp::down), num_threads, [&](int64_t item) {
       auto [work, place] = find(works, item);
       make_output(*work, place, multiply);
     });

@@ -18,21 +18,20 @@ constexpr int64_t kTokensAtOnce = 32;  // bounds the buffer of a padded row bloc
 
 // y [tokens, rows] = the rows of one item. The last row block may reach past `rows`, so it goes
 // through a buffer and only its valid rows are copied out.
-void multiply_item(Multiply* multiply, int bits, const uint8_t* data, int64_t rows, int64_t groups,
-                   int64_t item, const Inputs& inputs, int64_t tokens, float* y) {
-  const size_t block_bytes = static_cast<size_t>(groups) * tile_bytes(bits);
+void multiply_item(Multiply* multiply, const MoetierMatrix& matrix, int64_t item,
+                   const Inputs& inputs, int64_t tokens, float* y) {
+  const RowBlocks all = row_blocks(matrix);
+  const int64_t rows = matrix.rows;
   const int64_t first = item * kBlocksPerItem;
-  const int64_t last = std::min(first + kBlocksPerItem, num_row_blocks(rows));
+  const int64_t last = std::min(first + kBlocksPerItem, all.num_blocks);
   const int64_t whole = std::min(last, rows / kTileRows);
   if (whole > first)
-    multiply({bits, data + first * block_bytes, groups, whole - first}, inputs, tokens,
-             y + first * kTileRows, rows);
+    multiply(all.slice(first, whole - first), inputs, tokens, y + first * kTileRows, rows);
   if (whole == last) return;
   float padded[kTokensAtOnce][kTileRows];
   for (int64_t t = 0; t < tokens; t += kTokensAtOnce) {
     const int64_t n = std::min(kTokensAtOnce, tokens - t);
-    multiply({bits, data + whole * block_bytes, groups, 1}, inputs.from_token(t), n, padded[0],
-             kTileRows);
+    multiply(all.slice(whole, 1), inputs.from_token(t), n, padded[0], kTileRows);
     for (int64_t i = 0; i < n; i++)
       std::copy_n(padded[i], rows - whole * kTileRows, y + (t + i) * rows + whole * kTileRows);
   }
@@ -64,17 +63,16 @@ void add_left_for(int isa, const float* weight, const float* z, float* y) {
 }  // namespace
 }  // namespace moetier
 
-int32_t moetier_matmul(int32_t bits, const uint8_t* data, int64_t rows, int64_t cols,
-                       const float* x, int64_t tokens, float* y, int32_t num_threads,
-                       int32_t isa) {
+int32_t moetier_matmul(const MoetierMatrix* matrix, const float* x, int64_t tokens, float* y,
+                       int32_t num_threads, int32_t isa) {
   using namespace moetier;
   try {
-    QuantizedInputs inputs(tokens, cols);
+    QuantizedInputs inputs(tokens, matrix->cols);
     inputs.set_all(x, isa);
     const Inputs view = inputs.view();
-    const int64_t items = (num_row_blocks(rows) + kBlocksPerItem - 1) / kBlocksPerItem;
-    parallel_for(items, num_threads, [&](int64_t item) {
-      multiply_item(multiply_for(isa), bits, data, rows, cols / kGroupSize, item, view, tokens, y);
+    const int64_t blocks = num_row_blocks(matrix->rows);
+    parallel_for((blocks + kBlocksPerItem - 1) / kBlocksPerItem, num_threads, [&](int64_t item) {
+      multiply_item(multiply_for(isa), *matrix, item, view, tokens, y);
     });
   } catch (const std::bad_alloc&) {
     return MOETIER_NO_MEMORY;
@@ -82,29 +80,28 @@ int32_t moetier_matmul(int32_t bits, const uint8_t* data, int64_t rows, int64_t 
   return MOETIER_OK;
 }
 
-int32_t moetier_low_rank_matmul(int32_t bits, const uint8_t* data, const int64_t* block_offsets,
-                                int64_t num_blocks, int64_t rows, int64_t cols, const float* x,
-                                int64_t tokens, float* y, int32_t num_threads, int32_t isa) {
+int32_t moetier_low_rank_matmul(const MoetierLowRank* factors, const float* x, int64_t tokens,
+                                float* y, int32_t num_threads, int32_t isa) {
   using namespace moetier;
   try {
-    QuantizedInputs inputs(tokens, cols);
+    const int64_t num_blocks = factors->num_blocks, rows = factors->rows;
+    QuantizedInputs inputs(tokens, factors->cols);
     inputs.set_all(x, isa);
     const Inputs view = inputs.view();
     // right @ x, [block][token][16 ranks]; it stays float32, only x is rounded.
     std::vector<float> ranks(static_cast<size_t>(num_blocks * tokens * kTileRows));
     const int64_t block_ranks = tokens * kTileRows;
     parallel_for(num_blocks, num_threads, [&](int64_t block) {
-      multiply_for(isa)({bits, data + block_offsets[block], cols / kGroupSize, 1}, view, tokens,
+      multiply_for(isa)(row_blocks(right_factor(*factors, block)), view, tokens,
                         ranks.data() + block * block_ranks, kTileRows);
     });
-    const size_t left_start = packed_bytes(bits, kTileRows, cols);
     parallel_for(rows / kGroupSize, num_threads, [&](int64_t group) {
       float weight[kTileRows * kGroupSize];
       for (int64_t t = 0; t < tokens; t++)
         std::fill_n(y + t * rows + group * kGroupSize, kGroupSize, 0.f);
       for (int64_t block = 0; block < num_blocks; block++) {
-        const uint8_t* left = data + block_offsets[block] + left_start;
-        dequantize_tile(bits, left + group * tile_bytes(bits), weight, kGroupSize, isa);
+        const RowBlocks left = row_blocks(left_factor(*factors, block));
+        dequantize_tile(left, group, weight, kGroupSize, isa);
         for (int64_t t = 0; t < tokens; t++)
           add_left_for(isa, weight, ranks.data() + block * block_ranks + t * kTileRows,
                        y + t * rows + group * kGroupSize);

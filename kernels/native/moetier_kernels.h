@@ -1,9 +1,9 @@
 // The C ABI of the native CPU kernels: what kernels/cpu_native.py calls through ctypes.
 //
 // Every matrix is packed as kernels/packing.py says (tiles of 16 rows x 64 inputs, plain
-// row-block-major). Pointers need no alignment beyond that of their type; packed data needs none at
-// all, because it may lie anywhere in a mapped file. Functions return MOETIER_OK or
-// MOETIER_NO_MEMORY and never throw.
+// row-block-major, on an affine or a symmetric grid). Pointers need no alignment beyond that of
+// their type; packed data needs none at all: it may lie anywhere in a mapped file. Functions
+// return MOETIER_OK or MOETIER_NO_MEMORY and never throw.
 #pragma once
 #include <cstdint>
 
@@ -15,6 +15,8 @@
 
 enum MoetierStatus { MOETIER_OK = 0, MOETIER_NO_MEMORY = 1 };
 enum MoetierIsa { MOETIER_SCALAR = 0, MOETIER_AVX2 = 1, MOETIER_AVX512VNNI = 2 };
+// In the order of kernels.types.Grid.
+enum MoetierGrid { MOETIER_AFFINE = 0, MOETIER_SYMMETRIC = 1 };
 // In the order of kernels.types.Activation.
 enum MoetierActivation {
   MOETIER_SILU = 0,
@@ -24,38 +26,50 @@ enum MoetierActivation {
   MOETIER_CLAMPED_SWIGLU = 4
 };
 
-// One gated MLP and its tokens. Field order and types are mirrored in cpu_native.py.
+// The structures below are mirrored in cpu_native.py, field by field.
+
+// A packed [rows, cols]: 2 to 4 bits on an affine grid, 1 to 4 on a symmetric one.
+struct MoetierMatrix {
+  const uint8_t* data;
+  int64_t rows, cols;
+  int32_t bits, grid;
+};
+
+// Rank blocks of left right: block b is at data + block_offsets[b], right [16, cols] and then, from
+// the next multiple of 64 bytes on, left transposed [16, rows].
+struct MoetierLowRank {
+  const uint8_t* data;
+  const int64_t* block_offsets;  // [num_blocks]
+  int64_t num_blocks, rows, cols;
+  int32_t bits, grid;
+};
+
+// One gated MLP and its tokens.
 struct MoetierGatedMlp {
-  const uint8_t* gate;  // packed [ffn, hidden]
-  const uint8_t* up;    // packed [ffn, hidden]
-  const uint8_t* down;  // packed [hidden, ffn]
+  MoetierMatrix gate, up;  // [ffn, hidden]
+  MoetierMatrix down;      // [hidden, ffn]
   const float* gate_bias;  // [ffn] or null
   const float* up_bias;    // [ffn] or null
   const float* down_bias;  // [hidden] or null
   const float* x;  // [tokens, hidden]
   float* y;        // [tokens, hidden], overwritten
-  int64_t hidden, ffn, tokens;
-  int32_t gate_bits, up_bits, down_bits, activation;
+  int64_t tokens;
+  int64_t activation;  // a MoetierActivation
 };
 
 // Raised with every change of this file, so that a stale build is noticed at load.
 MOETIER_EXPORT int32_t moetier_abi_version();
 // The fastest instruction set this processor has; any lower one may be passed as `isa` too.
 MOETIER_EXPORT int32_t moetier_best_isa();
-// weight [rows, cols] float32 = scale * code - zero_scaled.
-MOETIER_EXPORT int32_t moetier_dequantize(int32_t bits, const uint8_t* data, int64_t rows,
-                                          int64_t cols, float* weight, int32_t num_threads,
-                                          int32_t isa);
+// weight [rows, cols] float32, the bits of kernels/reference.py.
+MOETIER_EXPORT int32_t moetier_dequantize(const MoetierMatrix* matrix, float* weight,
+                                          int32_t num_threads, int32_t isa);
 // y [tokens, rows] = x [tokens, cols] times the transposed matrix, inputs quantised to int8 per
 // group.
-MOETIER_EXPORT int32_t moetier_matmul(int32_t bits, const uint8_t* data, int64_t rows, int64_t cols,
-                                      const float* x, int64_t tokens, float* y,
-                                      int32_t num_threads, int32_t isa);
-// y [tokens, rows] = left (right x): block b is at data + block_offsets[b], right [16, cols] and
-// then left transposed [16, rows]. Writes zeros when num_blocks is 0.
-MOETIER_EXPORT int32_t moetier_low_rank_matmul(int32_t bits, const uint8_t* data,
-                                               const int64_t* block_offsets, int64_t num_blocks,
-                                               int64_t rows, int64_t cols, const float* x,
+MOETIER_EXPORT int32_t moetier_matmul(const MoetierMatrix* matrix, const float* x, int64_t tokens,
+                                      float* y, int32_t num_threads, int32_t isa);
+// y [tokens, rows] = left (right x). Writes zeros when there is no block.
+MOETIER_EXPORT int32_t moetier_low_rank_matmul(const MoetierLowRank* factors, const float* x,
                                                int64_t tokens, float* y, int32_t num_threads,
                                                int32_t isa);
 // All of `mlps` at once, sharing at most num_threads threads.

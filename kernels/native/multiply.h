@@ -1,7 +1,10 @@
 // The integer product of packed row blocks with quantised inputs, one form per instruction set.
 //
 // For each row n and token t, over groups g:
-//   y[t][n] = sum_g scale[n,g] * (sx[t,g] * dot(codes[n,g], xq[t,g])) - zero_scaled[n,g] * sum[t,g]
+//   affine    y[t][n] = sum_g scale[n,g] * (sx[t,g] * dot(codes[n,g], xq[t,g]))
+//                             - zero_scaled[n,g] * sum[t,g]
+//   symmetric y[t][n] = row_scale[n]/255 * sum_g scale8[n,g]
+//                             * (sx[t,g] * dot(codes[n,g], xq[t,g]) - middle * sum[t,g])
 // The zero point meets the sum of the *quantised* inputs, so that its rounding error cancels. The
 // dot product is exact in integers and the groups are added in order, so a token's result does not
 // depend on its batch.
@@ -9,16 +12,9 @@
 #include <cstdint>
 
 #include "inputs.h"
+#include "tile.h"
 
 namespace moetier {
-
-// `num_blocks` row blocks that follow each other at `data`, each of `groups` tiles.
-struct RowBlocks {
-  int bits;
-  const uint8_t* data;
-  int64_t groups;
-  int64_t num_blocks;
-};
 
 // y[t * row_stride + n] for tokens [0, tokens) and rows [0, 16 * num_blocks).
 using Multiply = void(const RowBlocks& rows, const Inputs& inputs, int64_t tokens, float* y,

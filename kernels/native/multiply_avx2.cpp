@@ -27,6 +27,11 @@ TARGET_AVX2 ALWAYS_INLINE __m256i bits_at(__m256i bytes, int shift, __m256i mask
   return _mm256_and_si256(_mm256_srli_epi16(bytes, shift), mask);
 }
 
+TARGET_AVX2 ALWAYS_INLINE __m256 bytes_to_floats(const uint8_t* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+}
+
 TARGET_AVX2 ALWAYS_INLINE __m256 halves_to_floats(const uint8_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -75,14 +80,14 @@ TARGET_AVX2 ALWAYS_INLINE void dot_half_tile(Sums<TOKENS>& sums, const uint8_t* 
       add_products(sums, bits_at(plane, 4, mask), x, p + 8);
       if (p == 3) widen(sums);
     }
-  } else if constexpr (BITS == 2) {
+  } else if constexpr (BITS < 3) {
+    constexpr int kPlanes = 2 * BITS, kFields = 8 / BITS;
 #pragma GCC unroll 4
-    for (int p = 0; p < 4; p++) {
+    for (int p = 0; p < kPlanes; p++) {
       const __m256i plane = load(half + p * kVectorBytes);
-      add_products(sums, _mm256_and_si256(plane, mask), x, p);
-      add_products(sums, bits_at(plane, 2, mask), x, p + 4);
-      add_products(sums, bits_at(plane, 4, mask), x, p + 8);
-      add_products(sums, bits_at(plane, 6, mask), x, p + 12);
+#pragma GCC unroll 8
+      for (int f = 0; f < kFields; f++)
+        add_products(sums, bits_at(plane, f * BITS, mask), x, p + f * kPlanes);
     }
   } else {
     const __m256i top0 = _mm256_set1_epi8(0x03), top1 = _mm256_set1_epi8(0x0c),
@@ -106,54 +111,77 @@ TARGET_AVX2 ALWAYS_INLINE void dot_half_tile(Sums<TOKENS>& sums, const uint8_t* 
   widen(sums);
 }
 
-template <int BITS, int TOKENS>
-TARGET_AVX2 void multiply_block(const uint8_t* block, int64_t groups, Inputs in, float* y,
-                                int64_t row_stride) {
+// result += what one half tile adds for every token; `scales` are those of its eight rows.
+template <int BITS, int GRID, int TOKENS>
+TARGET_AVX2 ALWAYS_INLINE void add_half_tile(__m256 (&result)[TOKENS], const Sums<TOKENS>& sums,
+                                             const uint8_t* scales, const Inputs& in) {
+  __m256 scale, zero_scaled;
+  if constexpr (GRID == MOETIER_SYMMETRIC) {
+    scale = bytes_to_floats(scales);
+    zero_scaled = _mm256_set1_ps(middle_code(BITS));
+  } else {
+    scale = halves_to_floats(scales);
+    zero_scaled = halves_to_floats(scales + 2 * kTileRows);
+  }
+  for (int t = 0; t < TOKENS; t++) {
+    const __m256 dot =
+        _mm256_mul_ps(_mm256_cvtepi32_ps(sums.wide[t]), _mm256_set1_ps(in.scale[t]));
+    const __m256 sum = _mm256_set1_ps(in.sum[t]);
+    if constexpr (GRID == MOETIER_SYMMETRIC) {
+      result[t] = _mm256_fmadd_ps(scale, _mm256_fnmadd_ps(zero_scaled, sum, dot), result[t]);
+    } else {
+      result[t] = _mm256_fnmadd_ps(zero_scaled, sum, _mm256_fmadd_ps(dot, scale, result[t]));
+    }
+  }
+}
+
+template <int BITS, int GRID, int TOKENS>
+TARGET_AVX2 void multiply_block(const RowBlocks& rows, Inputs in, float* y, int64_t row_stride) {
+  constexpr size_t kTileBytes = tile_bytes(BITS, GRID);
+  constexpr size_t kScaleBytes = GRID == MOETIER_SYMMETRIC ? 1 : 2;
   __m256 result[2][TOKENS];
   for (int half = 0; half < 2; half++)
     for (int t = 0; t < TOKENS; t++) result[half][t] = _mm256_setzero_ps();
-  for (int64_t g = 0; g < groups; g++) {
-    for (size_t line = 0; line < tile_bytes(BITS); line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(block + kPrefetchBytes + line), _MM_HINT_T0);
+  const uint8_t* tile = rows.data;
+  for (int64_t g = 0; g < rows.groups; g++, tile += kTileBytes, in = in.next_group()) {
+    for (size_t line = 0; line < kTileBytes; line += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(tile + kPrefetchBytes + line), _MM_HINT_T0);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
       Sums<TOKENS> sums;
       for (int t = 0; t < TOKENS; t++)
         sums.narrow[t] = sums.wide[t] = _mm256_setzero_si256();
-      dot_half_tile<BITS, TOKENS>(sums, block + 32 * half, in.codes);
-      const uint8_t* scales = block + code_bytes(BITS) + half * 2 * kHalfRows;
-      const __m256 scale = halves_to_floats(scales);
-      const __m256 zero_scaled = halves_to_floats(scales + 2 * kTileRows);
-      for (int t = 0; t < TOKENS; t++) {
-        const __m256 dot =
-            _mm256_mul_ps(_mm256_cvtepi32_ps(sums.wide[t]), _mm256_set1_ps(in.scale[t]));
-        __m256 r = _mm256_fmadd_ps(dot, scale, result[half][t]);
-        result[half][t] = _mm256_fnmadd_ps(zero_scaled, _mm256_set1_ps(in.sum[t]), r);
-      }
+      dot_half_tile<BITS, TOKENS>(sums, tile + 32 * half, in.codes);
+      const uint8_t* scales = tile + code_bytes(BITS) + half * kScaleBytes * kHalfRows;
+      add_half_tile<BITS, GRID, TOKENS>(result[half], sums, scales, in);
     }
-    block += tile_bytes(BITS);
-    in = in.next_group();
   }
-  for (int t = 0; t < TOKENS; t++) {
-    _mm256_storeu_ps(y + t * row_stride, result[0][t]);
-    _mm256_storeu_ps(y + t * row_stride + kHalfRows, result[1][t]);
+  for (int half = 0; half < 2; half++) {
+    __m256 row_scale;
+    if constexpr (GRID == MOETIER_SYMMETRIC)
+      row_scale = _mm256_mul_ps(halves_to_floats(rows.row_scales + half * 2 * kHalfRows),
+                                _mm256_set1_ps(kScale8Unit));
+    for (int t = 0; t < TOKENS; t++) {
+      if constexpr (GRID == MOETIER_SYMMETRIC)
+        result[half][t] = _mm256_mul_ps(result[half][t], row_scale);
+      _mm256_storeu_ps(y + t * row_stride + half * kHalfRows, result[half][t]);
+    }
   }
 }
 
-template <int BITS>
+template <int BITS, int GRID>
 TARGET_AVX2 void multiply_rows(const RowBlocks& rows, const Inputs& inputs, int64_t tokens,
                                float* y, int64_t row_stride) {
-  const size_t block_bytes = static_cast<size_t>(rows.groups) * tile_bytes(BITS);
   for (int64_t b = 0; b < rows.num_blocks; b++) {
-    const uint8_t* block = rows.data + b * block_bytes;
+    const RowBlocks block = rows.slice(b, 1);
     for (int64_t t = 0; t < tokens; t += kMaxTokens) {
       const Inputs in = inputs.from_token(t);
       float* out = y + t * row_stride + b * kTileRows;
       switch (std::min<int64_t>(tokens - t, kMaxTokens)) {
-        case 1: multiply_block<BITS, 1>(block, rows.groups, in, out, row_stride); break;
-        case 2: multiply_block<BITS, 2>(block, rows.groups, in, out, row_stride); break;
-        case 3: multiply_block<BITS, 3>(block, rows.groups, in, out, row_stride); break;
-        default: multiply_block<BITS, 4>(block, rows.groups, in, out, row_stride);
+        case 1: multiply_block<BITS, GRID, 1>(block, in, out, row_stride); break;
+        case 2: multiply_block<BITS, GRID, 2>(block, in, out, row_stride); break;
+        case 3: multiply_block<BITS, GRID, 3>(block, in, out, row_stride); break;
+        default: multiply_block<BITS, GRID, 4>(block, in, out, row_stride);
       }
     }
   }
@@ -163,9 +191,9 @@ TARGET_AVX2 void multiply_rows(const RowBlocks& rows, const Inputs& inputs, int6
 
 void multiply_avx2(const RowBlocks& rows, const Inputs& inputs, int64_t tokens, float* y,
                    int64_t row_stride) {
-  if (rows.bits == 2) return multiply_rows<2>(rows, inputs, tokens, y, row_stride);
-  if (rows.bits == 3) return multiply_rows<3>(rows, inputs, tokens, y, row_stride);
-  multiply_rows<4>(rows, inputs, tokens, y, row_stride);
+  for_form(rows.bits, rows.grid, [&](auto bits, auto grid) {
+    multiply_rows<bits, grid>(rows, inputs, tokens, y, row_stride);
+  });
 }
 
 }  // namespace moetier

@@ -22,12 +22,19 @@ constexpr int kMaxTokensInPlace = 4;
 constexpr size_t kPrefetchBytes = 5120;
 
 TARGET_AVX512 ALWAYS_INLINE __m512 halves_to_floats(const uint8_t* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  // Masked by all ones, which costs nothing: gcc 12 warns of the unmasked form's own header.
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_maskz_cvtph_ps(0xffff, halves);
 }
 
-template <int BITS>
+TARGET_AVX512 ALWAYS_INLINE __m512 bytes_to_floats(const uint8_t* from) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+}
+
+template <int TILE_BYTES>
 TARGET_AVX512 ALWAYS_INLINE void prefetch_tile(const uint8_t* tile) {
-  constexpr int kLines = tile_bytes(BITS) / 64;
+  constexpr int kLines = (TILE_BYTES + 63) / 64;
 #pragma GCC unroll 9
   for (int line = 0; line < kLines; line++)
     _mm_prefetch(reinterpret_cast<const char*>(tile + 64 * line), _MM_HINT_T0);
@@ -81,12 +88,15 @@ TARGET_AVX512 ALWAYS_INLINE void dot_tile(Sums<TOKENS, IN_PLACE>& sums, const ui
 #pragma GCC unroll 8
     for (int p = 0; p < 8; p++)
       add_two_fields<4>(sums, _mm512_loadu_si512(tile + p * kVectorBytes), x, p, p + 8);
-  } else if constexpr (BITS == 2) {
+  } else if constexpr (BITS < 3) {
+    constexpr int kPlanes = 2 * BITS, kFields = 8 / BITS;
 #pragma GCC unroll 4
-    for (int p = 0; p < 4; p++) {
+    for (int p = 0; p < kPlanes; p++) {
       const __m512i plane = _mm512_loadu_si512(tile + p * kVectorBytes);
-      add_two_fields<2>(sums, plane, x, p, p + 4);
-      add_two_fields<2>(sums, _mm512_srli_epi16(plane, 4), x, p + 8, p + 12);
+#pragma GCC unroll 4
+      for (int f = 0; f < kFields; f += 2)
+        add_two_fields<BITS>(sums, _mm512_srli_epi16(plane, f * BITS), x, p + f * kPlanes,
+                             p + (f + 1) * kPlanes);
     }
   } else {
     const __m512i top0 = _mm512_set1_epi8(0x03), top1 = _mm512_set1_epi8(0x0c),
@@ -110,57 +120,72 @@ TARGET_AVX512 ALWAYS_INLINE void dot_tile(Sums<TOKENS, IN_PLACE>& sums, const ui
   }
 }
 
-template <int BITS, int TOKENS>
-TARGET_AVX512 void multiply_block(const uint8_t* tile, int64_t groups, Inputs in, float* y,
-                                  int64_t row_stride) {
+template <int BITS, int GRID, int TOKENS>
+TARGET_AVX512 void multiply_block(const RowBlocks& rows, Inputs in, float* y, int64_t row_stride) {
   constexpr bool kInPlace = TOKENS <= kMaxTokensInPlace;
+  constexpr size_t kTileBytes = tile_bytes(BITS, GRID);
   __m512 result[TOKENS];
 #pragma GCC unroll 8
   for (int t = 0; t < TOKENS; t++) result[t] = _mm512_setzero_ps();
 
-  for (int64_t g = 0; g < groups; g++) {
-    prefetch_tile<BITS>(tile + kPrefetchBytes);
+  const uint8_t* tile = rows.data;
+  for (int64_t g = 0; g < rows.groups; g++, tile += kTileBytes, in = in.next_group()) {
+    prefetch_tile<kTileBytes>(tile + kPrefetchBytes);
     Sums<TOKENS, kInPlace> sums;
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; t++) sums.lower[t] = sums.upper[t] = _mm512_setzero_si512();
     dot_tile<BITS>(sums, tile, in.codes);
 
-    const __m512 scale = halves_to_floats(tile + code_bytes(BITS));
-    const __m512 zero_scaled = halves_to_floats(tile + code_bytes(BITS) + 2 * kTileRows);
+    const uint8_t* scales = tile + code_bytes(BITS);
+    __m512 scale, zero_scaled;
+    if constexpr (GRID == MOETIER_SYMMETRIC) {
+      scale = bytes_to_floats(scales);
+      zero_scaled = _mm512_set1_ps(middle_code(BITS));
+    } else {
+      scale = halves_to_floats(scales);
+      zero_scaled = halves_to_floats(scales + 2 * kTileRows);
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; t++) {
       __m512i dot = sums.lower[t];
       // Every term of `upper` is a multiple of 2^BITS: the shift is exact.
       if constexpr (kInPlace) dot = _mm512_add_epi32(dot, _mm512_srai_epi32(sums.upper[t], BITS));
       const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(in.scale[t]));
-      const __m512 sum = _mm512_fmadd_ps(scaled, scale, result[t]);
-      result[t] = _mm512_fnmadd_ps(zero_scaled, _mm512_set1_ps(in.sum[t]), sum);
+      const __m512 sum = _mm512_set1_ps(in.sum[t]);
+      if constexpr (GRID == MOETIER_SYMMETRIC) {
+        result[t] = _mm512_fmadd_ps(scale, _mm512_fnmadd_ps(zero_scaled, sum, scaled), result[t]);
+      } else {
+        result[t] = _mm512_fnmadd_ps(zero_scaled, sum, _mm512_fmadd_ps(scaled, scale, result[t]));
+      }
     }
-    tile += tile_bytes(BITS);
-    in = in.next_group();
   }
+  __m512 row_scale;
+  if constexpr (GRID == MOETIER_SYMMETRIC)
+    row_scale = _mm512_mul_ps(halves_to_floats(rows.row_scales), _mm512_set1_ps(kScale8Unit));
 #pragma GCC unroll 8
-  for (int t = 0; t < TOKENS; t++) _mm512_storeu_ps(y + t * row_stride, result[t]);
+  for (int t = 0; t < TOKENS; t++) {
+    if constexpr (GRID == MOETIER_SYMMETRIC) result[t] = _mm512_mul_ps(result[t], row_scale);
+    _mm512_storeu_ps(y + t * row_stride, result[t]);
+  }
 }
 
-template <int BITS>
+template <int BITS, int GRID>
 TARGET_AVX512 void multiply_rows(const RowBlocks& rows, const Inputs& inputs, int64_t tokens,
                                  float* y, int64_t row_stride) {
-  const size_t block_bytes = static_cast<size_t>(rows.groups) * tile_bytes(BITS);
   for (int64_t b = 0; b < rows.num_blocks; b++) {
-    const uint8_t* block = rows.data + b * block_bytes;
+    const RowBlocks block = rows.slice(b, 1);
     for (int64_t t = 0; t < tokens; t += kMaxTokens) {
       const Inputs in = inputs.from_token(t);
       float* out = y + t * row_stride + b * kTileRows;
       switch (std::min<int64_t>(tokens - t, kMaxTokens)) {
-        case 1: multiply_block<BITS, 1>(block, rows.groups, in, out, row_stride); break;
-        case 2: multiply_block<BITS, 2>(block, rows.groups, in, out, row_stride); break;
-        case 3: multiply_block<BITS, 3>(block, rows.groups, in, out, row_stride); break;
-        case 4: multiply_block<BITS, 4>(block, rows.groups, in, out, row_stride); break;
-        case 5: multiply_block<BITS, 5>(block, rows.groups, in, out, row_stride); break;
-        case 6: multiply_block<BITS, 6>(block, rows.groups, in, out, row_stride); break;
-        case 7: multiply_block<BITS, 7>(block, rows.groups, in, out, row_stride); break;
-        default: multiply_block<BITS, 8>(block, rows.groups, in, out, row_stride);
+        case 1: multiply_block<BITS, GRID, 1>(block, in, out, row_stride); break;
+        case 2: multiply_block<BITS, GRID, 2>(block, in, out, row_stride); break;
+        case 3: multiply_block<BITS, GRID, 3>(block, in, out, row_stride); break;
+        case 4: multiply_block<BITS, GRID, 4>(block, in, out, row_stride); break;
+        case 5: multiply_block<BITS, GRID, 5>(block, in, out, row_stride); break;
+        case 6: multiply_block<BITS, GRID, 6>(block, in, out, row_stride); break;
+        case 7: multiply_block<BITS, GRID, 7>(block, in, out, row_stride); break;
+        default: multiply_block<BITS, GRID, 8>(block, in, out, row_stride);
       }
     }
   }
@@ -170,9 +195,9 @@ TARGET_AVX512 void multiply_rows(const RowBlocks& rows, const Inputs& inputs, in
 
 void multiply_avx512(const RowBlocks& rows, const Inputs& inputs, int64_t tokens, float* y,
                      int64_t row_stride) {
-  if (rows.bits == 2) return multiply_rows<2>(rows, inputs, tokens, y, row_stride);
-  if (rows.bits == 3) return multiply_rows<3>(rows, inputs, tokens, y, row_stride);
-  multiply_rows<4>(rows, inputs, tokens, y, row_stride);
+  for_form(rows.bits, rows.grid, [&](auto bits, auto grid) {
+    multiply_rows<bits, grid>(rows, inputs, tokens, y, row_stride);
+  });
 }
 
 }  // namespace moetier

@@ -1,16 +1,18 @@
 """Goal: the native kernels agree with the reference on every instruction set this machine has, and
-a token's result never depends on its batch. Method: odd shapes, all bit widths, ranks and token
-counts, output memory full of NaN, packed bytes at odd addresses, inputs that must be refused."""
+a token's result never depends on its batch. Method: odd shapes, both grids, all widths, ranks and
+token counts, output memory full of NaN, packed bytes at odd addresses, refused inputs."""
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 from kernel_matrices import (
+    FORMS,
     FP32_TOLERANCE,
     INT8_MATMUL_TOLERANCE,
     INT8_MLP_TOLERANCE,
@@ -27,7 +29,8 @@ from kernel_matrices import (
 
 from kernels import cpu_native, reference
 from kernels.cpu_native import Isa
-from kernels.types import Activation, GatedMLP, LowRank, QuantizedMatrix
+from kernels.packing import pack, pack_symmetric
+from kernels.types import Activation, GatedMLP, Grid, LowRank, QuantizedMatrix
 
 if not cpu_native.is_available():
     pytest.skip("the native kernels were not built here", allow_module_level=True)
@@ -37,14 +40,16 @@ ISAS = get_args(Isa)[: get_args(Isa).index(cpu_native.best_isa()) + 1]
 SHAPES = ((1, 64), (37, 448), (160, 128))
 
 every_isa = pytest.mark.parametrize("isa", ISAS)
-every_width = pytest.mark.parametrize("bits", [2, 3, 4])
+every_form = pytest.mark.parametrize(("grid", "bits"), FORMS)
 
 
 @every_isa
-@every_width
+@every_form
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_dequantize_is_the_reference_to_the_bit(isa: Isa, bits: int, rows: int, cols: int) -> None:
-    matrix = at_odd_address(random_matrix(rows, cols, bits))
+def test_dequantize_is_the_reference_to_the_bit(
+    isa: Isa, grid: Grid, bits: int, rows: int, cols: int
+) -> None:
+    matrix = at_odd_address(random_matrix(rows, cols, bits, grid=grid))
     out = poisoned(rows, cols)
     got = cpu_native.dequantize(matrix, isa=isa, num_threads=2, out=out)
     assert got is out
@@ -52,10 +57,10 @@ def test_dequantize_is_the_reference_to_the_bit(isa: Isa, bits: int, rows: int, 
 
 
 @every_isa
-@every_width
+@every_form
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_matmul(isa: Isa, bits: int, rows: int, cols: int) -> None:
-    matrix = at_odd_address(random_matrix(rows, cols, bits))
+def test_matmul(isa: Isa, grid: Grid, bits: int, rows: int, cols: int) -> None:
+    matrix = at_odd_address(random_matrix(rows, cols, bits, grid=grid))
     for num_tokens in TOKEN_COUNTS:
         x = random_inputs(num_tokens, cols, seed=num_tokens)
         out = poisoned(num_tokens, rows)
@@ -69,11 +74,11 @@ def test_matmul(isa: Isa, bits: int, rows: int, cols: int) -> None:
 
 
 @every_isa
-@every_width
+@every_form
 @pytest.mark.parametrize("num_blocks", [0, 1, 2, 8])
-def test_low_rank_matmul(isa: Isa, bits: int, num_blocks: int) -> None:
+def test_low_rank_matmul(isa: Isa, grid: Grid, bits: int, num_blocks: int) -> None:
     """From rank 0 to the largest, min(rows, cols) = 128; blocks out of order at odd addresses."""
-    factors = random_low_rank(128, 192, bits, num_blocks)
+    factors = random_low_rank(128, 192, bits, num_blocks, grid=grid)
     for num_tokens in TOKEN_COUNTS:
         x = random_inputs(num_tokens, 192, seed=num_tokens)
         out = poisoned(num_tokens, 128)
@@ -85,10 +90,10 @@ def test_low_rank_matmul(isa: Isa, bits: int, num_blocks: int) -> None:
 
 
 @every_isa
-@every_width
+@every_form
 @pytest.mark.parametrize("biases", [False, True])
-def test_gated_mlp(isa: Isa, bits: int, biases: bool) -> None:
-    mlp = random_mlp(128, 192, bits, biases=biases)
+def test_gated_mlp(isa: Isa, grid: Grid, bits: int, biases: bool) -> None:
+    mlp = random_mlp(128, 192, bits, biases=biases, grid=grid)
     for num_tokens in TOKEN_COUNTS:
         x = random_inputs(num_tokens, 128, seed=num_tokens)
         out = poisoned(num_tokens, 128)
@@ -122,20 +127,41 @@ def test_many_mlps_of_different_shapes_widths_and_token_counts(isa: Isa) -> None
     assert cpu_native.gated_mlp_many([], isa=isa) == []
 
 
-def test_matrices_of_one_mlp_may_differ_in_width() -> None:
+@every_isa
+def test_matrices_of_one_mlp_may_differ_in_width_and_grid(isa: Isa) -> None:
     mlp = GatedMLP(
-        random_matrix(128, 64, 2), random_matrix(128, 64, 3), random_matrix(64, 128, 4), "silu"
+        random_matrix(128, 64, 2, grid="symmetric"),
+        random_matrix(128, 64, 3),
+        random_matrix(64, 128, 4, grid="symmetric"),
+        "silu",
     )
     x = random_inputs(5, 64)
-    (got,) = cpu_native.gated_mlp_many([(x, mlp)])
+    (got,) = cpu_native.gated_mlp_many([(x, mlp)], isa=isa)
     assert relative_rms(got, reference.gated_mlp(x, mlp)) < INT8_MLP_TOLERANCE
 
 
 @every_isa
-@every_width
-def test_a_token_is_the_same_alone_and_in_any_batch(isa: Isa, bits: int) -> None:
-    matrix, factors = random_matrix(37, 448, bits), random_low_rank(64, 448, bits, 3)
-    mlp = random_mlp(128, 192, bits, activation="gelu_tanh", biases=True)
+def test_the_largest_codes_inputs_and_scales_do_not_overflow(isa: Isa) -> None:
+    """Sums of products at their limits: every code and every input the largest of its kind."""
+    for grid, bits in FORMS:
+        codes = torch.full((16, 128), 2**bits - 1, dtype=torch.uint8)
+        if grid == "symmetric":
+            full = torch.full((16, 2), 255, dtype=torch.uint8)
+            matrix = pack_symmetric(codes, full, torch.full((16,), 60000.0), bits)
+        else:
+            matrix = pack(codes, torch.full((16, 2), 60000.0), torch.zeros(16, 2), bits)
+        for sign in (1.0, -1.0):
+            x = torch.full((3, 128), 1e4 * sign)
+            got = cpu_native.matmul(matrix, x, isa=isa)
+            assert relative_rms(got, reference.matmul(matrix, x)) < FP32_TOLERANCE, (grid, bits)
+
+
+@every_isa
+@every_form
+def test_a_token_is_the_same_alone_and_in_any_batch(isa: Isa, grid: Grid, bits: int) -> None:
+    matrix = random_matrix(37, 448, bits, grid=grid)
+    factors = random_low_rank(64, 448, bits, 3, grid=grid)
+    mlp = random_mlp(128, 192, bits, activation="gelu_tanh", biases=True, grid=grid)
     x, x_mlp = random_inputs(70, 448), random_inputs(70, 128)
     matmul = cpu_native.matmul(matrix, x, isa=isa)
     low_rank = cpu_native.low_rank_matmul(factors, x, isa=isa)
@@ -234,7 +260,7 @@ def test_what_does_not_fit_never_reaches_a_pointer(call, message: str) -> None:
 def strided(matrix: QuantizedMatrix) -> QuantizedMatrix:
     spread = torch.zeros(matrix.data.numel(), 2, dtype=torch.uint8)
     spread[:, 0] = matrix.data
-    return QuantizedMatrix(spread[:, 0], matrix.rows, matrix.cols, matrix.bits)
+    return replace(matrix, data=spread[:, 0])
 
 
 def mlp_with_bias(size: int) -> GatedMLP:

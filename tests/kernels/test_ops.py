@@ -3,12 +3,14 @@ factors, restore masks and odd token counts; refused inputs; transformers beside
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from kernel_matrices import (
+    FORMS,
     FP32_TOLERANCE,
     INT8_MLP_TOLERANCE,
     TOKEN_COUNTS,
@@ -24,7 +26,7 @@ from kernel_matrices import (
 import kernels
 from kernels import ops, reference
 from kernels.ops import Backend
-from kernels.types import GatedMLP
+from kernels.types import GatedMLP, GatedRepair, Grid
 
 TOLERANCE: dict[Backend, float] = {
     "reference": 0.0,
@@ -33,12 +35,13 @@ TOLERANCE: dict[Backend, float] = {
     "triton": TRITON_TOLERANCE,
 }
 CPU_BACKENDS: tuple[Backend, ...] = ("reference", "cpu_fp32", "cpu_int8")
+every_form_and_baseline = pytest.mark.parametrize(("grid", "bits"), [*FORMS, ("affine", 16)])
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 16])
-def test_every_cpu_backend_is_the_reference(backend: Backend, bits: int) -> None:
-    mlp = random_mlp(192, 128, bits, biases=True)
+@every_form_and_baseline
+def test_every_cpu_backend_is_the_reference(backend: Backend, grid: Grid, bits: int) -> None:
+    mlp = random_mlp(192, 128, bits, biases=True, grid=grid)
     for num_tokens in TOKEN_COUNTS:
         x = random_inputs(num_tokens, 192, seed=num_tokens)
         got = ops.gated_mlp(x, mlp, backend=backend)
@@ -47,10 +50,16 @@ def test_every_cpu_backend_is_the_reference(backend: Backend, bits: int) -> None
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("num_blocks", [0, 1, 8])
-def test_factors_reach_the_restored_tokens(backend: Backend, num_blocks: int) -> None:
-    """Rank 0, one block and the largest rank, 128."""
-    mlp, factors = random_mlp(192, 128, 2), random_factors(192, 128, 3, num_blocks)
+@pytest.mark.parametrize(
+    ("num_blocks", "num_planes"), [(0, 0), (1, 0), (8, 0), (0, 1), (0, 2), (2, 1)]
+)
+@pytest.mark.parametrize("grid", ["affine", "symmetric"])
+def test_factors_and_planes_reach_the_restored_tokens(
+    backend: Backend, grid: Grid, num_blocks: int, num_planes: int
+) -> None:
+    """Rank 0, one block and the largest rank, 128; planes alone, two of them, and both kinds."""
+    mlp = random_mlp(192, 128, 2, grid=grid)
+    factors = random_factors(192, 128, 3, num_blocks, grid, num_planes)
     for num_tokens in (1, 5, 33):
         x = random_inputs(num_tokens, 192, seed=num_tokens)
         restored = torch.arange(num_tokens) % 3 == 0
@@ -59,8 +68,31 @@ def test_factors_reach_the_restored_tokens(backend: Backend, num_blocks: int) ->
         assert relative_rms(got, expected) <= TOLERANCE[backend], num_tokens
 
 
-def test_int8_with_factors_is_the_same_alone_and_in_a_batch() -> None:
-    mlp, factors = random_mlp(192, 128, 2), random_factors(192, 128, 3, 2)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_repair_may_differ_between_the_three_matrices(backend: Backend) -> None:
+    """A plane for one, rank for another, nothing for the third, as a prefix of a record leaves
+    them; each part counts: leaving one out changes the result."""
+    mlp, whole = (
+        random_mlp(64, 128, 2, grid="symmetric"),
+        random_factors(64, 128, 3, 3, num_planes=2),
+    )
+    x = random_inputs(3, 64)
+    prefix = GatedRepair(
+        whole.gate.prefix(0),
+        whole.up.prefix(2),
+        whole.down.prefix(0),
+        gate_planes=whole.gate_planes[:1],
+    )
+    got = ops.gated_mlp(x, mlp, prefix, backend=backend)
+    assert relative_rms(got, reference.gated_mlp(x, mlp, prefix)) <= TOLERANCE[backend]
+    for fewer in (replace(prefix, gate_planes=()), replace(prefix, up=whole.up.prefix(0))):
+        less = ops.gated_mlp(x, mlp, fewer, backend=backend)
+        assert relative_rms(less, got) > 2 * TOLERANCE[backend]
+
+
+@pytest.mark.parametrize("grid", ["affine", "symmetric"])
+def test_int8_with_a_repair_is_the_same_alone_and_in_a_batch(grid: Grid) -> None:
+    mlp, factors = random_mlp(192, 128, 2, grid=grid), random_factors(192, 128, 3, 2, grid, 1)
     x, restored = random_inputs(33, 192), torch.arange(33) % 2 == 0
     batch = ops.gated_mlp(x, mlp, factors, restored, backend="cpu_int8")
     for t in (0, 1, 32):
@@ -69,8 +101,10 @@ def test_int8_with_factors_is_the_same_alone_and_in_a_batch() -> None:
         assert torch.equal(alone, batch[one])
 
 
-def test_triton_backend_joins_the_kernels() -> None:
-    mlp, factors = random_mlp(64, 128, 2, biases=True), random_factors(64, 128, 3, 2)
+@pytest.mark.parametrize(("grid", "num_planes"), [("affine", 0), ("symmetric", 1)])
+def test_triton_backend_joins_the_kernels(grid: Grid, num_planes: int) -> None:
+    mlp = random_mlp(64, 128, 2, biases=True, grid=grid)
+    factors = random_factors(64, 128, 3, 2, grid, num_planes)
     for num_tokens, restored in ((3, torch.tensor([True, False, True])), (17, None)):
         x = random_inputs(num_tokens, 64)
         got = ops.gated_mlp(x, mlp, factors, restored, backend="triton")
@@ -93,6 +127,7 @@ def test_many_are_each(backend: Backend) -> None:
         (random_inputs(2, 64), random_mlp(64, 128, 16)),
         (random_inputs(0, 64), random_mlp(64, 128, 3)),
         (random_inputs(5, 128), random_mlp(128, 64, 4)),
+        (random_inputs(2, 128), random_mlp(128, 64, 1, grid="symmetric")),
     ]
     many = ops.gated_mlp_many(inputs, backend=backend, num_threads=2)
     assert len(many) == len(inputs)
@@ -101,15 +136,16 @@ def test_many_are_each(backend: Backend) -> None:
     assert ops.gated_mlp_many([], backend=backend, num_threads=1) == []
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 16])
-def test_dequantize(bits: int) -> None:
-    matrix = random_matrix(37, 192, bits)
+@every_form_and_baseline
+def test_dequantize(grid: Grid, bits: int) -> None:
+    matrix = random_matrix(37, 192, bits, grid=grid)
     assert torch.equal(ops.dequantize(matrix), reference.dequantize(matrix))
 
 
 @pytest.mark.parametrize("num_blocks", [0, 3])
-def test_dequantize_low_rank(num_blocks: int) -> None:
-    factors = random_low_rank(64, 128, 3, num_blocks)
+@pytest.mark.parametrize("grid", ["affine", "symmetric"])
+def test_dequantize_low_rank(grid: Grid, num_blocks: int) -> None:
+    factors = random_low_rank(64, 128, 3, num_blocks, grid=grid)
     for got, expected in zip(
         ops.dequantize_low_rank(factors), reference.dequantize_low_rank(factors), strict=True
     ):
@@ -124,6 +160,7 @@ def test_backends_by_device() -> None:
 
 MLP, X = random_mlp(64, 128, 2), random_inputs(2, 64)
 FACTORS = random_factors(128, 64, 3, 1)  # of the transposed shapes
+PLANES = random_factors(128, 64, 3, 0, num_planes=1)  # likewise
 
 
 @pytest.mark.parametrize(
@@ -134,6 +171,7 @@ FACTORS = random_factors(128, 64, 3, 1)  # of the transposed shapes
         (lambda: ops.gated_mlp(X.int(), MLP, backend="cpu_fp32"), "x: expected float"),
         (lambda: ops.gated_mlp(X.to("meta"), MLP, backend="cpu_fp32"), "x is on meta"),
         (lambda: ops.gated_mlp(X, MLP, FACTORS, backend="cpu_fp32"), "factors.gate"),
+        (lambda: ops.gated_mlp(X, MLP, PLANES, backend="cpu_fp32"), "factors.gate"),
         (
             lambda: ops.gated_mlp(X, MLP, None, torch.ones(2), backend="cpu_fp32"),
             "restored: expected bool",

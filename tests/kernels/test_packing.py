@@ -4,14 +4,32 @@ matrix, a bit-by-bit packer as an oracle, a round-trip property, and refused inp
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.packing import bf16_weight, pack, pack_bf16, unpack
-from kernels.types import QuantizedMatrix, matrix_bytes, padded_rows, tile_bytes
+from kernels import reference
+from kernels.packing import (
+    bf16_weight,
+    pack,
+    pack_bf16,
+    pack_symmetric,
+    unpack,
+    unpack_symmetric,
+)
+from kernels.types import (
+    GatedRepair,
+    LowRank,
+    QuantizedMatrix,
+    block_bytes,
+    left_offset,
+    matrix_bytes,
+    padded_rows,
+    tile_bytes,
+)
 
 GOLDEN_SHA256 = {
     2: "13dafa376dfadd6751eecb526732ad582dee67c6aa417666f8216e7fc46c7123",
@@ -20,12 +38,19 @@ GOLDEN_SHA256 = {
 }
 
 
+def golden_codes(bits: int) -> torch.Tensor:
+    place = torch.arange(18 * 128).view(18, 128)
+    return ((place * 7 + place // 5) % 2**bits).to(torch.uint8)
+
+
 def golden_matrix(bits: int) -> QuantizedMatrix:
-    rows, cols = 18, 128
-    place = torch.arange(rows * cols).view(rows, cols)
-    codes = (place * 7 + place // 5) % 2**bits
-    groups = torch.arange(rows * 2).view(rows, 2).float()
-    return pack(codes.to(torch.uint8), 0.5 + groups / 8, groups / 4, bits)
+    groups = torch.arange(18 * 2).view(18, 2).float()
+    return pack(golden_codes(bits), 0.5 + groups / 8, groups / 4, bits)
+
+
+def golden_symmetric(bits: int) -> QuantizedMatrix:
+    scale8 = (torch.arange(18 * 2).view(18, 2) * 7 + 3).to(torch.uint8)
+    return pack_symmetric(golden_codes(bits), scale8, 0.5 + torch.arange(18) / 8, bits)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -33,6 +58,36 @@ def test_golden_bytes(bits: int) -> None:
     data = golden_matrix(bits).data
     assert data.numel() == 2 * 2 * tile_bytes(bits)
     assert hashlib.sha256(data.numpy().tobytes()).hexdigest() == GOLDEN_SHA256[bits]
+
+
+GOLDEN_SYMMETRIC_SHA256 = {
+    1: "6d99ab1fb036fc1d0eb2306e7c7fb0e9ba3fe1945a10a7a07abf8323508019dd",
+    2: "285e82da0d843a055f5d946f57b5e37066c5c792c0fbb4db43fb1f6d4729182a",
+    3: "a4d14e8b2af82ed048eb0a0487d0434a0167a9227028ca189fc0bd95734434ae",
+    4: "102bd428ef9a78a6de32ff92ae90a7555f1a70b79641adf18f263854dba972f4",
+}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_golden_bytes_of_the_symmetric_form(bits: int) -> None:
+    data = golden_symmetric(bits).data
+    assert data.numel() == 2 * 2 * (bits * 128 + 16) + 2 * 32
+    assert hashlib.sha256(data.numpy().tobytes()).hexdigest() == GOLDEN_SYMMETRIC_SHA256[bits]
+
+
+def test_a_symmetric_tile_of_one_bit_by_hand() -> None:
+    """Plane p holds vectors p, p+2, ..., p+14 in bits 0..7; scales and row scales follow."""
+    codes = torch.zeros(16, 64, dtype=torch.uint8)
+    codes[5, 4 * 6 + 1] = 1  # vector 6: plane 0, bit 3
+    codes[5, 4 * 15 + 2] = 1  # vector 15: plane 1, bit 7
+    scale8 = torch.arange(16, dtype=torch.uint8)[:, None] + 200
+    row_scale = torch.arange(16) / 4 + 1
+    data = pack_symmetric(codes, scale8, row_scale, 1).data.tolist()
+    expected = [0] * 128
+    expected[4 * 5 + 1], expected[64 + 4 * 5 + 2] = 1 << 3, 1 << 7
+    assert data[:128] == expected
+    assert data[128:144] == list(range(200, 216))
+    assert data[144:] == row_scale.half().view(torch.uint8).tolist()
 
 
 def test_first_bytes_of_a_tile_by_hand() -> None:
@@ -72,6 +127,8 @@ def put(tile: list[int], bits: int, vector: int, byte: int, code: int) -> None:
         tile[vector % 8 * 64 + byte] |= code << (4 * (vector // 8))
     elif bits == 2:
         tile[vector % 4 * 64 + byte] |= code << (2 * (vector // 4))
+    elif bits == 1:
+        tile[vector % 2 * 64 + byte] |= code << (vector // 2)
     else:
         half, place = vector // 8 * 192, vector % 8
         if place < 6:
@@ -89,6 +146,46 @@ def test_packing_agrees_with_a_bit_by_bit_packer(bits: int) -> None:
     scale = torch.rand(19, 2, generator=generator)
     zero = torch.rand(19, 2, generator=generator) * 3
     assert pack(codes, scale, zero, bits).data.tolist() == slow_pack(codes, scale, zero, bits)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_symmetric_tiles_hold_the_codes_of_affine_ones(bits: int) -> None:
+    """The bit-by-bit packer's codes, then scales: one code layout for both grids."""
+    codes = torch.randint(0, 2**bits, (19, 128), dtype=torch.uint8)
+    scale8 = torch.randint(0, 256, (19, 2), dtype=torch.uint8)
+    data = pack_symmetric(codes, scale8, torch.rand(19), bits).data.tolist()
+    slow = slow_pack(codes, torch.zeros(19, 2), torch.zeros(19, 2), bits)
+    for tile in range(4):
+        start, other = tile * (bits * 128 + 16), tile * (bits * 128 + 64)
+        assert data[start : start + bits * 128] == slow[other : other + bits * 128]
+        block, group = divmod(tile, 2)
+        rows = scale8[16 * block : 16 * block + 16, group].tolist()
+        end = start + bits * 128
+        assert data[end : end + 16] == rows + [0] * (16 - len(rows))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 50),
+    groups=st.integers(1, 5),
+    bits=st.sampled_from([1, 2, 3, 4]),
+    seed=st.integers(0, 2**31),
+)
+def test_symmetric_round_trip_and_formula(rows: int, groups: int, bits: int, seed: int) -> None:
+    """What was packed comes out, and the weight is the formula of the stored numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (rows, groups * 64), dtype=torch.uint8, generator=generator)
+    scale8 = torch.randint(0, 256, (rows, groups), dtype=torch.uint8, generator=generator)
+    row_scale = torch.randn(rows, generator=generator)
+    matrix = pack_symmetric(codes, scale8, row_scale, bits)
+    assert matrix.data.numel() == matrix_bytes(rows, groups * 64, bits, "symmetric")
+    got = unpack_symmetric(matrix)
+    stored_scale = row_scale.half().float()
+    assert all(map(torch.equal, got, (codes, scale8, stored_scale)))
+    middle = (2**bits - 1) / 2
+    by_hand = (stored_scale[:, None] * (scale8 / 255)).double().repeat_interleave(64, dim=1)
+    by_hand *= codes.double() - middle
+    assert torch.allclose(reference.dequantize(matrix).double(), by_hand, rtol=1e-6, atol=0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -121,6 +218,15 @@ def test_padding_rows_are_zero() -> None:
     assert not zero_scaled[1:].any()
 
 
+def test_symmetric_padding_rows_are_zero() -> None:
+    codes, full = torch.full((1, 64), 3, dtype=torch.uint8), torch.full((1, 1), 255).byte()
+    matrix = pack_symmetric(codes, full, torch.ones(1), 2)
+    got_codes, scale8, row_scale = unpack_symmetric(replace(matrix, rows=16))
+    assert not got_codes[1:].any()
+    assert not scale8[1:].any()
+    assert not row_scale[1:].any()
+
+
 def test_bf16_round_trip_at_any_address() -> None:
     weight = torch.randn(5, 7)
     matrix = pack_bf16(weight)
@@ -136,6 +242,7 @@ CODES, SCALE = torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 1)
     ("codes", "scale", "zero", "bits", "message"),
     [
         (CODES, SCALE, SCALE, 5, "bits: got 5"),
+        (CODES, SCALE, SCALE, 1, "bits: got 1"),
         (CODES, SCALE, SCALE, 16, "pack_bf16"),
         (CODES.int(), SCALE, SCALE, 2, "uint8"),
         (CODES[0], SCALE, SCALE, 2, "codes"),
@@ -163,3 +270,84 @@ def test_unpacking_the_wrong_kind_is_refused() -> None:
         bf16_weight(golden_matrix(2))
     with pytest.raises(ValueError, match="weight"):
         pack_bf16(torch.ones(2))
+    with pytest.raises(ValueError, match="grid: got 'affine'"):
+        unpack_symmetric(golden_matrix(2))
+
+
+SCALE8, ROW_SCALE = torch.full((16, 1), 9, dtype=torch.uint8), torch.ones(16)
+
+
+@pytest.mark.parametrize(
+    ("codes", "scale8", "row_scale", "bits", "message"),
+    [
+        (CODES, SCALE8, ROW_SCALE, 5, "bits: got 5"),
+        (CODES, SCALE8, ROW_SCALE, 16, "bits: got 16"),
+        (CODES.int(), SCALE8, ROW_SCALE, 2, "uint8"),
+        (CODES[:, :48], SCALE8, ROW_SCALE, 2, "multiple of 64"),
+        (CODES, SCALE8.int(), ROW_SCALE, 2, "scale8: expected uint8"),
+        (CODES, SCALE8[:4], ROW_SCALE, 2, "scale8: expected uint8"),
+        (CODES, SCALE8, ROW_SCALE[:4], 2, "row_scale: expected float"),
+        (CODES, SCALE8, ROW_SCALE.int(), 2, "row_scale: expected float"),
+        (CODES + 2, SCALE8, ROW_SCALE, 1, "largest is 2"),
+        (CODES, SCALE8, ROW_SCALE * 1e6, 2, "row_scale: largest magnitude"),
+        (CODES, SCALE8, ROW_SCALE * float("nan"), 2, "nan"),
+    ],
+)
+def test_bad_symmetric_input_is_refused(
+    codes: torch.Tensor, scale8: torch.Tensor, row_scale: torch.Tensor, bits: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack_symmetric(codes, scale8, row_scale, bits)
+
+
+def test_sizes_of_the_forms() -> None:
+    """Bits per weight of a big matrix, and rank blocks on whole cache lines."""
+    weights = 4096 * 4096
+    assert [8 * matrix_bytes(4096, 4096, b) / weights for b in (2, 3, 4)] == [2.5, 3.5, 4.5]
+    per_weight = [8 * matrix_bytes(4096, 4096, b, "symmetric") / weights for b in (1, 2, 3, 4)]
+    row_scales = 16 / 4096
+    assert per_weight == [bits + 0.125 + row_scales for bits in (1, 2, 3, 4)]
+    for bits in (1, 2, 3, 4):
+        right = matrix_bytes(16, 192, bits, "symmetric")
+        left = matrix_bytes(16, 128, bits, "symmetric")
+        start, size = left_offset(192, bits, "symmetric"), block_bytes(128, 192, bits, "symmetric")
+        assert start % 64 == size % 64 == 0
+        assert right <= start < right + 64
+        assert start + left <= size < start + left + 64
+    assert block_bytes(128, 192, 3) == matrix_bytes(16, 192, 3) + matrix_bytes(16, 128, 3)
+
+
+PLANE = pack_symmetric(CODES.new_zeros(64, 64), SCALE8.new_ones(64, 1), torch.ones(64), 1)
+NOTHING = LowRank(PLANE.data, (), 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(PLANE, grid="affine"), "bits: got 1, a grid 'affine' has one of"),
+        (lambda: replace(PLANE, grid="log"), "grid: got 'log'"),
+        (lambda: replace(PLANE, bits=16), "bits: got 16, a grid 'symmetric'"),
+        (lambda: replace(PLANE, bits=2), "data: expected a flat uint8 tensor of 1216 bytes"),
+        (lambda: replace(NOTHING, bits=1), "bits: got 1, a grid 'affine'"),
+        (lambda: replace(NOTHING, bits=16), "bits: got 16"),
+        (
+            lambda: LowRank(PLANE.data[:383], (0,), 64, 64, 1, "symmetric"),
+            "block of 384 bytes at 0 reaches past the 383 bytes",
+        ),
+        (
+            lambda: GatedRepair(NOTHING, NOTHING, NOTHING, up_planes=(PLANE, golden_symmetric(1))),
+            r"up_planes\[1\]: expected \[64, 64\] of 1 bit \(symmetric\), got \[18, 128\]",
+        ),
+        (
+            lambda: GatedRepair(NOTHING, NOTHING, NOTHING, (wider_plane(),)),
+            r"gate_planes\[0\]: .* got \[64, 64\] of 2",
+        ),
+    ],
+)
+def test_forms_that_do_not_fit_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def wider_plane() -> QuantizedMatrix:
+    return pack_symmetric(CODES.new_zeros(64, 64), SCALE8.new_ones(64, 1), torch.ones(64), 2)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from kernel_matrices import (
+    FORMS,
     FP32_TOLERANCE,
     random_factors,
     random_inputs,
@@ -17,8 +20,8 @@ from kernel_matrices import (
 
 from kernels import reference
 from kernels.activations import apply_gate
-from kernels.packing import unpack
-from kernels.types import GatedRepair
+from kernels.packing import unpack, unpack_symmetric
+from kernels.types import GatedRepair, Grid
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -33,6 +36,23 @@ def test_dequantize_is_the_formula(bits: int, rows: int, cols: int) -> None:
         assert weight[n, k] == expected
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 64), (37, 448), (16, 128)])
+def test_dequantize_is_the_symmetric_formula(bits: int, rows: int, cols: int) -> None:
+    """In float64, to float32's rounding: three products, each within 2**-24 of its value."""
+    matrix = random_matrix(rows, cols, bits, grid="symmetric")
+    codes, scale8, row_scale = (part.double() for part in unpack_symmetric(matrix))
+    level = codes - (2**bits - 1) / 2
+    expected = row_scale[:, None] * (scale8 / 255).repeat_interleave(64, dim=1) * level
+    weight = reference.dequantize(matrix)
+    assert weight.shape == (rows, cols)
+    assert ((weight - expected).abs() <= 4 * 2**-24 * expected.abs()).all()
+    # The scale and zero that `unpack` gives for either grid say the same.
+    _, scale, zero_scaled = unpack(matrix)
+    wide = [part.double().repeat_interleave(64, dim=1) for part in (scale, zero_scaled)]
+    assert torch.allclose(wide[0] * codes - wide[1], expected, rtol=0, atol=1e-6)
+
+
 def test_bf16_baseline() -> None:
     matrix = random_matrix(5, 70, 16)
     assert reference.dequantize(matrix).shape == (5, 70)
@@ -40,8 +60,9 @@ def test_bf16_baseline() -> None:
 
 
 @pytest.mark.parametrize("num_blocks", [0, 1, 4])
-def test_low_rank_is_left_times_right(num_blocks: int) -> None:
-    factors = random_low_rank(64, 128, 3, num_blocks)
+@pytest.mark.parametrize(("grid", "bits"), FORMS)
+def test_low_rank_is_left_times_right(num_blocks: int, grid: Grid, bits: int) -> None:
+    factors = random_low_rank(64, 128, bits, num_blocks, grid=grid)
     left, right = reference.dequantize_low_rank(factors)
     assert left.shape == (64, 16 * num_blocks)
     assert right.shape == (16 * num_blocks, 128)
@@ -51,17 +72,24 @@ def test_low_rank_is_left_times_right(num_blocks: int) -> None:
     assert torch.allclose(got, x @ (left @ right).T, atol=1e-5)
 
 
-def test_a_prefix_of_blocks_is_a_smaller_low_rank() -> None:
-    factors = random_low_rank(64, 128, 4, 3)
+@pytest.mark.parametrize("grid", ["affine", "symmetric"])
+def test_a_prefix_of_blocks_is_a_smaller_low_rank(grid: Grid) -> None:
+    factors = random_low_rank(64, 128, 4, 3, grid=grid)
+    assert factors.prefix(2).grid == grid
     left, right = reference.dequantize_low_rank(factors)
     small_left, small_right = reference.dequantize_low_rank(factors.prefix(2))
     assert torch.equal(small_left, left[:, :32])
     assert torch.equal(small_right, right[:32])
 
 
-def test_gated_mlp_with_factors_on_some_tokens_and_biases() -> None:
-    """Each token alone, with the matrices made dense: codes only, or codes plus left @ right."""
-    mlp, factors = random_mlp(64, 128, 2, biases=True), random_factors(64, 128, 3, 2)
+@pytest.mark.parametrize("num_blocks", [0, 2])
+@pytest.mark.parametrize("num_planes", [0, 1, 2])
+def test_gated_mlp_with_a_repair_on_some_tokens_and_biases(
+    num_blocks: int, num_planes: int
+) -> None:
+    """Each token alone, with the matrices made dense: codes, or codes + planes + left @ right."""
+    mlp = random_mlp(64, 128, 2, biases=True)
+    factors = random_factors(64, 128, 3, num_blocks, num_planes=num_planes)
     x = random_inputs(4, 64)
     restored = torch.tensor([True, False, False, True])
     got = reference.gated_mlp(x, mlp, factors, restored)
@@ -72,6 +100,8 @@ def test_gated_mlp_with_factors_on_some_tokens_and_biases() -> None:
             if restored[t]:
                 left, right = reference.dequantize_low_rank(getattr(factors, name))
                 weight = weight + left @ right
+                for plane in getattr(factors, f"{name}_planes"):
+                    weight = weight + reference.dequantize(plane)
             weights.append(weight)
         gate, up, down = weights
         h = F.silu(gate @ x[t] + mlp.gate_bias) * (up @ x[t] + mlp.up_bias)
@@ -85,7 +115,13 @@ def test_no_restored_token_is_no_factors_and_none_is_all() -> None:
     nobody = reference.gated_mlp(x, mlp, factors, torch.zeros(3, dtype=torch.bool))
     assert torch.equal(nobody, plain)
     empty = GatedRepair(factors.gate.prefix(0), factors.up.prefix(0), factors.down.prefix(0))
+    assert empty.is_empty
     assert torch.equal(reference.gated_mlp(x, mlp, empty), plain)
+    one_plane = replace(empty, down_planes=(random_matrix(64, 64, 1, grid="symmetric"),))
+    assert not one_plane.is_empty
+    assert not torch.equal(reference.gated_mlp(x, mlp, one_plane), plain)
+    refined = reference.gated_mlp(x, mlp, one_plane, torch.zeros(3, dtype=torch.bool))
+    assert torch.equal(refined, plain)
     everybody = reference.gated_mlp(x, mlp, factors, torch.ones(3, dtype=torch.bool))
     assert torch.equal(reference.gated_mlp(x, mlp, factors), everybody)
     assert not torch.equal(everybody, plain)
