@@ -22,6 +22,7 @@ from models.smol.base import load_base
 from models.smol.corpus import Domain, even_windows, read_domains
 from models.smol.deltas import LayerDeltas, read_deltas
 from models.smol.forward import Adjust, Routing, TrainingModel
+from models.smol.recipe import file_sha256
 
 WINDOW = 256  # tokens
 
@@ -42,9 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = load_base(args.base)
     end_id = base.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     domains = read_domains(args.held_out, base.tokenizer, end_id, 10**9, seed=1)
-    layers = [rounded(layer) for layer in read_deltas(args.deltas)]
+    layers = [rounded(layer) for layer in read_deltas(args.run / "deltas.safetensors")]
     report = measure(TrainingModel(base), layers, domains, args.windows)
-    args.report.write_text(json.dumps(report, indent=1) + "\n")
+    state = torch.load(args.run / "state.pt")
+    told = {
+        "deltas_sha256": file_sha256(args.run / "deltas.safetensors"),
+        "model_sha256": file_sha256(args.model / "model.safetensors"),
+        "training": {
+            "steps": state["step"],
+            "tokens": state["tokens"],
+            "minutes": round(state["seconds"] / 60, 1),
+            "log": state["log"],
+        },
+        "checks": report,
+    }
+    args.report.write_text(json.dumps(told, indent=1) + "\n")
 
 
 def measure(
@@ -163,7 +176,8 @@ def _mean(values: Sequence[float]) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, required=True, help="the GGUF file of the dense model")
-    parser.add_argument("--deltas", type=Path, required=True, help="deltas.safetensors")
+    parser.add_argument("--run", type=Path, required=True, help="what the training wrote")
+    parser.add_argument("--model", type=Path, required=True, help="folder assembled from it")
     parser.add_argument("--held-out", type=Path, required=True, help="folder of <domain>.txt")
     parser.add_argument("--report", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--windows", type=int, default=32, help="of each domain")

@@ -44,6 +44,7 @@ class Run:
     layers: list[LayerDeltas]
     optimizer: torch.optim.Optimizer
     step: int = 0
+    tokens: int = 0
     seconds: float = 0.0
     log: list[dict[str, Any]] = field(default_factory=list)
 
@@ -86,6 +87,7 @@ def train(
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
+        run.tokens += windows[:, 1:].numel()
         run.seconds += time.perf_counter() - start_s
         value = float(loss.detach())
         mean_loss = value if math.isnan(mean_loss) else 0.95 * mean_loss + 0.05 * value
@@ -114,6 +116,7 @@ def save(model: TrainingModel, run: Run, held_out: list[Domain], args: argparse.
         "deltas": named_tensors(run.layers),
         "optimizer": run.optimizer.state_dict(),
         "step": run.step,
+        "tokens": run.tokens,
         "seconds": run.seconds,
         "log": run.log,
     }
@@ -174,7 +177,8 @@ def start(model: TrainingModel, domains: list[Domain], ffn: int, args: argparse.
     state = torch.load(file)
     run = _new_run(layers_of(state["deltas"], str(file)), args.rate)
     run.optimizer.load_state_dict(state["optimizer"])
-    run.step, run.seconds, run.log = state["step"], state["seconds"], state["log"]
+    run.step, run.tokens = state["step"], state["tokens"]
+    run.seconds, run.log = state["seconds"], state["log"]
     logger.info("going on at step %d, %.1f minutes", run.step, run.seconds / 60)
     return run
 
