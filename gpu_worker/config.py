@@ -45,7 +45,8 @@ class WorkerConfig:
       not restored, cost those of experts for which copying is dearer.
     - cache_bytes: device memory for experts kept between steps; 0 keeps none.
     - max_in_flight_bytes: bytes of records on their way or not yet used; holds any one expert.
-    - fetch_threads: fetches that may run at the same time.
+    - fetch_threads: fetches that may run at the same time; 0 fetches on the step's own thread, so
+      that nothing overlaps and the order is fixed.
     - fetch_bytes: bytes asked for in one fetch, if more is missing; smaller lets computing start
       sooner, larger saves calls. None means half of max_in_flight_bytes.
     - max_sequences: sequences that run at the same time (slots of the KV cache).
@@ -95,7 +96,7 @@ class WorkerConfig:
                 )
         _at_least("cache_bytes", self.cache_bytes, 0)
         _at_least("max_in_flight_bytes", self.max_in_flight_bytes, 1)
-        _at_least("fetch_threads", self.fetch_threads, 1)
+        _at_least("fetch_threads", self.fetch_threads, 0)
         _at_least("fetch_bytes", self.fetch_bytes, 1)
         _at_least("max_sequences", self.max_sequences, 1)
         _at_least("max_context", self.max_context, 1)

@@ -59,8 +59,9 @@ def skip_mask(topk_weights_TK: torch.Tensor, below: float) -> torch.Tensor:
 
     Sizes count, not signs. A token's first expert is never marked, however small its share.
     """
-    mask_TK = shares(topk_weights_TK) < below
-    return mask_TK & (ranks(topk_weights_TK) > 0)
+    if below <= 0:
+        return torch.zeros_like(topk_weights_TK, dtype=torch.bool)
+    return (shares(topk_weights_TK) < below) & (ranks(topk_weights_TK) > 0)
 
 
 def ranks(topk_weights_TK: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ class Streamer:
     """Fetches records in batches, each one call to the source, on `num_threads` threads.
 
     A batch has `fetch_bytes` at most, or one expert that is larger; an expert is never cut.
+    Without threads the one that asks fetches: nothing overlaps, and the order is fixed.
     At most `max_in_flight_bytes` are fetched, or fetched and not yet released, at any time. What
     does not fit waits in the order it was asked for. On a CPU the source's memory is used as it
     is; on a GPU it goes through pinned memory and a copy stream of its own.
@@ -73,13 +74,17 @@ class Streamer:
         self._max_bytes = max_in_flight_bytes
         self._fetch_bytes = min(fetch_bytes, max_in_flight_bytes)
         self._clock = clock
-        self._lock = threading.Lock()
+        # Reentrant: without threads a fetch runs where it is admitted.
+        self._lock = threading.RLock()
         self._waiting: deque[tuple[Stream, tuple[PlannedCopy, ...]]] = deque()
         self._in_flight: Counter[RecordRequest] = Counter()
         self._in_flight_bytes = 0
         self._moved_bytes: Counter[tuple[str, RecordKind]] = Counter()
         self._closed = False
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="moetier-fetch")
+        name = "moetier-fetch"
+        self._pool = (
+            ThreadPoolExecutor(num_threads, thread_name_prefix=name) if num_threads else None
+        )
 
     @property
     def tier(self) -> str:
@@ -129,7 +134,8 @@ class Streamer:
             for copy in batch:
                 error = ExpertUnavailableError(f"{copy.request.key}: the streamer was closed")
                 stream.deliver(_Arrival(Landed(copy, None, error), None))
-        self._pool.shutdown(wait=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
 
     def _batches(self, copies: Sequence[PlannedCopy]) -> Iterator[tuple[PlannedCopy, ...]]:
         """Cut a step's copies into fetches; an expert's records stay together."""
@@ -155,7 +161,10 @@ class Streamer:
             self._waiting.popleft()
             self._in_flight.update({copy.request: copy.num_bytes for copy in batch})
             self._in_flight_bytes += num_bytes
-            self._pool.submit(self._run_batch, stream, batch)
+            if self._pool is None:
+                self._run_batch(stream, batch)
+            else:
+                self._pool.submit(self._run_batch, stream, batch)
 
     def _release(self, copy: PlannedCopy) -> None:
         with self._lock:

@@ -33,8 +33,8 @@ from gpu_worker.scoring import score_decode, score_windows
 from tests.gpu_worker.sources import CountingSource, InProcessNearData
 from tests.tiny_checkpoints import write_tiny_checkpoint
 
-# One fetch thread: the order in which records land, and so who is evicted first, is then fixed.
-CONFIG = WorkerConfig(device="cpu", dtype="float32", fetch_threads=1, max_sequences=3)
+# No fetch thread: the order in which records land, and so who is evicted first, is then fixed.
+CONFIG = WorkerConfig(device="cpu", dtype="float32", fetch_threads=0, max_sequences=3)
 POLICIES: dict[str, dict[str, Any]] = {
     "static": {"top_n": 0},
     "top 1": {"top_n": 1},

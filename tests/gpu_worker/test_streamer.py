@@ -67,11 +67,14 @@ def drain(streamer: Streamer, copies: Sequence[PlannedCopy]) -> dict[RecordReque
 
 @pytest.mark.parametrize("in_flight", [1, 2, 8])
 @pytest.mark.parametrize("per_fetch", [1, 3])
+@pytest.mark.parametrize("threads", [0, 2])
 def test_every_record_lands_once_with_the_source_s_bytes(
-    segment: Segment, in_flight: int, per_fetch: int
+    segment: Segment, in_flight: int, per_fetch: int, threads: int
 ) -> None:
     source = CountingSource(segment)
-    streamer = make(source, experts_in_flight=in_flight, experts_per_fetch=per_fetch)
+    streamer = make(
+        source, experts_in_flight=in_flight, experts_per_fetch=per_fetch, threads=threads
+    )
     copies = copies_of(segment)
     got = drain(streamer, copies)
     streamer.close()
@@ -100,10 +103,21 @@ def test_a_layer_that_fits_is_one_fetch_and_an_expert_is_never_cut(segment: Segm
     streamer.close()
 
 
-def test_no_more_than_the_limit_is_under_way_until_it_is_released(segment: Segment) -> None:
+def test_without_threads_records_land_in_the_order_asked_for(segment: Segment) -> None:
+    source = CountingSource(segment)
+    streamer = make(source, experts_in_flight=2, experts_per_fetch=1, threads=0)
+    copies = copies_of(segment)
+    assert list(drain(streamer, copies)) == [copy.request for copy in copies]
+    streamer.close()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_no_more_than_the_limit_is_under_way_until_it_is_released(
+    segment: Segment, threads: int
+) -> None:
     """Two experts fit: the third is fetched only after one of them was released."""
     source = CountingSource(segment)
-    streamer = make(source, experts_in_flight=2, experts_per_fetch=1)
+    streamer = make(source, experts_in_flight=2, experts_per_fetch=1, threads=threads)
     limit = 2 * largest_expert_bytes(segment.manifest)
     with streamer.start(copies_of(segment)) as stream:
         arrivals = iter(stream)

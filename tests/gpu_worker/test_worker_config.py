@@ -43,7 +43,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
         ({"cache_bytes": -5}, "cache_bytes: got -5"),
         ({"cache_bytes": 0.5}, "cache_bytes: got 0.5"),
         ({"max_in_flight_bytes": 0}, "max_in_flight_bytes: got 0"),
-        ({"fetch_threads": 0}, "fetch_threads: got 0"),
+        ({"fetch_threads": -1}, "fetch_threads: got -1"),
         ({"fetch_bytes": 0}, "fetch_bytes: got 0"),
         ({"max_sequences": 0}, "max_sequences: got 0"),
         ({"max_context": 0}, "max_context: got 0"),
