@@ -50,8 +50,8 @@ class BlockCodedMatrix:
     """A [rows, cols] weight in the layout of `kernels/block_code.py`; cols is a multiple of 64.
 
     `data` is a flat uint8 tensor, maybe a read-only view of a mapped file. Data on the CPU is
-    checked against its own header here, and wholly by `check_block_code`; data elsewhere is
-    trusted, because looking at it would wait for the device.
+    checked against its own header here, and wholly by `check_block_code`; of data elsewhere only
+    the length is looked at, because more would wait for the device.
 
     Raises ValueError when shape, header and length do not fit together.
     """
@@ -66,6 +66,8 @@ class BlockCodedMatrix:
             raise ValueError(f"data: expected a flat uint8 tensor, got {self.data.dtype}")
         if self.data.device.type == "cpu":
             _read_header(self.data, self.rows, self.cols)
+        elif self.data.numel() < (least := block_sections(self.rows, self.cols, 0).payload):
+            raise ValueError(f"data: {self.data.numel()} bytes, the tables alone have {least}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,13 @@ def decode_block_code(matrix: BlockCodedMatrix) -> torch.Tensor:
     rows, cols = matrix.rows, matrix.cols
     sections = block_sections(rows, cols, _read_header(data, rows, cols))
     words = data[sections.payload :].view(torch.int32)
-    starts_C2 = _chunk_starts(data, sections)
+    words_C3 = _chunk_words(data, sections)
     planes_NB = _planes(data, sections, rows, cols)
     row_step_N, factor_NG = _step_tables(data, sections, rows, cols)
     weight_NK = torch.empty(rows, cols, device=data.device)
     for piece in row_pieces(rows, cols):
         chunks = slice(piece.start // ROWS_PER_CHUNK, -(-piece.stop // ROWS_PER_CHUNK))
-        codes_BL = _decode_rows(words, starts_C2[chunks], planes_NB[piece])
+        codes_BL = _decode_rows(words, words_C3[chunks], planes_NB[piece])
         if sections.is_differenced:
             codes_BL = codes_BL.cumsum(dim=1)
         step = steps(row_step_N[piece], None if factor_NG is None else factor_NG[piece])
@@ -125,20 +127,22 @@ def check_block_code(matrix: BlockCodedMatrix) -> torch.Tensor:
     data, rows, cols = matrix.data.contiguous(), matrix.rows, matrix.cols
     data = data.clone() if data.data_ptr() % 4 or data.storage_offset() % 4 else data
     sections = block_sections(rows, cols, _read_header(data, rows, cols))
-    num_words = (data.numel() - sections.payload) // 4
-    starts_C2 = _chunk_starts(data, sections)
-    ends_C = torch.cat((starts_C2[1:, 0], starts_C2.new_tensor([num_words])))
-    signs_C = starts_C2[:, 0] + per_chunk(_planes(data, sections, rows, cols).sum(1))
-    fits = (starts_C2[:, 1] == signs_C) & (signs_C <= ends_C)
-    if int(starts_C2[0, 0]) or not bool(fits.all()):
+    planes_C, signs_C, ends_C = _chunk_words(data, sections).T
+    told_C = planes_C + per_chunk(_planes(data, sections, rows, cols).sum(1))
+    if int(planes_C[0]) or not bool(((signs_C == told_C) & (signs_C <= ends_C)).all()):
         raise ValueError(
             f"block code of [{rows}, {cols}]: its chunk starts contradict its plane counts or its "
-            f"{num_words} words of payload"
+            f"{data.numel()} bytes"
         )
     row_step_N = _step_tables(data, sections, rows, cols)[0]
     if not bool((torch.isfinite(row_step_N) & (row_step_N > 0)).all()):
         raise ValueError(f"block code of [{rows}, {cols}]: a row's step is not a positive number")
     return data
+
+
+def block_flags(matrix: BlockCodedMatrix) -> int:
+    """The flags in the header, which is checked again. Waits for the data's device."""
+    return _read_header(matrix.data, matrix.rows, matrix.cols)
 
 
 def _read_header(data: torch.Tensor, rows: int, cols: int) -> int:
@@ -191,13 +195,13 @@ def before_in_chunk(counts: torch.Tensor, chunk_size: int) -> torch.Tensor:
 
 
 def _decode_rows(
-    words: torch.Tensor, starts_C2: torch.Tensor, planes_NB: torch.Tensor
+    words: torch.Tensor, words_C3: torch.Tensor, planes_NB: torch.Tensor
 ) -> torch.Tensor:
     """The whole numbers of some chunks' rows, int32 [n * B, L]."""
     planes_B = planes_NB.reshape(-1)
     chunk_blocks = ROWS_PER_CHUNK * planes_NB.shape[1]
     chunk_B = torch.arange(planes_B.numel(), device=words.device) // chunk_blocks
-    start_B = starts_C2[chunk_B, 0] + before_in_chunk(planes_B, chunk_blocks)
+    start_B = words_C3[chunk_B, 0] + before_in_chunk(planes_B, chunk_blocks)
     lane_L = torch.arange(BLOCK, dtype=torch.int32, device=words.device)
     codes_BL = torch.zeros(planes_B.numel(), BLOCK, dtype=torch.int32, device=words.device)
     for plane in range(int(planes_B.max())):
@@ -206,19 +210,22 @@ def _decode_rows(
     signed = (codes_BL != 0).view(-1)
     place = before_in_chunk(signed.long(), chunk_blocks * BLOCK)[signed]
     chunk = chunk_B[:, None].expand(codes_BL.shape).reshape(-1)[signed]
-    word = starts_C2[chunk, 1] + place // BLOCK
-    if word.numel() and int(word.max()) >= words.numel():
-        raise ValueError(f"block code: {words.numel()} words of payload end before their signs")
+    word = words_C3[chunk, 1] + place // BLOCK
+    if bool((word >= words_C3[chunk, 2]).any()):
+        raise ValueError("block code: a chunk's signs contradict the start of the next chunk")
     negative = words[word] >> (place % BLOCK).int() & 1
     flat = codes_BL.view(-1)
     flat[signed] *= 1 - 2 * negative
     return codes_BL
 
 
-def _chunk_starts(data: torch.Tensor, sections: BlockSections) -> torch.Tensor:
-    """First plane word and first sign word of every chunk, int64 [C, 2]."""
-    starts = data[sections.chunk_starts : sections.plane_counts].view(torch.int32)
-    return starts.long().view(-1, 2) & 0xFFFFFFFF
+def _chunk_words(data: torch.Tensor, sections: BlockSections) -> torch.Tensor:
+    """Of every chunk the first plane word, the first sign word and the end, int64 [C, 3]."""
+    told = data[sections.chunk_starts : sections.plane_counts].view(torch.int32)
+    starts_C2 = told.long().view(-1, 2) & 0xFFFFFFFF
+    num_words = (data.numel() - sections.payload) // 4
+    ends_C = torch.cat((starts_C2[1:, 0], starts_C2.new_tensor([num_words])))
+    return torch.cat((starts_C2, ends_C[:, None]), dim=1)
 
 
 def _planes(data: torch.Tensor, sections: BlockSections, rows: int, cols: int) -> torch.Tensor:

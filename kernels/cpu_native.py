@@ -75,6 +75,7 @@ def _library() -> ctypes.CDLL | None:
     product = (_POINTER, _POINTER, _INT64, _POINTER, _INT32, _INT32)
     library.moetier_matmul.argtypes = library.moetier_low_rank_matmul.argtypes = product
     library.moetier_gated_mlp_many.argtypes = (_POINTER, _INT64, _INT32, _INT32)
+    library.moetier_decode_block_code.argtypes = (_POINTER, _POINTER, _INT32, _INT32)
     return library
 
 
@@ -87,7 +88,7 @@ def is_available() -> bool:
 def best_isa() -> Isa:
     """The fastest instruction set this processor has."""
     names: tuple[Isa, ...] = get_args(Isa)
-    return names[int(_loaded().moetier_best_isa())]
+    return names[int(loaded().moetier_best_isa())]
 
 
 def dequantize(
@@ -98,10 +99,10 @@ def dequantize(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The [N, K] weight, the same bits as the reference's."""
-    weight_NK = _output(out, matrix.rows, matrix.cols)
+    weight_NK = output(out, matrix.rows, matrix.cols)
     record = _matrix_record("matrix", matrix)
-    status = _loaded().moetier_dequantize(
-        ctypes.addressof(record), weight_NK.data_ptr(), _threads(num_threads), _isa_index(isa)
+    status = loaded().moetier_dequantize(
+        ctypes.addressof(record), weight_NK.data_ptr(), _threads(num_threads), isa_index(isa)
     )
     _check(status)
     return weight_NK
@@ -117,11 +118,11 @@ def matmul(
 ) -> torch.Tensor:
     """x @ W.T as [T, N], x rounded to int8 per token and group of 64."""
     x = _input(x_TK, matrix.cols)
-    y_TN = _output(out, x.shape[0], matrix.rows)
+    y_TN = output(out, x.shape[0], matrix.rows)
     record = _matrix_record("matrix", matrix)
-    status = _loaded().moetier_matmul(
+    status = loaded().moetier_matmul(
         ctypes.addressof(record), x.data_ptr(), x.shape[0], y_TN.data_ptr(),
-        _threads(num_threads), _isa_index(isa),
+        _threads(num_threads), isa_index(isa),
     )  # fmt: skip
     _check(status)
     return y_TN
@@ -137,7 +138,7 @@ def low_rank_matmul(
 ) -> torch.Tensor:
     """left @ (right @ x) per token as [T, N]; x rounded to int8, the middle kept in float32."""
     x = _input(x_TK, factors.cols)
-    y_TN = _output(out, x.shape[0], factors.rows)
+    y_TN = output(out, x.shape[0], factors.rows)
     num_blocks = len(factors.block_offsets)
     offsets = (_INT64 * num_blocks)(*factors.block_offsets)
     record = _LowRank(
@@ -149,9 +150,9 @@ def low_rank_matmul(
         bits=factors.bits,
         grid=get_args(Grid).index(factors.grid),
     )
-    status = _loaded().moetier_low_rank_matmul(
+    status = loaded().moetier_low_rank_matmul(
         ctypes.addressof(record), x.data_ptr(), x.shape[0], y_TN.data_ptr(),
-        _threads(num_threads), _isa_index(isa),
+        _threads(num_threads), isa_index(isa),
     )  # fmt: skip
     _check(status)
     return y_TN
@@ -166,12 +167,12 @@ def gated_mlp_many(
 ) -> list[torch.Tensor]:
     """[T_i, H] for each (x [T_i, H], mlp), all in one native call that shares its threads."""
     alive = [_input(x_TH, mlp.gate.cols) for x_TH, mlp in inputs]
-    ys = [_output(outs[i] if outs is not None else None, *x.shape) for i, x in enumerate(alive)]
+    ys = [output(outs[i] if outs is not None else None, *x.shape) for i, x in enumerate(alive)]
     records = (_GatedMlp * len(alive))(
         *(_record(x, mlp, y) for x, (_, mlp), y in zip(alive, inputs, ys, strict=True))
     )
-    status = _loaded().moetier_gated_mlp_many(
-        ctypes.addressof(records), len(alive), _threads(num_threads), _isa_index(isa)
+    status = loaded().moetier_gated_mlp_many(
+        ctypes.addressof(records), len(alive), _threads(num_threads), isa_index(isa)
     )
     _check(status)
     return ys
@@ -193,7 +194,8 @@ def _record(x: torch.Tensor, mlp: GatedMLP, y: torch.Tensor) -> _GatedMlp:
     )
 
 
-def _loaded() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The library, which must be there."""
     library = _library()
     assert library is not None, "kernels.ops asks is_available() before it calls a native kernel"
     return library
@@ -252,7 +254,8 @@ def _input(x: torch.Tensor, cols: int) -> torch.Tensor:
     return x.detach().float().contiguous()
 
 
-def _output(out: torch.Tensor | None, rows: int, cols: int) -> torch.Tensor:
+def output(out: torch.Tensor | None, rows: int, cols: int) -> torch.Tensor:
+    """`out` after a check, or fresh memory: float32 [rows, cols]."""
     if out is None:
         return torch.empty(rows, cols)
     if (
@@ -274,7 +277,8 @@ def _threads(num_threads: int) -> int:
     return num_threads
 
 
-def _isa_index(isa: Isa | None) -> int:
+def isa_index(isa: Isa | None) -> int:
+    """MoetierIsa of a name, the best for None. ValueError for one this processor has not."""
     best = best_isa()
     names = get_args(Isa)
     if isa is None:

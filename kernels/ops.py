@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import torch
 
 from kernels import reference
+from kernels.block_code import BlockCodedMatrix
 from kernels.gated import compose_gated_mlp
 from kernels.types import GatedMLP, GatedRepair, LowRank, Matrix, QuantizedMatrix
 
@@ -45,6 +46,8 @@ def native_isa() -> NativeIsa | None:
 def dequantize(matrix: Matrix) -> torch.Tensor:
     """The [N, K] float32 weight on the matrix's device; the same bits whichever code makes it."""
     native = _native()
+    if isinstance(matrix, BlockCodedMatrix):
+        return _decode(matrix)
     if native and matrix.data.device.type == "cpu" and _has_native(matrix):
         return native.dequantize(matrix, num_threads=torch.get_num_threads())
     return reference.dequantize(matrix)
@@ -117,6 +120,16 @@ def gated_mlp_many(
         next(fast) if _is_packed(mlp) else gated_mlp(x_TH, mlp, backend="cpu_fp32")
         for x_TH, mlp in inputs
     ]
+
+
+def _decode(matrix: BlockCodedMatrix) -> torch.Tensor:
+    """By the device's own decoder: Triton on a GPU, native code or torch on a CPU."""
+    if matrix.data.device.type == "cuda":
+        return importlib.import_module("kernels.triton_block_code").decode_block_code(matrix)
+    if matrix.data.device.type == "cpu" and _native():
+        native = importlib.import_module("kernels.cpu_block_code")
+        return native.decode_block_code(matrix, num_threads=torch.get_num_threads())
+    return reference.dequantize(matrix)
 
 
 def _matmul_fp32(matrix: Matrix, x_TK: torch.Tensor) -> torch.Tensor:

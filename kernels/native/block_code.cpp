@@ -49,10 +49,17 @@ struct SignStream {
 };
 
 // Moves the low bits of `bits` to where `mask` has ones, from the lowest up.
+template <bool HAS_PDEP>
 ALWAYS_INLINE uint32_t deposit(uint32_t bits, uint32_t mask) {
   uint32_t placed = 0;
-  for (; mask; mask &= mask - 1, bits >>= 1)
-    if (bits & 1) placed |= mask & (0 - mask);
+#if MOETIER_X86
+  if (HAS_PDEP) {
+    // Not the intrinsic: it may be inlined only where the compiler was told of the instruction.
+    asm("pdepl %2, %1, %0" : "=r"(placed) : "r"(bits), "r"(mask));
+    return placed;
+  }
+#endif
+  for (; mask; mask &= mask - 1, bits >>= 1) placed |= (mask & (0 - mask)) & (0 - (bits & 1));
   return placed;
 }
 
@@ -69,6 +76,7 @@ ALWAYS_INLINE int planes_of(const MoetierBlockCode& code, int64_t block) {
   return kPlanes[block % 2 ? pair >> 4 : pair & 15];
 }
 
+template <bool HAS_PDEP>
 ALWAYS_INLINE bool decode_block(const MoetierBlockCode& code, const uint8_t* planes,
                                 int num_planes, SignStream* signs, float step, float* out) {
   uint32_t value[kBlock] = {};
@@ -79,7 +87,7 @@ ALWAYS_INLINE bool decode_block(const MoetierBlockCode& code, const uint8_t* pla
     for (int i = 0; i < kBlock; i++) value[i] |= ((word >> i) & 1u) << plane;
   }
   if (!signs->next(__builtin_popcount(any), &bits)) return false;
-  const uint32_t negative = deposit(bits, any);
+  const uint32_t negative = deposit<HAS_PDEP>(bits, any);
   for (int i = 0; i < kBlock; i++) {
     const uint32_t sign = 0u - ((negative >> i) & 1u);
     value[i] = (value[i] ^ sign) - sign;
@@ -92,6 +100,7 @@ ALWAYS_INLINE bool decode_block(const MoetierBlockCode& code, const uint8_t* pla
 }
 
 // False when the chunk's parts contradict one another.
+template <bool HAS_PDEP>
 ALWAYS_INLINE bool decode_chunk(const MoetierBlockCode& code, int64_t chunk, float* weight) {
   const int64_t row_blocks = code.cols / kBlock;
   const int64_t first_row = chunk * kRowsPerChunk;
@@ -115,7 +124,7 @@ ALWAYS_INLINE bool decode_chunk(const MoetierBlockCode& code, int64_t chunk, flo
       const int num_planes = planes_of(code, row * row_blocks + b);
       if (plane_word + num_planes > sign_word) return false;
       const float step = group_step(code, row, b / (kGroup / kBlock));
-      if (!decode_block(code, words + 4 * plane_word, num_planes, &signs, step,
+      if (!decode_block<HAS_PDEP>(code, words + 4 * plane_word, num_planes, &signs, step,
                         weight + row * code.cols + b * kBlock))
         return false;
       plane_word += num_planes;
@@ -125,15 +134,15 @@ ALWAYS_INLINE bool decode_chunk(const MoetierBlockCode& code, int64_t chunk, flo
 }
 
 bool decode_chunk_portable(const MoetierBlockCode& code, int64_t chunk, float* weight) {
-  return decode_chunk(code, chunk, weight);
+  return decode_chunk<false>(code, chunk, weight);
 }
 #if MOETIER_X86
 TARGET_AVX2 bool decode_chunk_avx2(const MoetierBlockCode& code, int64_t chunk, float* weight) {
-  return decode_chunk(code, chunk, weight);
+  return decode_chunk<true>(code, chunk, weight);
 }
 TARGET_AVX512 bool decode_chunk_avx512(const MoetierBlockCode& code, int64_t chunk,
                                        float* weight) {
-  return decode_chunk(code, chunk, weight);
+  return decode_chunk<true>(code, chunk, weight);
 }
 #endif
 
@@ -145,8 +154,11 @@ int32_t moetier_decode_block_code(const MoetierBlockCode* code, float* weight, i
   using namespace moetier;
   auto* decode = decode_chunk_portable;
 #if MOETIER_X86
-  if (isa == MOETIER_AVX2) decode = decode_chunk_avx2;
-  if (isa == MOETIER_AVX512VNNI) decode = decode_chunk_avx512;
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("bmi2")) {
+    if (isa == MOETIER_AVX2) decode = decode_chunk_avx2;
+    if (isa == MOETIER_AVX512VNNI) decode = decode_chunk_avx512;
+  }
 #endif
   (void)isa;
   std::atomic<bool> is_sound{true};
