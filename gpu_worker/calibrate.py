@@ -88,11 +88,13 @@ class CollectingExperts:
             if not rows_P.numel() and sample_S is None:
                 continue
             matrices = self._read(ExpertKey(layer, expert))
-            passage = run_expert(matrices, hidden_SH[rows_P.to(hidden_SH.device)])
-            sums.add_expert(expert, passage)
             if sample_S is not None:
                 sample = run_expert(matrices, hidden_SH[sample_S.to(hidden_SH.device)])
                 sums.add_sample(expert, matrices, sample)
+            if not rows_P.numel():
+                continue
+            passage = run_expert(matrices, hidden_SH[rows_P.to(hidden_SH.device)])
+            sums.add_expert(expert, passage)
             work = ExpertWork(
                 ExpertKey(layer, expert),
                 tuple(rows_P.tolist()),

@@ -8,6 +8,7 @@ Legend: S token rows, B sequences, T tokens of each, K top-k, H hidden.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from gpu_worker.model import StepExperts, StepReport
-
-DRAWS = 1 << 24
-MAX_LAYERS = 4096
 
 Experts = frozenset[int] | None
 """Experts of one layer; None is all of them."""
@@ -119,7 +117,9 @@ class InjectingExperts:
         assert one.injection is not None, "a sequence without an injection has no noise"
         # The first target of every injection draws alike, its others differ from it.
         place = sorted(one.injection.targets).index(layer)
-        seed = (self._seed * DRAWS + one.draw) * MAX_LAYERS + place
+        # torch's generator looks at 32 bits of a seed.
+        name = f"{self._seed} {one.draw} {place}".encode()
+        seed = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
         generator = torch.Generator().manual_seed(seed)
         noise_TH = torch.randn(sum_TH.shape, generator=generator).to(sum_TH.device)
         noise_TH /= noise_TH.norm(dim=1, keepdim=True)
