@@ -16,6 +16,8 @@ FACTOR_BIAS = 16
 than the one before."""
 ROW_LEVELS = 1 << 12
 """Row steps are rounded to 12 significant bits: a thousandth of a bit dearer, and they compress."""
+LARGEST_RATIO = 1 << 20
+"""Of a weight to its error bound."""
 SMALLEST_STEP = 2.0**-101
 """Where float32 products still have all their bits: nothing here is denormal."""
 
@@ -51,19 +53,18 @@ def steps_within(
     """The steps of a quantiser in float32 arithmetic that stays within `bound_NG` of the weight.
 
     weight_NK is float32, bound_NG float64 [N, 1] or [N, K/64]. Returns what `round_steps` does.
-    Raises ValueError for a bound under 2**-20 of a weight it holds for: float32 is too coarse.
+    Raises ValueError for a weight over LARGEST_RATIO times its bound: float32 is too coarse.
     """
     rows, columns = bound_NG.shape
     largest_NG = weight_NK.abs().view(rows, columns, -1).amax(-1).double()
-    # Rounding of weight / step and of step * code: two of 2**-24 of the weight.
-    half_NG = bound_NG * (1 - 2.0**-20) - largest_NG * 2.0**-22
-    if not bool((half_NG >= bound_NG / 2).all()):
-        worst = float((largest_NG / bound_NG).max())
+    worst = float((largest_NG / bound_NG).max())
+    if not worst <= LARGEST_RATIO:
         raise ValueError(
             f"bound: too tight for float32, a weight is {worst:.3g} times its bound (at most "
-            f"{2**20}); relax it"
+            f"{LARGEST_RATIO}); relax it"
         )
-    return round_steps(2 * half_NG)
+    # Rounding of weight / step and of step * code: two of 2**-24 of the weight.
+    return round_steps(2 * (bound_NG * (1 - 2.0**-20) - largest_NG * 2.0**-22))
 
 
 def steps(row_N: torch.Tensor, factor_NG: torch.Tensor | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from expert_store.codecs.bound import ErrorBound, assert_within
+from expert_store.codecs.bound import ErrorBound, assert_within, check_weight
 from expert_store.errors import StoreFormatError
 from kernels.block_code import BlockCodedMatrix, check_block_code, decode_block_code
 from kernels.block_encode import encode_block_code
@@ -24,6 +24,7 @@ def encode(
     neighbours are alike: for weights it costs half a bit. The bound is checked on what the code
     decodes to. Raises ValueError for a weight that is not finite or a bound too tight for it.
     """
+    check_weight(weight_NK)
     weight_NK = weight_NK.detach().cpu().float().contiguous()
     coded = encode_block_code(weight_NK, bound.of(weight_NK), differenced=differenced)
     assert_within(weight_NK, decode_block_code(coded), bound, "cuszp")

@@ -27,7 +27,7 @@ import torch
 import zstandard
 from pysz import sz, szAlgorithm, szConfig, szErrorBoundMode
 
-from expert_store.codecs.bound import ErrorBound, assert_within, largest_error
+from expert_store.codecs.bound import ErrorBound, assert_within, check_weight, largest_error
 from expert_store.errors import StoreFormatError
 from kernels.packing import bf16_weight
 from kernels.steps import GROUP_SIZE, steps, steps_within
@@ -60,6 +60,7 @@ def encode(
     """
     if predictor not in get_args(Predictor):
         raise ValueError(f"predictor: got {predictor!r}, expected one of {get_args(Predictor)}")
+    check_weight(weight_NK)
     weight_NK = weight_NK.detach().cpu().float().contiguous()
     bound_NG = bound.of(weight_NK)
     _check_shape(*weight_NK.shape)
