@@ -139,11 +139,11 @@ def _expert(segment: Segment, key: ExpertKey, *, restored: bool, scaled: bool) -
     manifest = segment.manifest
     info, shape = manifest.experts[key], manifest.model.expert
     (data,) = segment.fetch([RecordRequest(key, "codes")])
-    mlp = parse_codes(key, data, shape, info.bits).mlp
+    mlp = parse_codes(key, data, shape, info.form).mlp
     matrices = {name: reference.dequantize(getattr(mlp, name)) for name in ("gate", "up", "down")}
     if restored and info.factors is not None:
         (data,) = segment.fetch([RecordRequest(key, "factors")])
-        factors = parse_factors(key, data, shape, info.blocks, manifest.recipe.factor_bits).factors
+        factors = parse_factors(key, data, shape, info.repair).factors
         for name in matrices:
             left, right = reference.dequantize_low_rank(getattr(factors, name))
             matrices[name] = matrices[name] + left @ right

@@ -123,7 +123,7 @@ def memcpy(num_bytes: int) -> Callable[[], object]:
 def record_rows(machine: Machine, folder: Path, hidden: int, ffn: int) -> list[Row]:
     """Get and copy one record of [hidden, ffn] by each transport."""
     manifest = build_store(
-        folder, layers=(0,), experts=NUM_EXPERTS, hidden=hidden, ffn=ffn, blocks=()
+        folder, layers=(0,), experts=NUM_EXPERTS, hidden=hidden, ffn=ffn, blocks=""
     )
     requests = [RecordRequest(key, "codes") for key in manifest.experts]
     with ExitStack() as stack:
@@ -164,7 +164,7 @@ def near_data_rows(machine: Machine, folder: Path) -> list[Row]:
     """A call of `NUM_EXPERTS` experts on all tokens: in process, over a unix socket, over TCP."""
     hidden, ffn = NDP_SHAPE
     manifest = build_store(
-        folder, layers=(0,), experts=NUM_EXPERTS, hidden=hidden, ffn=ffn, blocks=()
+        folder, layers=(0,), experts=NUM_EXPERTS, hidden=hidden, ffn=ffn, blocks=""
     )
     rows = []
     with ExitStack() as stack:

@@ -118,10 +118,10 @@ def demo_rows(
 ) -> Iterator[EvalRow]:
     """Original, static codes, compensators, near data: a row each on the built-in text."""
     recipe = load_manifest(store).recipe
-    compensated = f"{recipe.bits}-bit + compensators Top-{recipe.top_n}"
+    compensated = f"{recipe.bits:g}-bit + compensators Top-{recipe.top_n}"
     variants = [
         Variant("original bf16", original),
-        Variant(f"static {recipe.bits}-bit", store, top_n=0),
+        Variant(f"static {recipe.bits:g}-bit", store, top_n=0),
         Variant(compensated, store, top_n=recipe.top_n),
         Variant("the same, near-data on", store, top_n=recipe.top_n, near_data=True),
     ]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,7 @@ from expert_store.holder import Holder, HolderStatus, OpenDirectory
 from expert_store.listing import Listing
 from expert_store.rpc import RecordServer
 from expert_store.segment import Segment, locate, readonly_tensor
-from expert_store.types import ExpertKey, Manifest, RecordKind, RecordRequest
-
-RecordName = tuple[ExpertKey, RecordKind]
+from expert_store.types import ExpertKey, Manifest, RecordRequest
 
 MAX_PUT_BYTES = 4 * 2**30
 MAX_CACHED_REFS = 16384
@@ -70,7 +68,9 @@ class StoreActor:
         return self._holder.status
 
     def refs(self, version: str, requests: Sequence[RecordRequest]) -> list[ray.ObjectRef]:
-        """Objects of whole records, numpy uint8, in request order; put once, owned by this actor.
+        """Objects of records, numpy uint8, in request order; put once, owned by this actor.
+
+        A prefix of a record is an object of its own, so that another node pulls no byte more.
 
         Raises StoreFormatError when the asker's store version is another one, and as
         `Segment.fetch` does.
@@ -95,7 +95,7 @@ class OwnedObjects:
             raise ValueError(f"max_put_bytes: got {max_put_bytes}, expected at least 1")
         self._segment = segment
         self._max_put_bytes = max_put_bytes
-        self._put: OrderedDict[RecordName, ray.ObjectRef] = OrderedDict()
+        self._put: OrderedDict[RecordRequest, ray.ObjectRef] = OrderedDict()
         self._put_bytes = 0
         self._lock = threading.Lock()
 
@@ -104,19 +104,17 @@ class OwnedObjects:
             return [self._ref(request) for request in requests]
 
     def _ref(self, request: RecordRequest) -> ray.ObjectRef:
-        name = (request.key, request.kind)
-        if name in self._put:
-            self._put.move_to_end(name)
-            return self._put[name]
-        (data,) = self._segment.fetch([replace(request, num_blocks=None)])
-        self._put[name] = ray.put(data.numpy())
+        if request in self._put:
+            self._put.move_to_end(request)
+            return self._put[request]
+        (data,) = self._segment.fetch([request])
+        self._put[request] = ray.put(data.numpy())
         self._put_bytes += data.numel()
         while self._put_bytes > self._max_put_bytes and len(self._put) > 1:
             # Who still holds the reference keeps the object; only our own claim goes.
-            (key, kind), _ = self._put.popitem(last=False)
-            record = locate(self._segment.manifest, RecordRequest(key, kind))
-            self._put_bytes -= record.num_bytes
-        return self._put[name]
+            oldest, _ = self._put.popitem(last=False)
+            self._put_bytes -= locate(self._segment.manifest, oldest).num_bytes
+        return self._put[request]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +154,7 @@ class ObjectStoreSource:
             Copy(s.listing.name, s.listing.keys, is_local=s.listing.node_id == node_id)
             for s in stores
         )
-        self._refs: OrderedDict[tuple[str, RecordName], ray.ObjectRef] = OrderedDict()
+        self._refs: OrderedDict[tuple[str, RecordRequest], ray.ObjectRef] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = threading.Event()
 
@@ -170,10 +168,11 @@ class ObjectStoreSource:
         Raises ValueError for a request no store could answer, ExpertUnavailableError when no copy
         gave a record before the deadline, CorruptRecordError when every copy of it is damaged.
         """
-        sizes = [locate(self._manifest, request).num_bytes for request in requests]
+        for request in requests:
+            locate(self._manifest, request)  # what no store could answer is not asked
         if self._closed.is_set():
             raise ExpertUnavailableError("the source is closed")
-        records = fetch_over(
+        return fetch_over(
             lambda refresh: self._copies,
             lambda attempts, batches, left_s: self._ask(attempts, requests, batches, left_s),
             requests,
@@ -182,7 +181,6 @@ class ObjectStoreSource:
             clock=self._clock,
             is_closed=self._closed.wait,
         )
-        return [data[:size] for data, size in zip(records, sizes, strict=True)]
 
     def close(self) -> None:
         """Let go of all references; tensors that are still held stay valid."""
@@ -217,14 +215,14 @@ class ObjectStoreSource:
                 attempts.lost(batch, ExpertUnavailableError(f"{name}: {reason[0]}"))
 
     def _read(self, name: str, wanted: Sequence[RecordRequest], until: float) -> list[torch.Tensor]:
-        names = [(name, (request.key, request.kind)) for request in wanted]
+        names = [(name, request) for request in wanted]
         with self._lock:
             known = {n: self._refs[n] for n in names if n in self._refs}
         missing = [r for n, r in zip(names, wanted, strict=True) if n not in known]
         if missing:
             call = self._actors[name].refs.remote(self._manifest.version, missing)
             found = ray.get(call, timeout=self._left(until))
-            added = {(name, (r.key, r.kind)): ref for r, ref in zip(missing, found, strict=True)}
+            added = {(name, r): ref for r, ref in zip(missing, found, strict=True)}
             known |= added
             with self._lock:
                 self._refs |= added
@@ -239,4 +237,4 @@ class ObjectStoreSource:
     def _forget(self, name: str, wanted: Sequence[RecordRequest]) -> None:
         with self._lock:
             for request in wanted:
-                self._refs.pop((name, (request.key, request.kind)), None)
+                self._refs.pop((name, request), None)

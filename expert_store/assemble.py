@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from expert_store.checkpoint import Checkpoint
+from expert_store.expert_json import read_form, read_repair, record_file, record_name
+from expert_store.factor_records import factors_bytes
 from expert_store.files import Chunk, TensorEntry, layout, read_bytes
-from expert_store.manifest_json import record_file, record_name
-from expert_store.records import codes_bytes, factors_bytes
+from expert_store.json_fields import Fields
+from expert_store.records import codes_bytes
 from expert_store.shards import INDEX_FILE, StoredTensor
 from expert_store.staging import COPIED, Staging
 from expert_store.types import (
@@ -25,6 +27,7 @@ from expert_store.types import (
     RecordInfo,
     RecordKind,
 )
+from kernels.types import GROUP_SIZE
 
 DENSE_FILE_BYTES = 1 << 30
 _COPY_CHUNK = 8 << 20
@@ -33,20 +36,19 @@ _METADATA = {"format": "pt"}
 
 
 def write_layer(
-    staging: Staging,
-    layer: int,
-    infos: dict[ExpertKey, dict[str, Any]],
-    shape: ExpertShape,
-    recipe: Recipe,
+    staging: Staging, layer: int, infos: dict[ExpertKey, dict[str, Any]], shape: ExpertShape
 ) -> list[ExpertInfo]:
-    """Join one layer's staged records into its codes and factors files; what the manifest says."""
+    """Join one layer's staged records into its codes and factors files; what the manifest says.
+
+    `infos` are what `staging_info` made of each expert, as staged.
+    """
+    forms = {key: read_form(Fields(info["form"], f"{key}")) for key, info in infos.items()}
+    repairs = {key: read_repair(Fields(info["repair"], f"{key}")) for key, info in infos.items()}
     places: dict[RecordKind, dict[ExpertKey, RecordInfo]] = {}
     sizes: dict[RecordKind, dict[ExpertKey, int]] = {
-        "codes": {key: codes_bytes(shape, recipe.bits) for key in infos},
+        "codes": {key: codes_bytes(shape, form) for key, form in forms.items()},
         "factors": {
-            key: factors_bytes(shape, info["blocks"], recipe.factor_bits)
-            for key, info in infos.items()
-            if info["blocks"]
+            key: factors_bytes(shape, repair) for key, repair in repairs.items() if repair.blocks
         },
     }
     for kind, by_key in sizes.items():
@@ -67,13 +69,14 @@ def write_layer(
     return [
         ExpertInfo(
             key=key,
-            bits=recipe.bits,
+            form=forms[key],
             codes=places["codes"][key],
             factors=places["factors"].get(key),
-            blocks=tuple(info["blocks"]),
+            repair=repairs[key],
             kurtosis=info["kurtosis"],
             error=info["error"],
             restored_error=info["restored_error"],
+            block_gains=tuple(info["block_gains"]),
         )
         for key, info in infos.items()
     ]
@@ -145,7 +148,7 @@ def write_configuration(staging: Staging, source: Path, recipe: Recipe) -> dict[
         "format_version": FORMAT_VERSION,
         "recipe": recipe.name,
         "bits": recipe.bits,
-        "group_size": recipe.group_size,
+        "group_size": GROUP_SIZE,
         "factor_bits": recipe.factor_bits,
         "top_n": recipe.top_n,
     }

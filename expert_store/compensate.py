@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from expert_store.factor_records import FactorBlock
 from expert_store.matrix.hqq import quantize_hqq
-from expert_store.records import FactorBlock
 from expert_store.types import Projection
 from kernels.reference import dequantize
 from kernels.types import TILE_ROWS

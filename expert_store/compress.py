@@ -23,21 +23,25 @@ from expert_store.assemble import write_configuration, write_dense, write_layer
 from expert_store.checkpoint import Checkpoint
 from expert_store.config import CompressionConfig
 from expert_store.errors import StoreWriteError
+from expert_store.expert_json import form_json, repair_json
+from expert_store.factor_records import factors_bytes
 from expert_store.files import Disk
 from expert_store.format import content_version, load_manifest
 from expert_store.manifest_json import encode_manifest
 from expert_store.recipe import check_finite, compress_expert, kurtosis_of
-from expert_store.records import codes_bytes, factors_bytes
+from expert_store.records import codes_bytes
 from expert_store.shards import INDEX_FILE
 from expert_store.staging import PARTIAL, Staging, check_target, staging
 from expert_store.types import (
     FORMAT_VERSION,
     PROJECTIONS,
+    CodesForm,
     ExpertInfo,
     ExpertKey,
     Manifest,
     ModelInfo,
     Recipe,
+    RepairForm,
 )
 
 logger = logging.getLogger(__name__)
@@ -142,7 +146,9 @@ def _compress_experts(
             return known
         result = compress_expert(checkpoint.expert(key), shape, recipe, ranks[key])
         info = {
-            "blocks": list(result.blocks),
+            "form": form_json(result.form),
+            "repair": repair_json(result.repair),
+            "block_gains": list(result.block_gains),
             "kurtosis": kurtosis[key],
             "error": result.error,
             "restored_error": result.restored_error,
@@ -158,7 +164,7 @@ def _compress_experts(
         for key in (key for key in futures if key.layer == layer):
             infos[key] = futures[key].result()
             report(Progress("compress", len(experts) + len(infos), len(futures)))
-        experts += write_layer(work, layer, infos, shape, recipe)
+        experts += write_layer(work, layer, infos, shape)
     return experts
 
 
@@ -223,8 +229,9 @@ def _check_space(
     info = checkpoint.model_info
     num_experts = sum(info.num_experts.values())
     blocks = recipe.avg_rank * num_experts // 16 * len(PROJECTIONS)
-    block = factors_bytes(info.expert, ("gate",), recipe.factor_bits)  # the same for all three
-    codes = codes_bytes(info.expert, recipe.bits)
+    one = RepairForm.of_letters(recipe.factor_bits, recipe.factor_grid, "g")
+    block = factors_bytes(info.expert, one)  # the same for all three
+    codes = codes_bytes(info.expert, CodesForm.uniform(int(recipe.bits), recipe.grid))
     experts = num_experts * codes + blocks * block
     layer = -(-experts * max(info.num_experts.values()) // num_experts)
     dense = sum(stored.entry.num_bytes for stored in checkpoint.dense.values())

@@ -106,9 +106,11 @@ class CompressionConfig:
         assert full.top_n is not None
         return Recipe(
             name=full.recipe,
-            bits=full.bits,
-            group_size=full.group_size,
+            codec="tiles",
+            bits=float(full.bits),
+            grid="affine",
             factor_bits=full.factor_bits,
+            factor_grid="affine",
             avg_rank=full.avg_rank,
             rank_ladder=full.rank_ladder,
             top_n=full.top_n,

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from expert_store.format import load_manifest
-from expert_store.types import PROJECTIONS, ExpertInfo, ExpertShape, Manifest
+from expert_store.types import (
+    BLOCK_KINDS,
+    PROJECTIONS,
+    ExpertInfo,
+    ExpertShape,
+    Manifest,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSummary:
-    """One MoE layer; bytes are sums over its experts, all else means."""
+    """One MoE layer; counts and bytes are sums over its experts, all else means.
+
+    `bits` are code bits per weight: of tiles without scales and zeros, of a codec all it stores.
+    """
 
     layer: int
     num_experts: int
     bits: float
+    matrices: dict[str, int]  # by grid; bfloat16 and the codecs by their names
     rank: float  # mean over experts and projections
+    blocks: dict[str, int]  # by kind
     kurtosis: float
     error: float
     restored_error: float
@@ -52,7 +63,11 @@ def summarize(store: Path) -> StoreSummary:
     infos = list(manifest.experts.values())
     model = manifest.model
     layers = tuple(
-        _layer(layer, [info for info in infos if info.key.layer == layer])
+        _layer(
+            layer,
+            [info for info in infos if info.key.layer == layer],
+            model.expert.hidden * model.expert.ffn,
+        )
         for layer in model.moe_layers
     )
     weights = _weights(model.expert) * len(infos)
@@ -93,12 +108,18 @@ def bytes_per_token(manifest: Manifest, top_n: int | None = None) -> int:
     return round(total)
 
 
-def _layer(layer: int, infos: Sequence[ExpertInfo]) -> LayerSummary:
+def _layer(layer: int, infos: Sequence[ExpertInfo], num_weights: int) -> LayerSummary:
+    """`num_weights` is that of one matrix."""
     return LayerSummary(
         layer=layer,
         num_experts=len(infos),
-        bits=fmean(info.bits for info in infos),
-        rank=fmean(info.rank(name) for info in infos for name in PROJECTIONS),
+        bits=fmean(info.form.mean_bits(num_weights) for info in infos),
+        matrices=dict(Counter(name for info in infos for name in _coded_as(info))),
+        rank=fmean(info.repair.rank(name) for info in infos for name in PROJECTIONS),
+        blocks={
+            kind: sum(block.kind == kind for info in infos for block in info.repair.blocks)
+            for kind in BLOCK_KINDS
+        },
         kurtosis=fmean(info.kurtosis for info in infos),
         error=fmean(info.error for info in infos),
         restored_error=fmean(info.restored_error for info in infos),
@@ -112,7 +133,16 @@ def _factors_bytes(info: ExpertInfo) -> int:
 
 
 def _mean_rank(info: ExpertInfo) -> int:
-    return round(fmean(info.rank(name) for name in PROJECTIONS))
+    return round(fmean(info.repair.rank(name) for name in PROJECTIONS))
+
+
+def _coded_as(info: ExpertInfo) -> Iterator[str]:
+    """For each matrix of an expert, its grid, or "bf16", or its codec."""
+    for bits, grid in zip(info.form.bits, info.form.grids, strict=True):
+        if info.form.codec != "tiles":
+            yield info.form.codec
+        else:
+            yield "bf16" if bits == 16 else grid
 
 
 def _weights(shape: ExpertShape) -> int:

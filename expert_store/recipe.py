@@ -12,9 +12,18 @@ import torch
 
 from expert_store.compensate import RepairBlock, in_order, repair_blocks
 from expert_store.errors import CheckpointError
+from expert_store.factor_records import encode_factors
 from expert_store.matrix.hqq import quantize_hqq
-from expert_store.records import encode_codes, encode_factors
-from expert_store.types import PROJECTIONS, ExpertShape, ExpertWeights, Projection, Recipe
+from expert_store.records import encode_codes, form_of
+from expert_store.types import (
+    PROJECTIONS,
+    CodesForm,
+    ExpertShape,
+    ExpertWeights,
+    Projection,
+    Recipe,
+    RepairForm,
+)
 from kernels.packing import pack_bf16
 from kernels.reference import dequantize
 from kernels.types import GatedMLP, QuantizedMatrix
@@ -26,13 +35,18 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class CompressedExpert:
-    """What compressing one expert gives. `factors` is empty when there are no blocks."""
+    """What compressing one expert gives. `factors` is empty when there are no blocks.
+
+    The figures are as in `ExpertInfo`.
+    """
 
     codes: torch.Tensor  # [num_bytes] uint8
     factors: torch.Tensor  # [num_bytes] uint8
-    blocks: tuple[Projection, ...]
+    form: CodesForm
+    repair: RepairForm
     error: float
     restored_error: float
+    block_gains: tuple[float, ...]
 
 
 def check_finite(weights: ExpertWeights) -> None:
@@ -77,20 +91,24 @@ def compress_expert(
     """Codes at `recipe.bits`, and `rank` (a multiple of 16) of compensator for each projection."""
     matrices: dict[Projection, QuantizedMatrix] = {}
     blocks: list[RepairBlock] = []
+    removed: dict[Projection, list[float]] = {name: [] for name in PROJECTIONS}
     energy = lost = kept = 0.0
     for name in PROJECTIONS:
         weight_NK: torch.Tensor = getattr(weights, name)
-        if recipe.bits == 16:
+        if recipe.is_original:
             matrices[name] = pack_bf16(weight_NK)
         else:
-            matrices[name] = quantize_hqq(weight_NK, recipe.bits)
+            matrices[name] = quantize_hqq(weight_NK, int(recipe.bits))
         residual_NK = weight_NK - dequantize(matrices[name])
         energy += _energy(weight_NK)
-        lost += _energy(residual_NK)
-        own = repair_blocks(residual_NK, rank, name, recipe.factor_bits)
+        left = _energy(residual_NK)
+        lost += left
+        own = in_order(repair_blocks(residual_NK, rank, name, recipe.factor_bits))
         for item in own:
             residual_NK -= item.left_NR @ item.right_RK
-        kept += _energy(residual_NK)
+            before, left = left, _energy(residual_NK)
+            removed[name].append(before - left)
+        kept += left
         blocks += own
     mlp = GatedMLP(
         gate=matrices["gate"],
@@ -101,13 +119,18 @@ def compress_expert(
         up_bias=weights.up_bias,
         down_bias=weights.down_bias,
     )
-    ordered = [item.block for item in in_order(blocks)]
+    ordered = in_order(blocks)  # stable: a projection's own blocks stay in their order
+    gains = {name: iter(energies) for name, energies in removed.items()}
     return CompressedExpert(
         codes=encode_codes(mlp),
-        factors=encode_factors(ordered),
-        blocks=tuple(block.projection for block in ordered),
+        factors=encode_factors([item.block for item in ordered]),
+        form=form_of(mlp),
+        repair=RepairForm(
+            recipe.factor_bits, recipe.factor_grid, tuple(item.block.spec for item in ordered)
+        ),
         error=math.sqrt(lost / energy) if energy else 0.0,
         restored_error=math.sqrt(kept / energy) if energy else 0.0,
+        block_gains=tuple(next(gains[item.block.projection]) / (lost or 1.0) for item in ordered),
     )
 
 

@@ -1,4 +1,4 @@
-"""One expert's record <-> bytes: where the parts of a codes and of a factors record lie.
+"""One expert's codes record <-> bytes: where its parts lie, of tiles and of codec streams.
 
 The layout is specified in `expert_store/format.py`. Knows no file and no manifest.
 
@@ -8,27 +8,20 @@ Legend: H hidden, F ffn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from expert_store.codecs import cuszp, sz3
 from expert_store.errors import StoreFormatError
 from expert_store.types import (
     PROJECTIONS,
-    Compensator,
+    CodesForm,
     ExpertCodes,
     ExpertKey,
     ExpertShape,
-    Projection,
+    RecordKind,
 )
-from kernels.types import (
-    GatedMLP,
-    GatedRepair,
-    LowRank,
-    QuantizedMatrix,
-    block_bytes,
-    matrix_bytes,
-)
+from kernels.types import GatedMLP, Matrix, QuantizedMatrix, matrix_bytes
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector load of the kernels."""
@@ -39,65 +32,80 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True)
-class FactorBlock:
-    """One rank block: 16 more ranks for one projection, both factors packed."""
-
-    projection: Projection
-    right: QuantizedMatrix  # [16, cols]
-    left_t: QuantizedMatrix  # [16, rows]
-
-
-def codes_bytes(shape: ExpertShape, bits: int) -> int:
+def codes_bytes(shape: ExpertShape, form: CodesForm) -> int:
     """Bytes of a codes record."""
-    return _codes_layout(shape, bits)[-1]
+    return _codes_layout(shape, form)[-1]
 
 
-def factors_bytes(shape: ExpertShape, blocks: Sequence[Projection], factor_bits: int) -> int:
-    """Bytes of a factors record with these rank blocks, or of its prefix with these rank blocks."""
-    return sum(block_bytes(*shape.projection(name), factor_bits) for name in blocks)
+def form_of(mlp: GatedMLP) -> CodesForm:
+    """How `encode_codes` writes this MLP: bits and grid of each matrix, or the lengths of block
+    codes.
+
+    Raises ValueError when only some of the matrices are block codes.
+    """
+    matrices = (mlp.gate, mlp.up, mlp.down)
+    tiles = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
+    if not tiles:
+        return CodesForm.streams("cuszp", [matrix.data.numel() for matrix in matrices])
+    if len(tiles) < len(matrices):
+        raise ValueError("codes: expected three block codes in a record or none")
+    gate, up, down = tiles
+    return CodesForm("tiles", (gate.bits, up.bits, down.bits), (gate.grid, up.grid, down.grid))
+
+
+def device_form(form: CodesForm) -> CodesForm:
+    """The form in which codes reach a device: of sz3, which only hosts decode, bfloat16."""
+    return CodesForm.uniform(16) if form.codec == "sz3" else form
+
+
+def decode_on_host(
+    key: ExpertKey, data: torch.Tensor, shape: ExpertShape, form: CodesForm
+) -> torch.Tensor:
+    """A fetched codes record as it goes to a device, in `device_form`: the same, or sz3 decoded.
+
+    Raises StoreFormatError for a record that is not of this form.
+    """
+    if form.codec != "sz3":
+        return data
+    return encode_codes(parse_codes(key, data, shape, form).mlp)
 
 
 def encode_codes(mlp: GatedMLP) -> torch.Tensor:
-    """The codes record of a low-bit (or bf16) gated MLP: a flat uint8 tensor.
+    """The codes record of a low-bit (or bf16) gated MLP: a flat uint8 tensor; see `form_of`.
 
-    Raises ValueError when the three matrices differ in bits or only some biases are there.
+    Raises ValueError when only some biases are there.
     """
-    matrices = (mlp.gate, mlp.up, mlp.down)
-    gate, up, down = (m.bits if isinstance(m, QuantizedMatrix) else None for m in matrices)
-    if gate is None or (up, down) != (gate, gate):
-        raise ValueError(
-            f"bits: expected one width in a record, got gate {gate}, up {up}, down {down}"
-        )
-    bits = gate
-    biases = (mlp.gate_bias, mlp.up_bias, mlp.down_bias)
+    return encode_parts(
+        [matrix.data for matrix in (mlp.gate, mlp.up, mlp.down)],
+        [mlp.gate_bias, mlp.up_bias, mlp.down_bias],
+    )
+
+
+def encode_parts(
+    parts: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
+    """The codes record of three byte parts, flat uint8, and the biases, in the order gate, up,
+    down.
+
+    Raises ValueError when only some biases are there.
+    """
     present = [bias for bias in biases if bias is not None]
     if len(present) not in (0, 3):
         raise ValueError("biases: expected gate, up and down together or none")
-    shape = ExpertShape(
-        hidden=mlp.gate.cols,
-        ffn=mlp.gate.rows,
-        activation=mlp.activation,
-        has_bias=bool(present),
-    )
-    *starts, total = _codes_layout(shape, bits)
-    record = torch.zeros(total, dtype=torch.uint8)
-    parts = [matrix.data for matrix in (mlp.gate, mlp.up, mlp.down)]
-    parts += [bias.float().contiguous().view(torch.uint8) for bias in present]
-    for start, part in zip(starts, parts, strict=True):
-        record[start : start + part.numel()] = part
-    return record
+    return joined([*parts, *(bias.float().contiguous().view(torch.uint8) for bias in present)])
 
 
-def parse_codes(key: ExpertKey, data: torch.Tensor, shape: ExpertShape, bits: int) -> ExpertCodes:
-    """View a codes record; nothing is copied. Raises StoreFormatError when the length is wrong."""
-    *starts, total = _codes_layout(shape, bits)
-    _check_record(key, "codes", data, total)
-    matrices = []
-    for name, start in zip(PROJECTIONS, starts, strict=False):
-        rows, cols = shape.projection(name)
-        size = matrix_bytes(rows, cols, bits)
-        matrices.append(QuantizedMatrix(data[start : start + size], rows, cols, bits))
+def parse_codes(
+    key: ExpertKey, data: torch.Tensor, shape: ExpertShape, form: CodesForm
+) -> ExpertCodes:
+    """View a codes record; nothing is copied. Only sz3 is decoded, and must lie on the CPU.
+
+    `num_bytes` is what the codes take in memory: of sz3, the bfloat16 that it becomes. Raises
+    StoreFormatError when the length is wrong or a codec cannot read its part.
+    """
+    *starts, total = _codes_layout(shape, form)
+    check_record(key, "codes", data, total)
+    matrices = [_matrix(key, data, shape, form, i, starts[i]) for i in range(len(PROJECTIONS))]
     biases: list[torch.Tensor | None] = [None, None, None]
     if shape.has_bias:
         for i, name in enumerate(PROJECTIONS):
@@ -115,42 +123,36 @@ def parse_codes(key: ExpertKey, data: torch.Tensor, shape: ExpertShape, bits: in
         up_bias=biases[1],
         down_bias=biases[2],
     )
-    return ExpertCodes(key, mlp, total)
+    return ExpertCodes(key, mlp, codes_bytes(shape, device_form(form)))
 
 
-def encode_factors(blocks: Sequence[FactorBlock]) -> torch.Tensor:
-    """The factors record of rank blocks in the order given: a flat uint8 tensor."""
-    parts = [part.data for block in blocks for part in (block.right, block.left_t)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+def _matrix(
+    key: ExpertKey, data: torch.Tensor, shape: ExpertShape, form: CodesForm, index: int, start: int
+) -> Matrix:
+    """The `index`-th projection, whose part starts at `start`."""
+    name = PROJECTIONS[index]
+    rows, cols = shape.projection(name)
+    if form.part_bytes is None:
+        bits, grid = form.bits[index], form.grids[index]
+        part = data[start : start + matrix_bytes(rows, cols, bits, grid)]
+        return QuantizedMatrix(part, rows, cols, bits, grid=grid)
+    part = data[start : start + form.part_bytes[index]]
+    decode = sz3.decode if form.codec == "sz3" else cuszp.decode
+    try:
+        return decode(part, rows, cols)
+    except StoreFormatError as error:
+        raise StoreFormatError(
+            f"codes record of {key}, {name}: {error}; run `moetier verify`"
+        ) from error
 
 
-def parse_factors(
-    key: ExpertKey,
-    data: torch.Tensor,
-    shape: ExpertShape,
-    blocks: Sequence[Projection],
-    factor_bits: int,
-) -> Compensator:
-    """View a factors record, or the prefix of it that has these blocks; nothing is copied.
-
-    Raises StoreFormatError when the length is wrong.
-    """
-    _check_record(key, "factors", data, factors_bytes(shape, blocks, factor_bits))
-    offsets: dict[Projection, list[int]] = {name: [] for name in PROJECTIONS}
-    at = 0
-    for name in blocks:
-        offsets[name].append(at)
-        at += block_bytes(*shape.projection(name), factor_bits)
-    low_ranks = {
-        name: LowRank(data, tuple(offsets[name]), *shape.projection(name), factor_bits)
-        for name in PROJECTIONS
-    }
-    return Compensator(key, GatedRepair(low_ranks["gate"], low_ranks["up"], low_ranks["down"]), at)
-
-
-def _codes_layout(shape: ExpertShape, bits: int) -> list[int]:
+def _codes_layout(shape: ExpertShape, form: CodesForm) -> list[int]:
     """Start of every part of a codes record, then the record's length."""
-    sizes = [matrix_bytes(*shape.projection(name), bits) for name in PROJECTIONS]
+    if form.part_bytes is not None:
+        sizes = list(form.part_bytes)
+    else:
+        widths = zip(PROJECTIONS, form.bits, form.grids, strict=True)
+        sizes = [matrix_bytes(*shape.projection(name), bits, grid) for name, bits, grid in widths]
     if shape.has_bias:
         sizes += [4 * shape.projection(name)[0] for name in PROJECTIONS]
     starts = [0]
@@ -159,7 +161,18 @@ def _codes_layout(shape: ExpertShape, bits: int) -> list[int]:
     return starts
 
 
-def _check_record(key: ExpertKey, kind: str, data: torch.Tensor, expected: int) -> None:
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The parts, each from the next multiple of the alignment on; the gaps are zero."""
+    record = torch.zeros(sum(aligned(part.numel()) for part in parts), dtype=torch.uint8)
+    at = 0
+    for part in parts:
+        record[at : at + part.numel()] = part
+        at += aligned(part.numel())
+    return record
+
+
+def check_record(key: ExpertKey, kind: RecordKind, data: torch.Tensor, expected: int) -> None:
+    """StoreFormatError unless the record has the bytes that its form says."""
     if data.dtype != torch.uint8 or data.dim() != 1:
         raise ValueError(f"data: expected a flat uint8 tensor, got {data.dtype} {data.dim()}-d")
     if data.numel() != expected:

@@ -142,7 +142,7 @@ class Segment:
 
 
 def locate(manifest: Manifest, request: RecordRequest) -> RecordInfo:
-    """Where the bytes asked for lie: the record's info, `num_bytes` cut to the rank-block prefix.
+    """Where the bytes asked for lie: the record's info, `num_bytes` cut to the blocks asked for.
 
     `sha256` stays that of the whole record. Raises ValueError for an expert the store does not
     have, factors where it has none, or a prefix that the record cannot give.
@@ -161,15 +161,14 @@ def locate(manifest: Manifest, request: RecordRequest) -> RecordInfo:
     if request.kind == "codes":
         raise ValueError(
             f"request: num_blocks {request.num_blocks} for the codes of {request.key}; only "
-            "factors have rank blocks"
+            "factors have blocks"
         )
-    if not 0 <= request.num_blocks <= len(info.blocks):
+    total = len(info.repair.blocks)
+    if not 0 <= request.num_blocks <= total:
         raise ValueError(
-            f"request: num_blocks {request.num_blocks} of {request.key}, which has "
-            f"{len(info.blocks)} rank blocks"
+            f"request: num_blocks {request.num_blocks} of {request.key}, which has {total} blocks"
         )
-    blocks = info.blocks[: request.num_blocks]
-    size = factors_bytes(manifest.model.expert, blocks, manifest.recipe.factor_bits)
+    size = factors_bytes(manifest.model.expert, info.repair.prefix(request.num_blocks))
     return replace(record, num_bytes=size)
 
 

@@ -7,18 +7,54 @@ Legend: H hidden, F ffn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from kernels.types import Activation, GatedMLP, GatedRepair
+from expert_store.forms import (
+    BLOCK_KINDS,
+    CODECS,
+    PROJECTIONS,
+    BlockKind,
+    Codec,
+    CodesForm,
+    Projection,
+    RepairBlockSpec,
+    RepairForm,
+)
+from kernels.types import Activation, GatedMLP, GatedRepair, Grid
 
-FORMAT_VERSION = 1
+__all__ = [
+    "BLOCK_KINDS",
+    "CODECS",
+    "FORMAT_VERSION",
+    "PROJECTIONS",
+    "BlockKind",
+    "Codec",
+    "CodesForm",
+    "Compensator",
+    "ExpertCodes",
+    "ExpertInfo",
+    "ExpertKey",
+    "ExpertShape",
+    "ExpertTokens",
+    "ExpertWeights",
+    "Manifest",
+    "ModelInfo",
+    "Projection",
+    "Recipe",
+    "RecordInfo",
+    "RecordKind",
+    "RecordRequest",
+    "RepairBlockSpec",
+    "RepairForm",
+]
 
-Projection = Literal["gate", "up", "down"]
-PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+FORMAT_VERSION = 2
+
 RecordKind = Literal["codes", "factors"]
 
 
@@ -36,11 +72,20 @@ class ExpertKey:
 
 @dataclass(frozen=True, slots=True)
 class RecordRequest:
-    """A read of one record, or of the first `num_blocks` rank blocks of a factors record."""
+    """A read of one record, or of the first `num_blocks` blocks of a factors record."""
 
     key: ExpertKey
     kind: RecordKind
     num_blocks: int | None = None
+
+    def covers(self, other: RecordRequest) -> bool:
+        """Whether the bytes of this read begin with those of `other`: the same record, as long or
+        longer."""
+        if (self.key, self.kind) != (other.key, other.kind):
+            return False
+        if self.num_blocks is None or other.num_blocks is None:
+            return self.num_blocks is None
+        return self.num_blocks >= other.num_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +134,29 @@ class ExpertCodes:
 
 @dataclass(frozen=True, slots=True)
 class Compensator:
-    """The low-rank record of one expert, or a prefix of it."""
+    """What one expert's factors record adds to its codes, or a prefix of that record."""
 
     key: ExpertKey
     factors: GatedRepair
     num_bytes: int
+    form: RepairForm
+
+    def prefix(self, num_blocks: int) -> Compensator:
+        """The same with only its first `num_blocks` blocks; views, nothing is copied.
+
+        `num_bytes` stays that of what is held.
+        """
+        form = self.form.prefix(num_blocks)
+        whole = self.factors
+        factors = GatedRepair(
+            gate=whole.gate.prefix(form.num_blocks("gate", "rank")),
+            up=whole.up.prefix(form.num_blocks("up", "rank")),
+            down=whole.down.prefix(form.num_blocks("down", "rank")),
+            gate_planes=whole.gate_planes[: form.num_blocks("gate", "plane")],
+            up_planes=whole.up_planes[: form.num_blocks("up", "plane")],
+            down_planes=whole.down_planes[: form.num_blocks("down", "plane")],
+        )
+        return Compensator(self.key, factors, self.num_bytes, form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,24 +173,35 @@ class RecordInfo:
 class ExpertInfo:
     """What the manifest knows of one expert.
 
-    `blocks` names the projection each rank block of the factors record belongs to, in record
-    order, which
-    is falling order of what it repairs. `kurtosis` is of the original weights (a Gaussian has 3),
-    `error`
-    the relative Frobenius error of the codes alone, `restored_error` with the whole compensator.
+    `repair` names the blocks of the factors record in record order, which is falling order of what
+    they repair per byte. `kurtosis` is of the original weights (a Gaussian has 3). `error` is the
+    square root of the error energy of the codes alone over the energy of the weights,
+    `restored_error` likewise with the whole compensator, `block_gains` the share of the codes'
+    error energy that each block removes. The energies are weighted as the recipe's calibration
+    says, plain (Frobenius) without one.
     """
 
     key: ExpertKey
-    bits: int
+    form: CodesForm
     codes: RecordInfo
     factors: RecordInfo | None
-    blocks: tuple[Projection, ...]
+    repair: RepairForm
     kurtosis: float
     error: float
     restored_error: float
+    block_gains: tuple[float, ...]
 
-    def rank(self, projection: Projection) -> int:
-        return 16 * self.blocks.count(projection)
+    def __post_init__(self) -> None:
+        if len(self.block_gains) != len(self.repair.blocks):
+            raise ValueError(
+                f"block_gains of {self.key}: got {len(self.block_gains)}, expected one for each of "
+                f"{len(self.repair.blocks)} blocks"
+            )
+
+    def prefix_error(self, num_blocks: int) -> float:
+        """The error with the first `num_blocks` blocks; the gains' sum, so no weight is read."""
+        left = 1.0 - sum(self.block_gains[:num_blocks])
+        return self.error * math.sqrt(max(0.0, left))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +223,24 @@ class ModelInfo:
 class Recipe:
     """How a store was made; enough to make it again."""
 
-    name: str  # "paper" | "static" | "original"
-    bits: int
-    group_size: int
+    name: str  # "paper", "static", "original", ...: see `expert_store/config.py`
+    codec: Codec
+    bits: float  # mean code bits, nominal: scales and zeros not counted; 16 is bfloat16
+    grid: Grid
     factor_bits: int
+    factor_grid: Grid
     avg_rank: int
     rank_ladder: tuple[int, ...]
     top_n: int  # how many of a token's experts are restored at run time, unless told otherwise
     seed: int
+    budget: float | None = None  # bits per expert weight moved, all that a token moves counted
+    calibration: str | None = None  # id of the statistics that weighted the errors
+    error_bound: str | None = None  # of an error-bounded codec
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the experts are the checkpoint's own bfloat16."""
+        return self.codec == "tiles" and self.bits == 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expert_store.errors import CorruptRecordError, StoreFormatError
+from expert_store.expert_json import record_name
 from expert_store.files import TensorEntry, read_bytes, read_header
 from expert_store.format import load_manifest
-from expert_store.manifest_json import record_name
 from expert_store.staging import file_sha256
 from expert_store.types import ExpertKey, Manifest, RecordInfo, RecordKind
 

@@ -125,7 +125,7 @@ class CollectingExperts:
         manifest = self._source.manifest
         (data,) = self._source.fetch([RecordRequest(key, "codes")])
         mlp = parse_codes(
-            key, data.to(self._device), manifest.model.expert, manifest.experts[key].bits
+            key, data.to(self._device), manifest.model.expert, manifest.experts[key].form
         ).mlp
         gate_FH, up_FH, down_HF = (ops.dequantize(m) for m in (mlp.gate, mlp.up, mlp.down))
         biases = (mlp.gate_bias, mlp.up_bias, mlp.down_bias)

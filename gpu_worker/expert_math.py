@@ -47,9 +47,11 @@ class KernelMath:
     def parse(self, request: RecordRequest, data: torch.Tensor) -> Record:
         info, shape = self._manifest.experts[request.key], self._manifest.model.expert
         if request.kind == "codes":
-            return parse_codes(request.key, data, shape, info.bits)
-        bits = self._manifest.recipe.factor_bits
-        return parse_factors(request.key, data, shape, info.blocks, bits)
+            return parse_codes(request.key, data, shape, info.form)
+        repair = info.repair
+        if request.num_blocks is not None:
+            repair = repair.prefix(request.num_blocks)
+        return parse_factors(request.key, data, shape, repair)
 
     def run(
         self,

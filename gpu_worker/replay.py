@@ -16,7 +16,14 @@ from typing import cast
 
 import torch
 
-from expert_store.types import Compensator, ExpertCodes, ExpertKey, Manifest, RecordRequest
+from expert_store.types import (
+    Compensator,
+    ExpertCodes,
+    ExpertKey,
+    Manifest,
+    RecordRequest,
+    RepairForm,
+)
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters
 from gpu_worker.expert_math import Record
@@ -205,7 +212,8 @@ class _NoMath:
     def parse(self, request: RecordRequest, data: torch.Tensor) -> Record:
         if request.kind == "codes":
             return ExpertCodes(request.key, cast(GatedMLP, None), data.numel())
-        return Compensator(request.key, cast(GatedRepair, None), data.numel())
+        nothing, no_form = cast(GatedRepair, None), cast(RepairForm, None)
+        return Compensator(request.key, nothing, data.numel(), no_form)
 
     def run(
         self,

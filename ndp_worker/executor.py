@@ -75,9 +75,8 @@ class Executor:
         missing = [key for key in dict.fromkeys(keys) if key not in self._experts]
         records = self._source.fetch([RecordRequest(key, "codes") for key in missing])
         for key, data in zip(missing, records, strict=True):
-            codes = parse_codes(
-                key, data, self.manifest.model.expert, self.manifest.experts[key].bits
-            )
+            form = self.manifest.experts[key].form
+            codes = parse_codes(key, data, self.manifest.model.expert, form)
             self._experts[key] = codes.mlp
         return self._experts
 

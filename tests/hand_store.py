@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from expert_store.files import Disk, layout
 from expert_store.format import (
     FactorBlock,
+    PlaneBlock,
     content_version,
     encode_codes,
     encode_factors,
+    form_of,
     record_file,
     record_name,
     save_manifest,
@@ -28,15 +31,15 @@ from expert_store.types import (
     ExpertShape,
     Manifest,
     ModelInfo,
-    Projection,
     Recipe,
     RecordInfo,
     RecordKind,
+    RepairForm,
 )
-from kernels.packing import pack
-from kernels.types import GROUP_SIZE, TILE_ROWS, GatedMLP, QuantizedMatrix
+from kernels.packing import pack, pack_bf16, pack_symmetric
+from kernels.types import GROUP_SIZE, TILE_ROWS, GatedMLP, Grid, QuantizedMatrix
 
-FACTOR_BITS = 3
+Triple = tuple[int, int, int]
 
 
 def build_store(
@@ -46,27 +49,60 @@ def build_store(
     experts: int = 3,
     hidden: int = 64,
     ffn: int = 128,
-    bits: int = 2,
-    blocks: tuple[Projection, ...] = ("gate", "up", "down", "gate"),
+    bits: int | Triple = 2,
+    grids: Grid | tuple[Grid, Grid, Grid] = "affine",
+    blocks: str = "gudg",
+    factor_bits: int = 3,
+    factor_grid: Grid = "affine",
     has_bias: bool = False,
     seed: int = 0,
 ) -> Manifest:
-    """Write a store whose every expert has the same shape and blocks; returns its manifest."""
+    """Write a store whose every expert has the same shape and forms; returns its manifest.
+
+    `bits` and `grids` are of gate, up and down, or of all three; `blocks` as in the manifest.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = ExpertShape(hidden=hidden, ffn=ffn, activation="silu", has_bias=has_bias)
+    repair = RepairForm.of_letters(factor_bits, factor_grid, blocks)
     infos: dict[ExpertKey, ExpertInfo] = {}
     for layer in layers:
         keys = [ExpertKey(layer, expert) for expert in range(experts)]
-        codes = [encode_codes(random_mlp(shape, bits, generator)) for _ in keys]
-        factors = [encode_factors(_random_blocks(shape, blocks, generator)) for _ in keys]
+        mlps = [random_mlp(shape, bits, generator, grids) for _ in keys]
+        codes = [encode_codes(mlp) for mlp in mlps]
+        factors = [encode_factors(_random_blocks(shape, repair, generator)) for _ in keys]
         code_infos = _write(folder, "codes", layer, codes)
         factor_infos = _write(folder, "factors", layer, factors) if blocks else [None] * experts
-        for key, code_info, factor_info in zip(keys, code_infos, factor_infos, strict=True):
-            infos[key] = ExpertInfo(key, bits, code_info, factor_info, blocks, 3.0, 0.4, 0.2)
+        gains = tuple(0.75 / len(blocks) for _ in blocks)  # 0.4 * sqrt(1 - 0.75) is 0.2
+        for key, mlp, code_info, factor_info in zip(
+            keys, mlps, code_infos, factor_infos, strict=True
+        ):
+            infos[key] = ExpertInfo(
+                key=key,
+                form=form_of(mlp),
+                codes=code_info,
+                factors=factor_info,
+                repair=repair,
+                kurtosis=3.0,
+                error=0.4,
+                restored_error=0.2 if blocks else 0.4,
+                block_gains=gains,
+            )
+    mean_bits = fmean(form_of(mlps[0]).bits)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         version="",
-        recipe=Recipe("paper", bits, GROUP_SIZE, FACTOR_BITS, 16, (0, 16, 32), 1, seed),
+        recipe=Recipe(
+            name="paper",
+            codec="tiles",
+            bits=mean_bits,
+            grid="affine",
+            factor_bits=factor_bits,
+            factor_grid=factor_grid,
+            avg_rank=16,
+            rank_ladder=(0, 16, 32),
+            top_n=1,
+            seed=seed,
+        ),
         model=ModelInfo(
             name="by hand",
             model_type="mixtral",
@@ -87,24 +123,41 @@ def build_store(
     return manifest
 
 
-def random_mlp(shape: ExpertShape, bits: int, generator: torch.Generator) -> GatedMLP:
+def random_mlp(
+    shape: ExpertShape,
+    bits: int | Triple,
+    generator: torch.Generator,
+    grids: Grid | tuple[Grid, Grid, Grid] = "affine",
+) -> GatedMLP:
     """Random codes, with scales that keep outputs near unit size."""
+    gate_bits, up_bits, down_bits = (bits,) * 3 if isinstance(bits, int) else bits
+    gate_grid, up_grid, down_grid = (grids,) * 3 if isinstance(grids, str) else grids
     biases = [None, None, None]
     if shape.has_bias:
         sizes = (shape.ffn, shape.ffn, shape.hidden)
         biases = [torch.randn(size, generator=generator) for size in sizes]
     return GatedMLP(
-        random_matrix(shape.ffn, shape.hidden, bits, generator),
-        random_matrix(shape.ffn, shape.hidden, bits, generator),
-        random_matrix(shape.hidden, shape.ffn, bits, generator),
+        random_matrix(shape.ffn, shape.hidden, gate_bits, generator, gate_grid),
+        random_matrix(shape.ffn, shape.hidden, up_bits, generator, up_grid),
+        random_matrix(shape.hidden, shape.ffn, down_bits, generator, down_grid),
         "silu",
         *biases,
     )
 
 
-def random_matrix(rows: int, cols: int, bits: int, generator: torch.Generator) -> QuantizedMatrix:
+def random_matrix(
+    rows: int, cols: int, bits: int, generator: torch.Generator, grid: Grid = "affine"
+) -> QuantizedMatrix:
+    if bits == 16:
+        return pack_bf16(torch.randn(rows, cols, generator=generator) / cols**0.5)
     codes = torch.randint(0, 2**bits, (rows, cols), dtype=torch.uint8, generator=generator)
     spread = (2**bits - 1) / 3.0  # of uniform codes, about
+    if grid == "symmetric":
+        scale8 = torch.randint(
+            1, 256, (rows, cols // GROUP_SIZE), dtype=torch.uint8, generator=generator
+        )
+        row_scale = torch.rand(rows, generator=generator) + 0.5
+        return pack_symmetric(codes, scale8, 2 * row_scale / (spread * cols**0.5), bits)
     scale = torch.rand(rows, cols // GROUP_SIZE, generator=generator) + 0.5
     scale = scale / (spread * cols**0.5)
     zero = torch.full_like(scale, (2**bits - 1) / 2)
@@ -112,14 +165,18 @@ def random_matrix(rows: int, cols: int, bits: int, generator: torch.Generator) -
 
 
 def _random_blocks(
-    shape: ExpertShape, blocks: tuple[Projection, ...], generator: torch.Generator
-) -> list[FactorBlock]:
-    made = []
-    for name in blocks:
-        rows, cols = shape.projection(name)
-        right = random_matrix(TILE_ROWS, cols, FACTOR_BITS, generator)
-        left_t = random_matrix(TILE_ROWS, rows, FACTOR_BITS, generator)
-        made.append(FactorBlock(name, right, left_t))
+    shape: ExpertShape, repair: RepairForm, generator: torch.Generator
+) -> list[FactorBlock | PlaneBlock]:
+    made: list[FactorBlock | PlaneBlock] = []
+    for block in repair.blocks:
+        rows, cols = shape.projection(block.projection)
+        if block.kind == "plane":
+            plane = random_matrix(rows, cols, 1, generator, "symmetric")
+            made.append(PlaneBlock(block.projection, plane))
+            continue
+        right = random_matrix(TILE_ROWS, cols, repair.bits, generator, repair.grid)
+        left_t = random_matrix(TILE_ROWS, rows, repair.bits, generator, repair.grid)
+        made.append(FactorBlock(block.projection, right, left_t))
     return made
 
 

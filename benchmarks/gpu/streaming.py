@@ -35,6 +35,7 @@ from expert_store.format import (
 from expert_store.types import (
     FORMAT_VERSION,
     PROJECTIONS,
+    CodesForm,
     ExpertInfo,
     ExpertKey,
     ExpertShape,
@@ -43,6 +44,7 @@ from expert_store.types import (
     Recipe,
     RecordInfo,
     RecordRequest,
+    RepairForm,
 )
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters
@@ -51,7 +53,9 @@ from gpu_worker.planner import PlannedCopy, RecordSizes
 from kernels import reference
 
 BITS, RANK, LAYER = 2, 16, 0
-BLOCKS = PROJECTIONS  # one block of rank 16 for each projection
+FORM = CodesForm.uniform(BITS)
+REPAIR = RepairForm.of_letters(FACTOR_BITS, "affine", "gud")  # rank 16 for each projection
+GAINS = (0.25, 0.25, 0.25)
 ROUNDS = 12
 TOLERANCE = 1e-3
 """A whole layer against the reference on the device, relative RMS."""
@@ -99,7 +103,7 @@ def _random_records(layer: Layer, device: str, *, seed: int) -> tuple[torch.Tens
     added = random_factors(layer.hidden, layer.ffn, RANK, device, seed=seed)
     parts = [
         part.data
-        for name in BLOCKS
+        for name in PROJECTIONS
         for part in (getattr(added, name).right(0), getattr(added, name).left_t(0))
     ]
     return encode_codes(mlp).cpu(), torch.cat(parts).cpu()
@@ -255,8 +259,8 @@ def _truth(
             source.fetch([RecordRequest(key, kind)])[0].to(hidden_SH.device)
             for kind in ("codes", "factors")
         )
-        mlp = parse_codes(key, codes, source.shape, BITS).mlp
-        added = parse_factors(key, factors, source.shape, BLOCKS, FACTOR_BITS).factors
+        mlp = parse_codes(key, codes, source.shape, FORM).mlp
+        added = parse_factors(key, factors, source.shape, REPAIR).factors
         output_PH = reference.gated_mlp(hidden_SH[rows_P], mlp, added)
         sum_SH[rows_P] += output_PH.double() * weights_SK[rows_P, columns_P, None]
     return sum_SH
@@ -264,12 +268,23 @@ def _truth(
 
 def _manifest(layer: Layer, shape: ExpertShape) -> Manifest:
     keys = [ExpertKey(LAYER, expert) for expert in range(layer.experts)]
-    codes = RecordInfo("codes", 0, codes_bytes(shape, BITS), "0" * 64)
-    factors = RecordInfo("factors", 0, factors_bytes(shape, BLOCKS, FACTOR_BITS), "0" * 64)
+    codes = RecordInfo("codes", 0, codes_bytes(shape, FORM), "0" * 64)
+    factors = RecordInfo("factors", 0, factors_bytes(shape, REPAIR), "0" * 64)
     return Manifest(
         format_version=FORMAT_VERSION,
         version="gpu check",
-        recipe=Recipe("paper", BITS, 64, FACTOR_BITS, RANK, (0, RANK), layer.top_k, 0),
+        recipe=Recipe(
+            name="paper",
+            codec="tiles",
+            bits=float(BITS),
+            grid="affine",
+            factor_bits=FACTOR_BITS,
+            factor_grid="affine",
+            avg_rank=RANK,
+            rank_ladder=(0, RANK),
+            top_n=layer.top_k,
+            seed=0,
+        ),
         model=ModelInfo(
             name=layer.name,
             model_type="mixtral",
@@ -281,7 +296,9 @@ def _manifest(layer: Layer, shape: ExpertShape) -> Manifest:
             moe_layers={LAYER: "model.layers.0.mlp.experts"},
             num_experts={LAYER: layer.experts},
         ),
-        experts={key: ExpertInfo(key, BITS, codes, factors, BLOCKS, 3.0, 0.4, 0.2) for key in keys},
+        experts={
+            key: ExpertInfo(key, FORM, codes, factors, REPAIR, 3.0, 0.4, 0.2, GAINS) for key in keys
+        },
         dense_files={},
         side_files={},
     )

@@ -121,11 +121,11 @@ def _variants(args: argparse.Namespace, store: Path, manifest: Manifest) -> list
 
 def label(manifest: Manifest, top_n: int) -> str:
     """How a line calls its experts."""
-    if manifest.recipe.bits == 16:
+    if manifest.recipe.is_original:
         return "original bf16"
     if top_n == 0:
-        return f"{manifest.recipe.bits}-bit codes"
-    return f"{manifest.recipe.bits}-bit + compensators Top-{top_n}"
+        return f"{manifest.recipe.bits:g}-bit codes"
+    return f"{manifest.recipe.bits:g}-bit + compensators Top-{top_n}"
 
 
 def as_text(rows: list[EvalRow], settings: EvalSettings) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cluster.progress import store_progress
 from cluster.stores import bundled_store, folder
 from cluster.table import format_table
 from expert_store.inspect import StoreSummary, summarize
+from expert_store.types import Recipe
 
-HELP = """Print what a store holds: sizes, bits, ranks, kurtosis, errors, bytes per token.
+HELP = """Print what a store holds: sizes, bits, grids, blocks, kurtosis, errors, bytes per token.
 
 Without STORE, the bundled model's (made on first use). Reads the manifest only; `moetier verify`
 reads the records. Bytes per token are what one token moves at batch 1 with nothing cached:
@@ -72,7 +74,9 @@ def as_text(summary: StoreSummary) -> str:
             "layer": layer.layer,
             "experts": layer.num_experts,
             "bits": layer.bits,
+            "matrices": counts(layer.matrices),
             "mean rank": layer.rank,
+            "blocks": counts(layer.blocks),
             "kurtosis": layer.kurtosis,
             "error": layer.error,
             "restored": layer.restored_error,
@@ -100,9 +104,10 @@ def _head(summary: StoreSummary) -> list[tuple[str, str]]:
         ),
         (
             "recipe",
-            f"{recipe.name}, {recipe.bits} bits, average rank {recipe.avg_rank}, "
+            f"{recipe.name}, {recipe.bits:g} bits, average rank {recipe.avg_rank}, "
             f"{recipe.factor_bits}-bit factors, Top-{recipe.top_n} restored",
         ),
+        *_told(recipe),
         (
             "codes",
             f"{_size(summary.codes_bytes)}, {summary.code_bits_per_weight:.3g} bits per weight",
@@ -125,6 +130,21 @@ def _head(summary: StoreSummary) -> list[tuple[str, str]]:
         ),
     ]
     return rows
+
+
+def _told(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What a recipe was given beyond its numbers, if anything."""
+    if recipe.codec != "tiles":
+        yield "codec", f"{recipe.codec}, error bound {recipe.error_bound}"
+    if recipe.budget is not None:
+        yield "budget", f"{recipe.budget:g} bits per expert weight moved"
+    if recipe.calibration is not None:
+        yield "calibration", recipe.calibration
+
+
+def counts(numbers: Mapping[str, int]) -> str:
+    """For a cell: "12 affine, 3 symmetric"; names without any are left out."""
+    return ", ".join(f"{count} {name}" for name, count in numbers.items() if count) or "none"
 
 
 def _histogram(ranks: dict[int, int]) -> str:

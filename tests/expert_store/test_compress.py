@@ -21,7 +21,7 @@ from expert_store.errors import CheckpointError, StoreWriteError
 from expert_store.files import Disk
 from expert_store.format import load_manifest, parse_codes, parse_factors
 from expert_store.segment import Segment
-from expert_store.types import PROJECTIONS, ExpertKey, RecordRequest
+from expert_store.types import PROJECTIONS, CodesForm, ExpertKey, RecordRequest
 from kernels.reference import dequantize, dequantize_low_rank
 from tests.tiny_checkpoints import FAMILIES, write_tiny_checkpoint
 
@@ -45,7 +45,7 @@ def test_original_holds_the_checkpoint_exactly(family: str, tmp_path: Path) -> N
     shape = manifest.model.expert
     for key in checkpoint.keys:
         (data,) = segment.fetch([RecordRequest(key, "codes")])
-        mlp = parse_codes(key, data, shape, 16).mlp
+        mlp = parse_codes(key, data, shape, CodesForm.uniform(16)).mlp
         weights = checkpoint.expert(key)
         for name in PROJECTIONS:
             assert torch.equal(dequantize(getattr(mlp, name)), getattr(weights, name))
@@ -75,14 +75,14 @@ def test_paper_restores_every_family(family: str, tmp_path: Path) -> None:
         codes_data, factors_data = segment.fetch(
             [RecordRequest(key, "codes"), RecordRequest(key, "factors")]
         )
-        mlp = parse_codes(key, codes_data, shape, 2).mlp
-        factors = parse_factors(key, factors_data, shape, info.blocks, 3).factors
+        mlp = parse_codes(key, codes_data, shape, info.form).mlp
+        factors = parse_factors(key, factors_data, shape, info.repair).factors
         weights = checkpoint.expert(key)
         energy = lost = kept = 0.0
         for name in PROJECTIONS:
             weight, low_bit = getattr(weights, name), dequantize(getattr(mlp, name))
             left, right = dequantize_low_rank(getattr(factors, name))
-            assert left.shape[1] == info.rank(name) == 16
+            assert left.shape[1] == info.repair.rank(name) == 16
             energy += float(weight.square().sum())
             lost += float((weight - low_bit).square().sum())
             kept += float((weight - low_bit - left @ right).square().sum())
@@ -91,6 +91,9 @@ def test_paper_restores_every_family(family: str, tmp_path: Path) -> None:
         assert info.error == pytest.approx((lost / energy) ** 0.5, rel=1e-4)
         assert info.restored_error == pytest.approx((kept / energy) ** 0.5, rel=1e-4)
         assert 0.3 < info.restored_error < info.error < 0.5
+        assert info.prefix_error(len(info.repair.blocks)) == pytest.approx(
+            info.restored_error, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -98,9 +101,11 @@ def test_static_is_codes_alone(bits: int, tmp_path: Path) -> None:
     model = write_tiny_checkpoint("mixtral", tmp_path / "model")
     store = tmp_path / "store"
     manifest = compress(model, store, CompressionConfig(recipe="static", bits=bits))
-    assert all(info.factors is None and info.blocks == () for info in manifest.experts.values())
+    assert all(info.factors is None for info in manifest.experts.values())
+    assert all(info.repair.blocks == () for info in manifest.experts.values())
     assert all(info.error == info.restored_error > 0 for info in manifest.experts.values())
-    assert {info.bits for info in manifest.experts.values()} == {manifest.recipe.bits} == {bits}
+    assert {info.form for info in manifest.experts.values()} == {CodesForm.uniform(bits)}
+    assert manifest.recipe.bits == bits
     assert not (store / "factors").exists()
 
 
@@ -143,7 +148,7 @@ def test_config_says_that_it_is_ours(store: Path, model: Path) -> None:
     ours = json.loads((store / "config.json").read_text())
     assert ours.pop("quantization_config") == {
         "quant_method": "moetier",
-        "format_version": 1,
+        "format_version": 2,
         "recipe": "paper",
         "bits": 2,
         "group_size": 64,
@@ -172,12 +177,14 @@ def test_records_are_aligned_and_readable_by_the_library(store: Path) -> None:
             assert tensor.dtype == torch.uint8
             assert bytes(tensor.numpy()) == raw
     # Average rank 8 over 8 experts is 64 ranks: four experts of rank 16, whose cap is 16.
-    assert sorted(info.rank("up") for info in manifest.experts.values()) == [0] * 4 + [16] * 4
+    assert (
+        sorted(info.repair.rank("up") for info in manifest.experts.values()) == [0] * 4 + [16] * 4
+    )
 
 
 def test_heavy_tails_get_the_rank(store: Path) -> None:
     experts = sorted(load_manifest(store).experts.values(), key=lambda info: -info.kurtosis)
-    assert [info.rank("gate") for info in experts] == [16] * 4 + [0] * 4
+    assert [info.repair.rank("gate") for info in experts] == [16] * 4 + [0] * 4
 
 
 def test_bytes_do_not_depend_on_jobs(store: Path, model: Path, tmp_path: Path) -> None:

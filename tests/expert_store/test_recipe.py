@@ -9,9 +9,9 @@ import torch
 
 from expert_store.config import CompressionConfig
 from expert_store.errors import CheckpointError
-from expert_store.format import parse_codes, parse_factors
+from expert_store.format import factors_bytes, parse_codes, parse_factors
 from expert_store.recipe import check_finite, compress_expert, kurtosis_of
-from expert_store.types import PROJECTIONS, ExpertKey, ExpertShape, ExpertWeights
+from expert_store.types import PROJECTIONS, CodesForm, ExpertKey, ExpertShape, ExpertWeights
 from kernels.reference import dequantize, dequantize_low_rank
 
 KEY = ExpertKey(4, 11)
@@ -34,9 +34,11 @@ def random_expert(seed: int = 0, bias: bool = False) -> ExpertWeights:
 def test_figures_are_those_of_the_records(bits: int, rank: int) -> None:
     weights, recipe = random_expert(), CompressionConfig(bits=bits).as_recipe()
     result = compress_expert(weights, SHAPE, recipe, rank)
-    codes = parse_codes(KEY, result.codes, SHAPE, bits)
-    factors = parse_factors(KEY, result.factors, SHAPE, result.blocks, 3)
-    assert sorted(result.blocks) == sorted(PROJECTIONS * (rank // 16))
+    assert result.form == CodesForm.uniform(bits)
+    codes = parse_codes(KEY, result.codes, SHAPE, result.form)
+    factors = parse_factors(KEY, result.factors, SHAPE, result.repair)
+    assert sorted(result.repair.letters) == sorted("gud" * (rank // 16))
+    assert (result.repair.bits, result.repair.grid) == (3, "affine")
     energy = lost = kept = 0.0
     for name in PROJECTIONS:
         weight = getattr(weights, name)
@@ -53,11 +55,12 @@ def test_figures_are_those_of_the_records(bits: int, rank: int) -> None:
 def test_every_longer_prefix_repairs_more() -> None:
     weights, recipe = random_expert(), CompressionConfig().as_recipe()
     result = compress_expert(weights, SHAPE, recipe, 32)
-    codes = parse_codes(KEY, result.codes, SHAPE, 2)
+    codes = parse_codes(KEY, result.codes, SHAPE, result.form)
     errors = []
-    for count in range(len(result.blocks) + 1):
-        size = result.factors.numel() // len(result.blocks) * count
-        part = parse_factors(KEY, result.factors[:size], SHAPE, result.blocks[:count], 3)
+    for count in range(len(result.repair.blocks) + 1):
+        repair = result.repair.prefix(count)
+        data = result.factors[: factors_bytes(SHAPE, repair)]
+        part = parse_factors(KEY, data, SHAPE, repair)
         error = 0.0
         for name in PROJECTIONS:
             left, right = dequantize_low_rank(getattr(part.factors, name))
@@ -66,6 +69,11 @@ def test_every_longer_prefix_repairs_more() -> None:
         errors.append(error)
     gains = [before - after for before, after in zip(errors, errors[1:], strict=False)]
     assert min(gains) > 0
+    # The manifest's shares say the same of every prefix.
+    shares = [gain / errors[0] for gain in gains]
+    assert result.block_gains == pytest.approx(shares, rel=1e-3)
+    left = 1 - sum(result.block_gains)
+    assert result.restored_error == pytest.approx(result.error * left**0.5, rel=1e-5)
     # Falling order, up to the cross terms that quantised factors leave.
     for before, after in zip(gains, gains[1:], strict=False):
         assert after < 1.05 * before
@@ -76,7 +84,7 @@ def test_original_is_bit_exact_bfloat16() -> None:
     shape = replace(SHAPE, has_bias=True)
     recipe = CompressionConfig(recipe="original").as_recipe()
     result = compress_expert(weights, shape, recipe, 0)
-    codes = parse_codes(KEY, result.codes, shape, 16)
+    codes = parse_codes(KEY, result.codes, shape, CodesForm.uniform(16))
     for name in PROJECTIONS:
         expected = getattr(weights, name).bfloat16().float()
         assert torch.equal(dequantize(getattr(codes.mlp, name)), expected)
@@ -101,6 +109,7 @@ def test_an_expert_of_zeros_has_no_error() -> None:
     zeros = ExpertWeights(KEY, *(torch.zeros(SHAPE.projection(name)) for name in PROJECTIONS))
     result = compress_expert(zeros, SHAPE, CompressionConfig().as_recipe(), 16)
     assert (result.error, result.restored_error) == (0.0, 0.0)
+    assert result.block_gains == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_every_record_and_prefix_is_the_segments(
 
 def test_a_record_longer_than_a_message(stack: ExitStack, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    build_store(store, layers=(0,), experts=1, hidden=2048, ffn=4096, bits=3, blocks=())
+    build_store(store, layers=(0,), experts=1, hidden=2048, ffn=4096, bits=3, blocks="")
     request = RecordRequest(ExpertKey(0, 0), "codes")
     source = connect(stack, store, listing(serve(stack, store)))
     (data,) = source.fetch([request])

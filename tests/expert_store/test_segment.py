@@ -69,18 +69,22 @@ def test_views_share_the_mapping_and_warn_of_nothing(store: Path) -> None:
     assert first.data_ptr() == second.data_ptr()
 
 
-def test_a_prefix_of_rank_blocks_parses(store: Path) -> None:
-    segment = Segment(store)
-    model, recipe = segment.manifest.model, segment.manifest.recipe
-    blocks = segment.manifest.experts[FACTORS.key].blocks
+@pytest.mark.parametrize("blocks", ["gudg", "GgudDU"])
+def test_a_prefix_of_blocks_parses(blocks: str, tmp_path: Path) -> None:
+    build_store(tmp_path, blocks=blocks, factor_bits=2, factor_grid="symmetric")
+    segment = Segment(tmp_path)
+    shape = segment.manifest.model.expert
+    repair = segment.manifest.experts[FACTORS.key].repair
     (whole,) = segment.fetch([FACTORS])
     for num_blocks in range(len(blocks) + 1):
         (data,) = segment.fetch([RecordRequest(FACTORS.key, "factors", num_blocks)])
-        part = blocks[:num_blocks]
-        assert data.numel() == factors_bytes(model.expert, part, recipe.factor_bits)
+        part = repair.prefix(num_blocks)
+        assert part.letters == blocks[:num_blocks]
+        assert data.numel() == factors_bytes(shape, part)
         assert torch.equal(data, whole[: data.numel()])
-        compensator = parse_factors(FACTORS.key, data, model.expert, part, recipe.factor_bits)
-        assert compensator.factors.gate.rank == 16 * part.count("gate")
+        compensator = parse_factors(FACTORS.key, data, shape, part)
+        assert compensator.factors.gate.rank == 16 * part.letters.count("g")
+        assert len(compensator.factors.up_planes) == part.letters.count("U")
 
 
 def test_only_the_keys_it_holds(store: Path) -> None:
@@ -97,9 +101,9 @@ def test_only_the_keys_it_holds(store: Path) -> None:
     ("request_", "message"),
     [
         (RecordRequest(ExpertKey(7, 0), "codes"), "layer 7 expert 0 is not in store"),
-        (RecordRequest(ExpertKey(0, 0), "codes", 1), "only factors have rank blocks"),
-        (RecordRequest(ExpertKey(0, 0), "factors", 5), "has 4 rank blocks"),
-        (RecordRequest(ExpertKey(0, 0), "factors", -1), "has 4 rank blocks"),
+        (RecordRequest(ExpertKey(0, 0), "codes", 1), "only factors have blocks"),
+        (RecordRequest(ExpertKey(0, 0), "factors", 5), "has 4 blocks"),
+        (RecordRequest(ExpertKey(0, 0), "factors", -1), "has 4 blocks"),
     ],
 )
 def test_a_request_no_store_could_answer(
@@ -110,7 +114,7 @@ def test_a_request_no_store_could_answer(
 
 
 def test_factors_of_an_expert_without(tmp_path: Path) -> None:
-    build_store(tmp_path, blocks=())
+    build_store(tmp_path, blocks="")
     with pytest.raises(ValueError, match="no factors record"):
         Segment(tmp_path).fetch([FACTORS])
 

@@ -19,6 +19,7 @@ from expert_store.inspect import bytes_per_token, summarize
 from expert_store.types import ExpertKey, RecordInfo
 from expert_store.verify import check_files, verify
 from kernels.types import block_bytes, matrix_bytes
+from tests.hand_store import build_store
 from tests.tiny_checkpoints import write_tiny_checkpoint
 
 
@@ -215,6 +216,9 @@ def test_summary_adds_up(pristine: Path) -> None:
     assert [layer.num_experts for layer in summary.layers] == [3, 3]
     for layer in summary.layers:
         assert layer.bits == 2
+        assert layer.matrices == {"affine": 9}
+        assert layer.blocks["plane"] == 0
+        assert layer.rank == 16 * layer.blocks["rank"] / 9
         assert 0 < layer.restored_error <= layer.error < 0.5
     # Two layers, k = 2 codes each, n = 1 compensator of the layer's mean size.
     assert summary.bytes_per_token == 2 * 2 * codes + summary.factors_bytes // 3
@@ -222,6 +226,22 @@ def test_summary_adds_up(pristine: Path) -> None:
     manifest = load_manifest(pristine)
     assert bytes_per_token(manifest, top_n=0) == 2 * 2 * codes
     assert bytes_per_token(manifest, top_n=2) == 2 * 2 * codes + 2 * summary.factors_bytes // 3
+
+
+def test_summary_tells_forms_apart(tmp_path: Path) -> None:
+    build_store(
+        tmp_path,
+        bits=(16, 1, 3),
+        grids=("affine", "symmetric", "symmetric"),
+        blocks="gUUd",
+        factor_grid="symmetric",
+    )
+    for layer in summarize(tmp_path).layers:
+        assert layer.bits == pytest.approx(20 / 3)
+        assert layer.matrices == {"bf16": 3, "symmetric": 6}
+        assert layer.blocks == {"rank": 2 * 3, "plane": 2 * 3}
+        assert layer.rank == pytest.approx(16 * 2 / 3)
+        assert (layer.error, layer.restored_error) == pytest.approx((0.4, 0.2))
 
 
 def test_summary_of_what_is_no_store(tmp_path: Path) -> None:

@@ -142,8 +142,8 @@ class InProcessNearData:
         datas = self._source.fetch([RecordRequest(part.key, "codes") for part in work])
         inputs = []
         for part, data in zip(work, datas, strict=True):
-            bits = self._source.manifest.experts[part.key].bits
-            mlp = parse_codes(part.key, data, model.expert, bits).mlp
+            form = self._source.manifest.experts[part.key].form
+            mlp = parse_codes(part.key, data, model.expert, form).mlp
             inputs.append((hidden_TH[list(part.token_rows)], mlp))
         output = torch.cat(ops.gated_mlp_many(inputs, backend=self._backend, num_threads=1))
         output = output.to(hidden_TH.dtype)

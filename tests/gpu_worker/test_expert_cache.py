@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_store.types import Compensator, ExpertKey, RecordRequest
+from expert_store.types import Compensator, ExpertKey, RecordRequest, RepairForm
 from gpu_worker.expert_cache import ExpertCache
 from kernels.types import GatedRepair, LowRank
 
 _EMPTY = LowRank(torch.empty(0, dtype=torch.uint8), (), 64, 64, 3)
+_FORM = RepairForm(3, "affine", ())
 NAMES = [
     RecordRequest(ExpertKey(layer, expert), kind)
     for layer in range(2)
@@ -25,7 +26,7 @@ NAMES = [
 
 
 def record(request: RecordRequest, num_bytes: int = 1) -> Compensator:
-    return Compensator(request.key, GatedRepair(_EMPTY, _EMPTY, _EMPTY), num_bytes)
+    return Compensator(request.key, GatedRepair(_EMPTY, _EMPTY, _EMPTY), num_bytes, _FORM)
 
 
 class NaiveCache:

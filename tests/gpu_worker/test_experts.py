@@ -95,9 +95,8 @@ def oracle(
         codes, factors = segment.fetch([RecordRequest(key, "codes"), RecordRequest(key, "factors")])
         low_rank = None
         if restore[row, column] and key.expert not in lost_factors:
-            bits = manifest.recipe.factor_bits
-            low_rank = parse_factors(key, factors, shape, info.blocks, bits).factors
-        mlp = parse_codes(key, codes, shape, info.bits).mlp
+            low_rank = parse_factors(key, factors, shape, info.repair).factors
+        mlp = parse_codes(key, codes, shape, info.form).mlp
         y = reference.gated_mlp(step.hidden[row : row + 1], mlp, low_rank)
         total[row] += step.weights[row, column] * y[0]
     return total
@@ -445,7 +444,7 @@ def test_integrity_check_sees_a_pin_that_was_left(plain: Segment) -> None:
 
 def test_stores_of_any_folder_are_read_the_same(tmp_path: Path) -> None:
     """An expert without factors is low-bit even when it is in the Top-n."""
-    build_store(tmp_path, layers=(0,), experts=NUM_EXPERTS, ffn=64, blocks=())
+    build_store(tmp_path, layers=(0,), experts=NUM_EXPERTS, ffn=64, blocks="")
     with running(Segment(tmp_path), top_n=2) as experts:
         Step(num_rows=4).run(experts)
         counters = experts.end().counters

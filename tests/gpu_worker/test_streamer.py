@@ -26,7 +26,7 @@ NUM_EXPERTS = 4
 @pytest.fixture(scope="module")
 def segment(tmp_path_factory: pytest.TempPathFactory) -> Segment:
     folder = tmp_path_factory.mktemp("store")
-    build_store(folder, layers=(0,), experts=NUM_EXPERTS, ffn=64, blocks=("gate", "down"))
+    build_store(folder, layers=(0,), experts=NUM_EXPERTS, ffn=64, blocks="gd")
     return Segment(folder)
 
 

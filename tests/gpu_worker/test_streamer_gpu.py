@@ -25,7 +25,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @needs_gpu
 @pytest.mark.parametrize("experts_in_flight", [1, 3, NUM_EXPERTS])
 def test_every_round_brings_the_source_s_bytes(tmp_path: Path, experts_in_flight: int) -> None:
-    build_store(tmp_path, layers=(0,), experts=NUM_EXPERTS, hidden=512, ffn=1024, blocks=("up",))
+    build_store(tmp_path, layers=(0,), experts=NUM_EXPERTS, hidden=512, ffn=1024, blocks="u")
     segment = Segment(tmp_path)
     sizes = RecordSizes.of(segment.manifest)
     requests = [

@@ -20,7 +20,7 @@ from tests.hand_store import build_store
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     folder: Path = tmp_path_factory.mktemp("store")
-    return build_store(folder, layers=(0,), experts=2, ffn=64, blocks=())
+    return build_store(folder, layers=(0,), experts=2, ffn=64, blocks="")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,6 @@ def test_a_compressed_store_is_served_whole_and_run(
 
 def _reference(segment: Segment, hidden_TH: torch.Tensor, item: ExpertTokens) -> torch.Tensor:
     (data,) = segment.fetch([RecordRequest(item.key, "codes")])
-    bits = segment.manifest.experts[item.key].bits
-    mlp = parse_codes(item.key, data, segment.manifest.model.expert, bits).mlp
+    form = segment.manifest.experts[item.key].form
+    mlp = parse_codes(item.key, data, segment.manifest.model.expert, form).mlp
     return reference.gated_mlp(hidden_TH[list(item.token_rows)], mlp)

@@ -31,7 +31,7 @@ def expected(segment: Segment, hidden_TH: torch.Tensor, work: list[ExpertTokens]
     for item in work:
         (data,) = segment.fetch([RecordRequest(item.key, "codes")])
         info = segment.manifest.experts[item.key]
-        codes = parse_codes(item.key, data, segment.manifest.model.expert, info.bits)
+        codes = parse_codes(item.key, data, segment.manifest.model.expert, info.form)
         outputs.append(reference.gated_mlp(hidden_TH[list(item.token_rows)].float(), codes.mlp))
     return torch.cat(outputs)
 

@@ -85,8 +85,8 @@ def truth(segment: Segment, hidden_TH: torch.Tensor, work: list[ExpertTokens]) -
     outputs = []
     for item in work:
         (data,) = segment.fetch([RecordRequest(item.key, "codes")])
-        bits = segment.manifest.experts[item.key].bits
-        mlp = parse_codes(item.key, data, segment.manifest.model.expert, bits).mlp
+        form = segment.manifest.experts[item.key].form
+        mlp = parse_codes(item.key, data, segment.manifest.model.expert, form).mlp
         outputs.append(reference.gated_mlp(hidden_TH[list(item.token_rows)].float(), mlp))
     return torch.cat(outputs)
 
