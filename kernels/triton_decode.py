@@ -15,8 +15,17 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton_tile import field, gather_codes, load_half
-from kernels.types import GROUP_SIZE, TILE_ROWS, LowRank, QuantizedMatrix, padded_rows, tile_bytes
+from kernels.triton_tile import field, gather_weight, load_byte, load_half, load_row_scale
+from kernels.types import (
+    GROUP_SIZE,
+    TILE_ROWS,
+    Grid,
+    LowRank,
+    QuantizedMatrix,
+    left_offset,
+    padded_rows,
+    tile_bytes,
+)
 
 MAX_TOKENS = 8
 """Tokens of one program; more take more programs and read the weights again (from cache)."""
@@ -27,7 +36,7 @@ def matmul_decode(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
     """x @ W.T as [T, N] float32 for a packed matrix; x is contiguous float32 on its device."""
     y_TN = x_TK.new_empty(x_TK.shape[0], matrix.rows)
     num_blocks = padded_rows(matrix.rows) // TILE_ROWS
-    _launch_rows(matrix.data, None, num_blocks, matrix.rows, matrix.bits, x_TK, y_TN)
+    _launch_rows(matrix.data, None, num_blocks, matrix.bits, matrix.grid, x_TK, y_TN)
     return y_TN
 
 
@@ -38,15 +47,15 @@ def low_rank_matmul_decode(factors: LowRank, x_TK: torch.Tensor) -> torch.Tensor
     offsets = torch.tensor(factors.block_offsets, dtype=torch.int64)
     offsets = offsets.to(x_TK.device, non_blocking=True)
     z_TR = x_TK.new_empty(num_tokens, factors.rank)
-    _launch_rows(factors.data, offsets, num_blocks, factors.rank, factors.bits, x_TK, z_TR)
+    _launch_rows(factors.data, offsets, num_blocks, factors.bits, factors.grid, x_TK, z_TR)
     y_TN = x_TK.new_empty(num_tokens, factors.rows)
     tokens = _tokens_per_program(num_tokens)
     grid = (factors.rows // GROUP_SIZE, triton.cdiv(num_tokens, tokens))
     _left_kernel[grid](
         factors.data, offsets, z_TR, y_TN,
         num_tokens, num_blocks, factors.rows,
-        right_bytes=factors.cols // GROUP_SIZE * tile_bytes(factors.bits),
-        BITS=factors.bits, TILE_BYTES=tile_bytes(factors.bits), TOKENS=tokens,
+        left_start=left_offset(factors.cols, factors.bits, factors.grid),
+        **_form(factors.bits, factors.grid), TOKENS=tokens,
     )  # fmt: skip
     return y_TN
 
@@ -55,19 +64,27 @@ def _launch_rows(
     data: torch.Tensor,
     offsets: torch.Tensor | None,
     num_blocks: int,
-    rows: int,
     bits: int,
+    grid: Grid,
     x_TK: torch.Tensor,
     y_TN: torch.Tensor,
 ) -> None:
-    num_tokens, cols = x_TK.shape
+    (num_tokens, cols), rows = x_TK.shape, y_TN.shape[1]
     tokens = _tokens_per_program(num_tokens)
     _rows_kernel[(num_blocks, triton.cdiv(num_tokens, tokens))](
         data, data if offsets is None else offsets, x_TK, y_TN,
         num_tokens, rows, cols,
-        BITS=bits, TILE_BYTES=tile_bytes(bits), TOKENS=tokens, GROUPS=GROUPS_PER_STEP,
+        **_form(bits, grid), TOKENS=tokens, GROUPS=GROUPS_PER_STEP,
         HAS_OFFSETS=offsets is not None,
     )  # fmt: skip
+
+
+def _form(bits: int, grid: Grid) -> dict[str, int | bool]:
+    return {
+        "BITS": bits,
+        "SYMMETRIC": grid == "symmetric",
+        "TILE_BYTES": tile_bytes(bits, grid),
+    }
 
 
 def _tokens_per_program(num_tokens: int) -> int:
@@ -77,20 +94,22 @@ def _tokens_per_program(num_tokens: int) -> int:
 @triton.jit
 def _rows_kernel(
     data, offsets, x, y, num_tokens, rows, cols,
-    BITS: tl.constexpr, TILE_BYTES: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_BYTES: tl.constexpr, TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """One row block of 16 with TOKENS tokens, GROUPS tiles at a time.
 
     A program reads each plane of its tiles as consecutive bytes; byte e belongs to group e // 64,
     row e % 64 // 4 and input e % 4 of each vector. Products of codes are summed per byte position
-    first, the scale and the zero point are applied once a step.
+    first, the scale and the zero point are applied once a step, row scales once at the end.
     """
     block = tl.program_id(0)
     num_groups = cols // 64
     start = block.to(tl.int64) * num_groups * TILE_BYTES
-    if HAS_OFFSETS:
+    row_scales = tl.num_programs(0).to(tl.int64) * num_groups * TILE_BYTES + block * 32
+    if HAS_OFFSETS:  # each block is a matrix of its own
         start = tl.load(offsets + block)
+        row_scales = start + num_groups * TILE_BYTES
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
     byte = tl.arange(0, GROUPS * 64)[None, :]
     lane_byte, step_group = byte % 64, byte // 64
@@ -107,18 +126,25 @@ def _rows_kernel(
             values = tl.load(x + token * cols + col, mask=(token < num_tokens) & inside, other=0.0)
             dot += field(data, tile, lane_byte, vector, BITS) * values
             sum_x += values
-        scales = tile + BITS * 128 + 2 * (lane_byte // 4)
-        part = dot * load_half(data, scales) - sum_x * load_half(data, scales + 32)
+        scales = tile + BITS * 128
+        if SYMMETRIC:
+            middle: tl.constexpr = ((1 << BITS) - 1) * 0.5
+            part = (dot - middle * sum_x) * load_byte(data, scales + lane_byte // 4)
+        else:
+            scales += 2 * (lane_byte // 4)
+            part = dot * load_half(data, scales) - sum_x * load_half(data, scales + 32)
         part = tl.reshape(part, (TOKENS, GROUPS, 16, 4))
         total += tl.sum(tl.sum(part, axis=3), axis=1)
     row = block * 16 + tl.arange(0, 16)[None, :]
+    if SYMMETRIC:
+        total *= load_row_scale(data, row_scales + 2 * tl.arange(0, 16)[None, :])
     tl.store(y + token * rows + row, total, mask=(token < num_tokens) & (row < rows))
 
 
 @triton.jit
 def _left_kernel(
-    data, offsets, z, y, num_tokens, num_blocks, rows, right_bytes,
-    BITS: tl.constexpr, TILE_BYTES: tl.constexpr, TOKENS: tl.constexpr,
+    data, offsets, z, y, num_tokens, num_blocks, rows, left_start,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_BYTES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """64 outputs of left @ z with TOKENS tokens: a tile of each block's transposed left factor."""
     group = tl.program_id(0)
@@ -127,10 +153,10 @@ def _left_kernel(
     col = tl.arange(0, 64)[None, :]
     total = tl.zeros((TOKENS, 64), tl.float32)
     for block in range(0, num_blocks):
-        tile = tl.load(offsets + block) + right_bytes + group * TILE_BYTES
-        scales = tile + BITS * 128 + 2 * rank
-        weight = gather_codes(data, tile, rank, col, BITS) * load_half(data, scales)
-        weight -= load_half(data, scales + 32)
+        start = tl.load(offsets + block) + left_start
+        weight = gather_weight(data, start + group * TILE_BYTES, rank, col, BITS, SYMMETRIC)
+        if SYMMETRIC:
+            weight *= load_row_scale(data, start + rows // 64 * TILE_BYTES + 2 * rank)
         place = token * (num_blocks * 16) + block * 16 + tl.arange(0, 16)[None, :]
         values = tl.load(z + place, mask=token < num_tokens, other=0.0)
         total += tl.sum(values[:, :, None] * weight[None, :, :], axis=1)

@@ -30,7 +30,7 @@ def matmul(matrix: Matrix, x_TK: torch.Tensor) -> torch.Tensor:
     """x @ W.T as [T, N] float32; the bfloat16 baseline is multiplied by torch."""
     if isinstance(matrix, BlockCodedMatrix):
         return x_TK.float() @ decode_block_code(matrix).T
-    if matrix.bits == 16 or matrix.grid == "symmetric" or x_TK.shape[0] == 0:
+    if matrix.bits == 16 or x_TK.shape[0] == 0:
         return reference.matmul(matrix, x_TK)
     x = x_TK.float().contiguous()
     matrix = replace(matrix, data=_even(matrix.data))
@@ -41,7 +41,7 @@ def matmul(matrix: Matrix, x_TK: torch.Tensor) -> torch.Tensor:
 
 def low_rank_matmul(factors: LowRank, x_TK: torch.Tensor) -> torch.Tensor:
     """left @ (right @ x) per token as [T, N] float32; many tokens use the materialised factors."""
-    if factors.rank == 0 or factors.grid == "symmetric" or not 0 < x_TK.shape[0] <= DECODE_TOKENS:
+    if factors.rank == 0 or not 0 < x_TK.shape[0] <= DECODE_TOKENS:
         return reference.low_rank_matmul(factors, x_TK)
     factors = replace(factors, data=_even(factors.data))
     return low_rank_matmul_decode(factors, x_TK.float().contiguous())

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton_tile import gather_codes, load_half
+from kernels.triton_tile import gather_weight, load_row_scale
 from kernels.types import TILE_ROWS, QuantizedMatrix, padded_rows, tile_bytes
 
 BLOCK_TOKENS = 32
@@ -29,7 +29,8 @@ def matmul_prefill(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
     _prefill_kernel[grid](
         matrix.data, x_TK, y_TN,
         num_tokens, matrix.rows, padded_rows(matrix.rows) // TILE_ROWS, matrix.cols,
-        BITS=matrix.bits, TILE_BYTES=tile_bytes(matrix.bits),
+        BITS=matrix.bits, SYMMETRIC=matrix.grid == "symmetric",
+        TILE_BYTES=tile_bytes(matrix.bits, matrix.grid),
         BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_ROWS=BLOCK_ROWS,
     )  # fmt: skip
     return y_TN
@@ -38,7 +39,7 @@ def matmul_prefill(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def _prefill_kernel(
     data, x, y, num_tokens, rows, row_blocks, cols,
-    BITS: tl.constexpr, TILE_BYTES: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_BYTES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_TOKENS x BLOCK_ROWS of the result, one group of 64 inputs at a time.
@@ -54,11 +55,13 @@ def _prefill_kernel(
     total = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
     for group in range(0, num_groups):
         tile = (row_block * num_groups + group) * TILE_BYTES
-        scales = tile + BITS * 128 + 2 * (row % 16)[:, None]
-        weight = gather_codes(data, tile, row[:, None], col[None, :], BITS)
-        weight = weight * load_half(data, scales) - load_half(data, scales + 32)
+        weight = gather_weight(data, tile, row[:, None], col[None, :], BITS, SYMMETRIC)
         place = token * cols + group * 64 + col[None, :]
         values = tl.load(x + place, mask=token < num_tokens, other=0.0)
         total = tl.dot(values, tl.trans(weight), total, input_precision="tf32x3")
+    if SYMMETRIC:
+        row_scales = num_groups.to(tl.int64) * row_blocks * TILE_BYTES
+        stored_row = tl.minimum(row, row_blocks * 16 - 1)[None, :]
+        total *= load_row_scale(data, row_scales + 2 * stored_row)
     out = token * rows + row[None, :]
     tl.store(y + out, total, mask=(token < num_tokens) & (row[None, :] < rows))

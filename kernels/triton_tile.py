@@ -18,12 +18,10 @@ def field(data, plane_start, lane_byte, vector: tl.constexpr, BITS: tl.constexpr
 
     plane_start is the byte offset of the tile's first plane, lane_byte is 4 * row + input % 4.
     """
-    if BITS == 4:
-        byte = tl.load(data + plane_start + (vector % 8) * 64 + lane_byte).to(tl.int32)
-        code = (byte >> (4 * (vector // 8))) & 15
-    elif BITS == 2:
-        byte = tl.load(data + plane_start + (vector % 4) * 64 + lane_byte).to(tl.int32)
-        code = (byte >> (2 * (vector // 4))) & 3
+    if BITS != 3:
+        planes: tl.constexpr = 2 * BITS
+        byte = tl.load(data + plane_start + (vector % planes) * 64 + lane_byte).to(tl.int32)
+        code = (byte >> (BITS * (vector // planes))) & ((1 << BITS) - 1)
     else:
         half = plane_start + (vector // 8) * 192 + lane_byte
         if vector % 8 < 6:
@@ -39,12 +37,10 @@ def gather_codes(data, tile_start, row, col, BITS: tl.constexpr):
     """Codes of (row % 16, col % 64) in the tiles at `tile_start`, as float32; all broadcast."""
     vector = col % 64 // 4
     lane_byte = 4 * (row % 16) + col % 4
-    if BITS == 4:
-        byte = tl.load(data + tile_start + (vector % 8) * 64 + lane_byte).to(tl.int32)
-        code = (byte >> (4 * (vector // 8))) & 15
-    elif BITS == 2:
-        byte = tl.load(data + tile_start + (vector % 4) * 64 + lane_byte).to(tl.int32)
-        code = (byte >> (2 * (vector // 4))) & 3
+    if BITS != 3:
+        planes: tl.constexpr = 2 * BITS
+        byte = tl.load(data + tile_start + (vector % planes) * 64 + lane_byte).to(tl.int32)
+        code = (byte >> (BITS * (vector // planes))) & ((1 << BITS) - 1)
     else:
         half = tile_start + (vector // 8) * 192 + lane_byte
         place = vector % 8
@@ -69,3 +65,31 @@ def load_half(data, byte_offset):
     """float16 at even byte offsets, as float32."""
     pointer = (data + byte_offset).to(tl.pointer_type(tl.float16))
     return tl.load(pointer).to(tl.float32)
+
+
+@triton.jit
+def load_byte(data, byte_offset):
+    """A scale byte, as float32."""
+    return tl.load(data + byte_offset).to(tl.float32)
+
+
+@triton.jit
+def load_row_scale(data, byte_offset):
+    """A symmetric matrix's float16 row scale over 255, so that it meets scale bytes; float32."""
+    return load_half(data, byte_offset) * (1.0 / 255.0)
+
+
+@triton.jit
+def gather_weight(data, tile_start, row, col, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Weights of (row % 16, col % 64) in the tiles at `tile_start`; symmetric: over the row scale.
+
+    `row` and `tile_start` broadcast against each other, and both against `col`.
+    """
+    code = gather_codes(data, tile_start, row, col, BITS)
+    scales = tile_start + BITS * 128
+    if SYMMETRIC:
+        weight = (code - ((1 << BITS) - 1) * 0.5) * load_byte(data, scales + row % 16)
+    else:
+        scales += 2 * (row % 16)
+        weight = code * load_half(data, scales) - load_half(data, scales + 32)
+    return weight

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_matrices import (
+    FORMS,
     TRITON_TOLERANCE,
     at_odd_address,
     random_inputs,
@@ -31,14 +32,14 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed on this platform", allow_module_level=True)
 
 from kernels import triton_decode, triton_matmul
-from kernels.types import LowRank, QuantizedMatrix
+from kernels.types import Grid, LowRank, QuantizedMatrix
 
 COMPILED = os.environ["TRITON_INTERPRET"] == "0"
 DEVICE = "cuda" if COMPILED else "cpu"
 if COMPILED and not torch.cuda.is_available():
     pytest.skip("TRITON_INTERPRET=0 needs a GPU, there is none", allow_module_level=True)
 
-every_width = pytest.mark.parametrize("bits", [2, 3, 4])
+every_form = pytest.mark.parametrize(("grid", "bits"), FORMS)
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +55,13 @@ def _poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
-def matrix_of(rows: int, cols: int, bits: int) -> QuantizedMatrix:
-    matrix = random_matrix(rows, cols, bits)
+def matrix_of(rows: int, cols: int, bits: int, grid: Grid = "affine") -> QuantizedMatrix:
+    matrix = random_matrix(rows, cols, bits, grid=grid)
     return replace(matrix, data=matrix.data.to(DEVICE))
 
 
-def factors_of(rows: int, cols: int, bits: int, num_blocks: int) -> LowRank:
-    factors = random_low_rank(rows, cols, bits, num_blocks)
+def factors_of(rows: int, cols: int, bits: int, num_blocks: int, grid: Grid) -> LowRank:
+    factors = random_low_rank(rows, cols, bits, num_blocks, grid=grid)
     return replace(factors, data=factors.data.to(DEVICE))
 
 
@@ -68,31 +69,31 @@ def inputs_of(num_tokens: int, cols: int) -> torch.Tensor:
     return random_inputs(num_tokens, cols).to(DEVICE)
 
 
-@every_width
+@every_form
 @pytest.mark.parametrize(("rows", "cols"), [(1, 64), (37, 448)])
 @pytest.mark.parametrize("num_tokens", [1, 3, 9])
-def test_decode(bits: int, rows: int, cols: int, num_tokens: int) -> None:
+def test_decode(grid: Grid, bits: int, rows: int, cols: int, num_tokens: int) -> None:
     """One group and seven (not a multiple of the step), rows that end inside a tile."""
-    matrix, x = at_odd_address(matrix_of(rows, cols, bits)), inputs_of(num_tokens, cols)
+    matrix, x = at_odd_address(matrix_of(rows, cols, bits, grid)), inputs_of(num_tokens, cols)
     got = triton_matmul.matmul(matrix, x)
     assert relative_rms(got, reference.matmul(matrix, x)) < TRITON_TOLERANCE
 
 
-@every_width
+@every_form
 @pytest.mark.parametrize(("rows", "cols"), [(1, 64), (85, 192)])
 @pytest.mark.parametrize("num_tokens", [17, 33, 70])
-def test_prefill(bits: int, rows: int, cols: int, num_tokens: int) -> None:
+def test_prefill(grid: Grid, bits: int, rows: int, cols: int, num_tokens: int) -> None:
     """Token and row counts that end inside a block."""
-    matrix, x = matrix_of(rows, cols, bits), inputs_of(num_tokens, cols)
+    matrix, x = matrix_of(rows, cols, bits, grid), inputs_of(num_tokens, cols)
     got = triton_matmul.matmul(matrix, x)
     assert relative_rms(got, reference.matmul(matrix, x)) < TRITON_TOLERANCE
 
 
-@every_width
+@every_form
 @pytest.mark.parametrize(("num_blocks", "num_tokens"), [(0, 2), (1, 1), (4, 5), (2, 33)])
-def test_low_rank(bits: int, num_blocks: int, num_tokens: int) -> None:
+def test_low_rank(grid: Grid, bits: int, num_blocks: int, num_tokens: int) -> None:
     """Rank 0 to the largest of a [64, 128] matrix; blocks out of order at odd addresses."""
-    factors = factors_of(64, 128, bits, num_blocks)
+    factors = factors_of(64, 128, bits, num_blocks, grid)
     x = inputs_of(num_tokens, 128)
     got = triton_matmul.low_rank_matmul(factors, x)
     assert relative_rms(got, reference.low_rank_matmul(factors, x)) < TRITON_TOLERANCE
@@ -117,7 +118,7 @@ COMPILE = textwrap.dedent("""
     from kernels import triton_decode, triton_prefill
     from kernels.types import tile_bytes
 
-    INTEGERS = ("num_tokens", "num_blocks", "rows", "row_blocks", "cols", "right_bytes")
+    INTEGERS = ("num_tokens", "num_blocks", "rows", "row_blocks", "cols", "left_start")
     POINTERS = {"data": "*u8", "offsets": "*i64", "x": "*fp32", "y": "*fp32", "z": "*fp32"}
     ONES = ("num_tokens", "num_blocks", "row_blocks")
 
@@ -126,7 +127,7 @@ COMPILE = textwrap.dedent("""
         # sizes that are multiples of 16 (wider loads): each is other code. Plain is neither.
         no_offsets = constants.get("HAS_OFFSETS") is False
         pointers = POINTERS | ({"offsets": "*u8"} if no_offsets else {})  # unused: it gets data
-        for form in sys.argv[2].split(","):
+        for form in sys.argv[3].split(","):
             ones = ONES if form == "ones" else ()
             fixed = constants | {name: 1 for name in ones if name in kernel.arg_names}
             signature = {
@@ -144,9 +145,11 @@ COMPILE = textwrap.dedent("""
             compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
             assert ".target sm_90" in compiled.asm["ptx"]
 
-    bits = int(sys.argv[1])
-    sizes = {"BITS": bits, "TILE_BYTES": tile_bytes(bits)}
-    for tokens in map(int, sys.argv[3].split(",")):
+    grid, bits = sys.argv[1], int(sys.argv[2])
+    sizes = {
+        "BITS": bits, "SYMMETRIC": grid == "symmetric", "TILE_BYTES": tile_bytes(bits, grid)
+    }
+    for tokens in map(int, sys.argv[4].split(",")):
         for has_offsets in (False, True):
             compile_kernel(
                 triton_decode._rows_kernel, **sizes, TOKENS=tokens,
@@ -167,20 +170,21 @@ EVERY_FORM = "plain,ones,multiples"
 
 @pytest.mark.skipif(COMPILED, reason="a GPU runs them compiled")
 @pytest.mark.parametrize(
-    ("bits", "forms", "tokens"),
+    ("grid", "bits", "forms", "tokens"),
     [
-        (3, "ones", "1"),
-        (3, "multiples", "8"),
-        *[pytest.param(b, EVERY_FORM, EVERY_TOKENS, marks=pytest.mark.slow) for b in (2, 3, 4)],
+        ("affine", 3, "ones", "1"),
+        ("affine", 3, "multiples", "8"),
+        ("symmetric", 1, "multiples", "1"),
+        *[pytest.param(*f, EVERY_FORM, EVERY_TOKENS, marks=pytest.mark.slow) for f in FORMS],
     ],
 )
 def test_every_kernel_compiles_for_a_gpu(
-    bits: int, forms: str, tokens: str, tmp_path: Path
+    grid: Grid, bits: int, forms: str, tokens: str, tmp_path: Path
 ) -> None:
     """Triton carries its compiler: this needs no GPU, and the interpreter accepts more than it."""
     root = Path(reference.__file__).parent.parent
     result = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(bits), forms, tokens],
+        [sys.executable, "-c", COMPILE, grid, str(bits), forms, tokens],
         capture_output=True,
         text=True,
         timeout=280,
