@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import torch
 
+from expert_store import wire
 from expert_store.errors import (
     CorruptRecordError,
     ExpertUnavailableError,
@@ -25,7 +26,6 @@ from expert_store.failover import Attempts, Batch, ListedCopies, check_deadline,
 from expert_store.listing import Listing
 from expert_store.segment import Segment, locate
 from expert_store.types import Manifest, RecordRequest
-from expert_store.wire import CHUNK_BYTES, MAX_REQUESTS, Assembly, chunks, decode_call, encode_call
 
 SERVICE = "moetier.Records"
 MAX_MESSAGE_BYTES = 8 * 2**20
@@ -74,24 +74,21 @@ class RecordServer:
         self._server.stop(grace_s).wait()
 
     def _fetch(self, message: bytes, context: Any) -> Iterator[bytes]:
-        for data in self._read(message, context):
-            yield from chunks(memoryview(data.numpy()))
-
-    def _fetch_small(self, message: bytes, context: Any) -> bytes:
-        return b"".join(self._fetch(message, context))
-
-    def _read(self, message: bytes, context: Any) -> list[torch.Tensor]:
         try:
-            call = decode_call(message)
+            call = wire.decode_call(message)
             if call.version != self._version:
                 raise StoreFormatError(
                     f"this copy holds store version {self._version}, not {call.version}; restart it"
                 )
-            return self._segment.fetch(call.requests)
+            records = self._segment.fetch(call.requests)
         except (ValueError, StoreError) as error:
             status = next(status for kind, status in _STATUS if isinstance(error, kind))
             context.abort(status, str(error)[:MAX_DETAIL_CHARS])
             raise AssertionError("abort() raises") from error
+        yield from wire.answer(call, self._segment.manifest, records)
+
+    def _fetch_small(self, message: bytes, context: Any) -> bytes:
+        return b"".join(self._fetch(message, context))
 
 
 class GrpcSource:
@@ -99,6 +96,7 @@ class GrpcSource:
 
     `find` gives the listings (`directory.listings`); other store versions and roles are passed
     over. A copy that is gone, slow or damaged is replaced by another one, within `deadline_s`.
+    With compression "zstd" the records travel entropy-coded and are decoded here.
     """
 
     tier = "grpc"
@@ -108,16 +106,16 @@ class GrpcSource:
         manifest: Manifest,
         find: Callable[[], Sequence[Listing]],
         *,
+        compression: wire.Compression = "none",
         deadline_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_deadline(deadline_s)
-        self._manifest = manifest
-        self._deadline_s = deadline_s
-        self._clock = clock
+        self._manifest, self._compression = manifest, compression
+        self._deadline_s, self._clock = deadline_s, clock
         self._copies = ListedCopies(find, manifest.version, clock=clock)
         self._channels: dict[str, grpc.Channel] = {}
-        self._bytes_sent = self._bytes_received = 0
+        self._bytes_sent = self._bytes_received = self._record_bytes = 0
         self._lock = threading.Lock()
         self._closed = threading.Event()
 
@@ -129,6 +127,11 @@ class GrpcSource:
     def bytes_moved(self) -> tuple[int, int]:
         """Bytes of messages (sent, received) since the start; a failed try's bytes count too."""
         return self._bytes_sent, self._bytes_received
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the records that came whole; over those received, what compression saved."""
+        return self._record_bytes
 
     def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
         """The records' bytes in request order, each a flat uint8 tensor, maybe read-only.
@@ -143,7 +146,7 @@ class GrpcSource:
                 self._copies,
                 lambda attempts, batches, left_s: self._ask(attempts, requests, batches, left_s),
                 requests,
-                max_batch=MAX_REQUESTS,
+                max_batch=wire.MAX_REQUESTS,
                 deadline_s=self._deadline_s,
                 clock=self._clock,
                 is_closed=self._closed.wait,
@@ -196,15 +199,16 @@ class GrpcSource:
     def _ask_one(
         self, batch: Batch, wanted: Sequence[RecordRequest], end_s: float
     ) -> list[torch.Tensor]:
-        message = encode_call(self._manifest.version, wanted)
-        assembly = Assembly([locate(self._manifest, r).num_bytes for r in wanted])
+        message = wire.encode_call(self._manifest.version, wanted, self._compression)
+        lengths = [locate(self._manifest, r).num_bytes for r in wanted]
+        assembly = wire.assembly_of(lengths, self._compression)
         # While there is another copy, half of the time is kept for it.
         left_s = max(0.0, end_s - self._clock())
         timeout_s = left_s if batch.is_last_hope else left_s / 2
         channel = self._channel(batch.address)
         self._count(len(message), 0)
         answer: Iterable[bytes]
-        if assembly.num_bytes <= CHUNK_BYTES:
+        if assembly.num_bytes <= wire.CHUNK_BYTES:
             # A blocking call wakes fewer threads than a stream does.
             answer = [channel.unary_unary(f"/{SERVICE}/FetchSmall")(message, timeout=timeout_s)]
         else:
@@ -212,7 +216,9 @@ class GrpcSource:
         for chunk in answer:
             self._count(0, len(chunk))
             assembly.add(chunk)
-        return assembly.finish()
+        records = assembly.finish()
+        self._count(0, 0, sum(lengths))
+        return records
 
     def _report(self, attempts: Attempts, batch: Batch, error: grpc.RpcError) -> None:
         code, details = error.code(), error.details() or ""
@@ -232,10 +238,11 @@ class GrpcSource:
                 self._channels[address] = open_channel(address, max_bytes=MAX_MESSAGE_BYTES)
             return self._channels[address]
 
-    def _count(self, sent: int, received: int) -> None:
+    def _count(self, sent: int, received: int, delivered: int = 0) -> None:
         with self._lock:
             self._bytes_sent += sent
             self._bytes_received += received
+            self._record_bytes += delivered
 
 
 def start_server(

@@ -1,11 +1,13 @@
 """The bytes of a record request between hosts, and the limits both sides keep.
 
     magic "MTRQ" | u16 wire version | u16 length of the store version | u32 number of requests
-    | the store version, ASCII | per request: u32 layer, u32 expert, u32 kind, i32 num_blocks
+    | u32 compression | the store version, ASCII
+    | per request: u32 layer, u32 expert, u32 kind, i32 num_blocks
 
-All little-endian; kind 0 is codes, 1 is factors; num_blocks -1 means the whole record. The answer
-is a stream of messages of at most CHUNK_BYTES: the records' bytes in request order, whose lengths
-the asker knows from its manifest. Knows no transport.
+All little-endian; compression 0 is none, 1 is zstd; kind 0 is codes, 1 is factors; num_blocks -1
+means the whole record. The answer is a stream of messages of at most CHUNK_BYTES: the records'
+bytes in request order, whose lengths the asker knows from its manifest; with zstd, per record a
+u64 length and the frame of `expert_store/codecs/entropy.py`. Knows no transport.
 """
 
 from __future__ import annotations
@@ -14,21 +16,29 @@ import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
+from expert_store.codecs.entropy import MAX_FRAME_OVERHEAD, compress, decompress
 from expert_store.errors import StoreFormatError
-from expert_store.types import ExpertKey, RecordKind, RecordRequest
+from expert_store.types import ExpertKey, Manifest, RecordKind, RecordRequest
+from expert_store.wire_form import record_sections
+
+Compression = Literal["none", "zstd"]
+"""How records travel: as they are, or entropy-coded, which costs both hosts CPU time."""
 
 MAGIC = b"MTRQ"
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 CHUNK_BYTES = 2 * 2**20
 """One message of an answer. Between 1 and 4 MiB gRPC is at its fastest (FACTS.md 1.3)."""
 MAX_REQUESTS = 4096
 """Records of one call."""
 
-_HEADER = struct.Struct("<4sHHI")
+_HEADER = struct.Struct("<4sHHII")
+_FRAME_LENGTH = struct.Struct("<Q")
+_COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
 _REQUEST = struct.Struct("<IIIi")
 _KINDS: tuple[RecordKind, ...] = ("codes", "factors")
 
@@ -39,14 +49,17 @@ class RecordCall:
 
     version: str
     requests: tuple[RecordRequest, ...]
+    compression: Compression = "none"
 
 
-def encode_call(version: str, requests: Sequence[RecordRequest]) -> bytes:
+def encode_call(
+    version: str, requests: Sequence[RecordRequest], compression: Compression = "none"
+) -> bytes:
     """The bytes of a call. Raises ValueError for more than MAX_REQUESTS requests."""
     if len(requests) > MAX_REQUESTS:
         raise ValueError(f"requests: got {len(requests)}, at most {MAX_REQUESTS} in one call")
-    name = version.encode("ascii")
-    parts = [_HEADER.pack(MAGIC, WIRE_VERSION, len(name), len(requests)), name]
+    name, form = version.encode("ascii"), _COMPRESSIONS.index(compression)
+    parts = [_HEADER.pack(MAGIC, WIRE_VERSION, len(name), len(requests), form), name]
     for request in requests:
         num_blocks = -1 if request.num_blocks is None else request.num_blocks
         kind = _KINDS.index(request.kind)
@@ -58,13 +71,15 @@ def decode_call(message: bytes) -> RecordCall:
     """The call in a message. Raises ValueError, naming the field, for anything malformed."""
     if len(message) < _HEADER.size:
         raise ValueError(f"message: {len(message)} bytes, a header has {_HEADER.size}")
-    magic, wire_version, name_bytes, num_requests = _HEADER.unpack_from(message)
+    magic, wire_version, name_bytes, num_requests, form = _HEADER.unpack_from(message)
     if magic != MAGIC:
         raise ValueError(f"magic: got {magic!r}, expected {MAGIC!r}")
     if wire_version != WIRE_VERSION:
         raise ValueError(f"wire version: got {wire_version}, this side speaks {WIRE_VERSION}")
     if num_requests > MAX_REQUESTS:
         raise ValueError(f"requests: got {num_requests}, at most {MAX_REQUESTS} in one call")
+    if form >= len(_COMPRESSIONS):
+        raise ValueError(f"compression: got {form}, expected one of {_COMPRESSIONS} by number")
     expected = _HEADER.size + name_bytes + num_requests * _REQUEST.size
     if len(message) != expected:
         raise ValueError(f"message: got {len(message)} bytes, its header announces {expected}")
@@ -76,7 +91,24 @@ def decode_call(message: bytes) -> RecordCall:
         _decode_request(*_REQUEST.unpack_from(message, start + i * _REQUEST.size))
         for i in range(num_requests)
     )
-    return RecordCall(name.decode("ascii"), requests)
+    return RecordCall(name.decode("ascii"), requests, _COMPRESSIONS[form])
+
+
+def answer(
+    call: RecordCall, manifest: Manifest, records: Sequence[torch.Tensor]
+) -> Iterator[bytes]:
+    """The messages of an answer: the records in the form that the call asks for."""
+    for request, data in zip(call.requests, records, strict=True):
+        if call.compression == "none":
+            yield from chunks(memoryview(data.numpy()))
+        else:
+            frame = compress(data, record_sections(manifest, request))
+            yield from chunks(memoryview(_FRAME_LENGTH.pack(len(frame)) + frame))
+
+
+def assembly_of(lengths: Sequence[int], compression: Compression) -> Assembly | FrameAssembly:
+    """What puts an answer's records, of these lengths, together again."""
+    return Assembly(lengths) if compression == "none" else FrameAssembly(lengths)
 
 
 def chunks(data: memoryview) -> Iterator[bytes]:
@@ -127,6 +159,45 @@ class Assembly:
         else:
             self._records.append(torch.empty(length, dtype=torch.uint8))
             self._room = memoryview(self._records[-1].numpy())
+
+
+class FrameAssembly:
+    """Records put together from the chunks of a compressed answer; each is decoded as it ends."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.num_bytes = sum(lengths)
+        self._lengths = deque(lengths)  # of the records that did not come whole yet
+        self._records: list[torch.Tensor] = []
+        self._held = bytearray()  # what came of the next record
+        self._due: int | None = None  # bytes of its frame, once they are known
+
+    def add(self, chunk: bytes) -> None:
+        """The next bytes. Raises StoreFormatError for a frame that is damaged or too long."""
+        self._held += chunk
+        while self._lengths and self._next_is_whole():
+            assert self._due is not None
+            record = decompress(memoryview(self._held[: self._due]), self._lengths.popleft())
+            self._records.append(record)
+            del self._held[: self._due]
+            self._due = None
+        if self._held and not self._lengths:
+            raise StoreFormatError(f"{len(self._held)} bytes more than the records' frames")
+
+    def finish(self) -> list[torch.Tensor]:
+        """The records. Raises StoreFormatError when bytes are missing."""
+        if self._lengths:
+            raise StoreFormatError(f"{len(self._lengths)} of the records did not come whole")
+        return self._records
+
+    def _next_is_whole(self) -> bool:
+        if self._due is None and len(self._held) >= _FRAME_LENGTH.size:
+            (self._due,) = _FRAME_LENGTH.unpack_from(self._held)
+            del self._held[: _FRAME_LENGTH.size]
+            if self._due > self._lengths[0] + MAX_FRAME_OVERHEAD:
+                raise StoreFormatError(
+                    f"a frame of {self._due} bytes for a record of {self._lengths[0]}"
+                )
+        return self._due is not None and len(self._held) >= self._due
 
 
 def _decode_request(layer: int, expert: int, kind: int, num_blocks: int) -> RecordRequest:

@@ -266,6 +266,7 @@ def test_a_port_in_use_is_named(stack: ExitStack, store: Path) -> None:
         (b"GET / HTTP/1.1\r\n\r\n", "magic"),
         (wire.encode_call("v", [])[:-1], "announces"),
         (wire.encode_call("v", []) + b"x", "announces"),
+        (wire.encode_call("v", [])[:12] + b"\x02" + wire.encode_call("v", [])[13:], "compression"),
     ],
 )
 def test_a_malformed_request_is_a_bad_request(
@@ -285,7 +286,7 @@ def test_a_malformed_request_is_a_bad_request(
 def test_the_request_bytes_are_fixed() -> None:
     call = wire.encode_call("abc", [RecordRequest(ExpertKey(1, 2), "factors", 3)])
     assert call == (
-        b"MTRQ\x01\x00\x03\x00\x01\x00\x00\x00abc"
+        b"MTRQ\x02\x00\x03\x00\x01\x00\x00\x00\x00\x00\x00\x00abc"
         b"\x01\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00\x03\x00\x00\x00"
     )
     with pytest.raises(ValueError, match="requests: got 4097"):
@@ -302,10 +303,16 @@ requests_ = st.builds(
 
 
 @settings(deadline=None)
-@given(st.text("0123456789abcdef", max_size=64), st.lists(requests_, max_size=8))
-def test_requests_survive_the_wire(version: str, requests: list[RecordRequest]) -> None:
-    call = wire.decode_call(wire.encode_call(version, requests))
-    assert call == wire.RecordCall(version, tuple(requests))
+@given(
+    st.text("0123456789abcdef", max_size=64),
+    st.lists(requests_, max_size=8),
+    st.sampled_from(["none", "zstd"]),
+)
+def test_requests_survive_the_wire(
+    version: str, requests: list[RecordRequest], compression: wire.Compression
+) -> None:
+    call = wire.decode_call(wire.encode_call(version, requests, compression))
+    assert call == wire.RecordCall(version, tuple(requests), compression)
 
 
 @settings(deadline=None)
@@ -321,7 +328,8 @@ def test_a_mutated_request_is_decoded_or_a_value_error(
         call = wire.decode_call(bytes(message[:cut]))
     except ValueError:
         return
-    assert wire.encode_call(call.version, call.requests) == bytes(message[:cut])
+    again = wire.encode_call(call.version, call.requests, call.compression)
+    assert again == bytes(message[:cut])
 
 
 @settings(deadline=None)
