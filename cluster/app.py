@@ -38,13 +38,7 @@ from cluster.door import (
 from cluster.environment import config_path, prepare_for_ray
 from cluster.ingress import Ingress
 from cluster.orchestrator import TierManager, TierSettings, live_nodes
-from cluster.placement import (
-    place,
-    sole_node_cpus,
-    sole_node_labels,
-    tier_needs,
-    worker_need,
-)
+from cluster.placement import place, sole_node_cpus, sole_node_labels, tier_needs, worker_need
 from cluster.processes import Process, descendants, end, named, uninterrupted
 from cluster.settings import AutoscalingSettings, split_label
 from cluster.tier_link import connect, open_directory
@@ -102,6 +96,7 @@ def compose(config: ClusterConfig) -> Application:
             connect,
             store=config.store.path,
             transport=config.store.transport,
+            compression=config.store.compression,
             directory=open_directory(config.directory),
         ),
     )

@@ -79,6 +79,11 @@ def _bytes_and_pairs(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
             tier, _, kind = place.partition("/")
             moved.append(({"replica": w.replica, "tier": tier, "kind": kind}, count))
     yield "moetier_moved_bytes_total", "counter", "Expert bytes moved, by tier and kind.", moved
+    records: list[Sample] = [
+        ({"replica": w.replica}, w.counters.get("wire_bytes", 0)) for w in workers
+    ]
+    help_text = "Expert bytes received over gRPC; fewer than moved where they travel compressed."
+    yield "moetier_wire_bytes_total", "counter", help_text, records
     yield (
         "moetier_planned_bytes_total",
         "counter",

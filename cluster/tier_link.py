@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.settings import DirectorySettings, Transport
+from cluster.settings import Compression, DirectorySettings, Transport
 from expert_store.actor import ObjectStoreSource, StoreHandle
 from expert_store.directory import LastKnownDirectory, RedisDirectory
 from expert_store.errors import ExpertUnavailableError
@@ -24,7 +24,7 @@ from expert_store.holder import OpenDirectory
 from expert_store.listing import Listing
 from expert_store.rpc import GrpcSource
 from expert_store.types import ExpertTokens, Manifest, RecordRequest
-from gpu_worker.protocols import ExpertSource
+from gpu_worker.protocols import ExpertSource, WireCounted
 from ndp_worker.group import Member, NearDataGroup
 from ndp_worker.rpc import NdpClient
 
@@ -61,10 +61,11 @@ class TierLink:
         endpoints: Endpoints,
         *,
         transport: Transport,
+        compression: Compression = "none",
         directory: OpenDirectory | None,
     ) -> None:
         self._manifest = manifest
-        self._transport = transport
+        self._transport, self._compression = transport, compression
         self._endpoints = endpoints
         self._directory = LastKnownDirectory(directory()) if directory else None
         self.source = FollowingSource(self._open_source(endpoints))
@@ -96,7 +97,7 @@ class TierLink:
 
     def _open_source(self, endpoints: Endpoints) -> ExpertSource:
         if self._transport == "grpc":
-            return GrpcSource(self._manifest, self._listings)
+            return GrpcSource(self._manifest, self._listings, compression=self._compression)
         return ObjectStoreSource(self._manifest, endpoints.stores)
 
     def _listings(self) -> Sequence[Listing]:
@@ -110,6 +111,7 @@ class FollowingSource:
 
     def __init__(self, source: ExpertSource) -> None:
         self._source = source
+        self._gone_bytes = (0, 0)
 
     @property
     def manifest(self) -> Manifest:
@@ -118,6 +120,11 @@ class FollowingSource:
     @property
     def tier(self) -> str:
         return self._source.tier
+
+    @property
+    def bytes_moved(self) -> tuple[int, int]:
+        """Bytes (sent, received) on a wire that is counted (gRPC), of the sources gone too."""
+        return _sum(self._gone_bytes, _wire_bytes(self._source))
 
     def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
         """As the inner source; what fails on one that was exchanged meanwhile is asked again."""
@@ -132,6 +139,7 @@ class FollowingSource:
     def switch(self, source: ExpertSource) -> None:
         before, self._source = self._source, source
         before.close()
+        self._gone_bytes = _sum(self._gone_bytes, _wire_bytes(before))
 
     def close(self) -> None:
         self._source.close()
@@ -184,6 +192,7 @@ def connect(
     *,
     store: str,
     transport: Transport,
+    compression: Compression = "none",
     directory: OpenDirectory | None,
 ) -> TierLink:
     """The link of a worker that has the folder `store` too, for the dense part and the manifest."""
@@ -191,12 +200,17 @@ def connect(
         load_manifest(Path(store)),
         endpoints,
         transport=transport,
+        compression=compression,
         directory=directory,
     )
 
 
 def _names(endpoints: Endpoints) -> set[str]:
     return {store.listing.name for store in endpoints.stores}
+
+
+def _wire_bytes(source: ExpertSource) -> tuple[int, int]:
+    return source.bytes_moved if isinstance(source, WireCounted) else (0, 0)
 
 
 def _sum(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:

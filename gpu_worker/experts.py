@@ -25,7 +25,7 @@ from gpu_worker.expert_math import ExpertMath, KernelMath
 from gpu_worker.local_run import DeviceExperts, LocalRun, Part
 from gpu_worker.model import StepReport
 from gpu_worker.planner import ExpertWork, Policy, RecordSizes, plan, plan_local
-from gpu_worker.protocols import ExpertSource, NearData
+from gpu_worker.protocols import ExpertSource, NearData, WireCounted
 from gpu_worker.restoring import route
 from gpu_worker.streamer import Streamer
 from kernels import ops
@@ -92,6 +92,7 @@ class StoreExperts:
         self._policy = Policy(config.near_data, config.link_bytes_per_s, config.near_data_token_s)
         self._sizes = RecordSizes.of(source.manifest)
         self._near_data = near_data if config.near_data != "off" else None
+        self._wire = source if isinstance(source, WireCounted) else None
         self._clock = clock
         self.cache = ExpertCache(config.cache_bytes)
         self.streamer = Streamer(
@@ -112,6 +113,7 @@ class StoreExperts:
         self._tally = Tally()
         self._degraded_rows: Counter[int] = Counter()
         self._near_bytes_at_begin = self._near_bytes()
+        self._wire_bytes_at_begin = self._wire_bytes()
 
     def run_layer(
         self,
@@ -210,10 +212,14 @@ class StoreExperts:
     def _near_bytes(self) -> tuple[int, int]:
         return (0, 0) if self._near_data is None else self._near_data.bytes_moved
 
+    def _wire_bytes(self) -> int:
+        return 0 if self._wire is None else self._wire.bytes_moved[1]
+
     def _freeze(self) -> StepCounters:
         sent, received = self._near_bytes()
         self._tally.sent_bytes = sent - self._near_bytes_at_begin[0]
         self._tally.received_bytes = received - self._near_bytes_at_begin[1]
+        self._tally.wire_bytes = self._wire_bytes() - self._wire_bytes_at_begin
         return self._tally.freeze()
 
 

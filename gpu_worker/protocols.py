@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -35,6 +35,16 @@ class ExpertSource(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class WireCounted(Protocol):
+    """What a source can be besides: one whose records cross a wire that it counts."""
+
+    @property
+    def bytes_moved(self) -> tuple[int, int]:
+        """Bytes (sent, received) on the wire since the start; compressed ones as they were."""
+        ...
 
 
 class NearData(Protocol):

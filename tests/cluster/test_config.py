@@ -43,6 +43,11 @@ BAD = {
     "type: a list": ("[1]", ["the document", "expected a mapping of fields"]),
     "null where none is allowed": ("http: {port: null}", ["http.port", "None"]),
     "choice": ("store: {transport: tcp}", ["store.transport", "object_store, grpc"]),
+    "choice: compression": ("store: {compression: gzip}", ["store.compression", "none, zstd"]),
+    "compression without grpc": (
+        "store: {compression: zstd}",
+        ["store.compression", "object_store", "set transport grpc"],
+    ),
     "range: port": ("http: {port: 70000}", ["http.port", "70000", "0 to 65535"]),
     "range: replicas": ("store: {replicas: 0}", ["store.replicas", "1 to 64"]),
     "range: not finite": ("http: {request_timeout_s: .inf}", ["http.request_timeout_s", "inf"]),

@@ -86,6 +86,30 @@ def test_records_go_on_from_another_server(tiers: Tiers) -> None:
         link.close()
 
 
+def test_compressed_records_are_the_same_and_their_wire_bytes_are_counted(tiers: Tiers) -> None:
+    """Over a change of source too: what the one that is gone moved still counts."""
+    _, handle = tiers.record_server()
+    expected = tiers.segment.fetch(CODES)
+    link = connect(
+        Endpoints(1, (handle,), ()),
+        store=str(tiers.folder),
+        transport="grpc",
+        compression="zstd",
+        directory=None,
+    )
+    try:
+        for got, want in zip(link.source.fetch(CODES), expected, strict=True):
+            assert torch.equal(got, want)
+        sent, received = link.source.bytes_moved
+        record_bytes = sum(data.numel() for data in expected)
+        assert sent > 0 < received != record_bytes
+        link.source.switch(Segment(tiers.folder))  # from now on nothing crosses a wire
+        link.source.fetch(CODES)
+        assert link.source.bytes_moved == (sent, received)
+    finally:
+        link.close()
+
+
 def test_near_data_goes_on_with_another_worker_and_counts_all_bytes(tiers: Tiers) -> None:
     _, store = tiers.record_server()
     first, first_listing = tiers.near_data_server()

@@ -28,6 +28,7 @@ _counters = st.builds(
     low_bit_pairs=st.integers(0, 9),
     degraded_pairs=st.integers(0, 9),
     near_data_pairs=st.integers(0, 9),
+    wire_bytes=st.integers(0, 9),
     sent_bytes=st.integers(0, 9),
     received_bytes=st.integers(0, 9),
     wait_s=st.integers(0, 9).map(float),
@@ -45,7 +46,7 @@ def test_a_sum_has_every_count_of_both(left: StepCounters, right: StepCounters) 
             assert getattr(total, name).get(kind, 0) == sum(parts)
     for name in ("restored_pairs", "low_bit_pairs", "degraded_pairs", "near_data_pairs"):
         assert getattr(total, name) == getattr(left, name) + getattr(right, name)
-    for name in ("sent_bytes", "received_bytes", "wait_s"):
+    for name in ("wire_bytes", "sent_bytes", "received_bytes", "wait_s"):
         assert getattr(total, name) == getattr(left, name) + getattr(right, name)
 
 

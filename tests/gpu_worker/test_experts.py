@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -332,6 +332,22 @@ class TestLoss:
             if not source.failed:
                 break
         assert 4 < fail_call < 199
+
+    def test_bytes_of_the_wire_are_those_the_source_counted_meanwhile(self, plain: Segment) -> None:
+        class WireSource(CountingSource):
+            bytes_moved = (10, 1000)
+
+            def before(self, requests: Sequence[RecordRequest]) -> None:
+                self.bytes_moved = (20, self.bytes_moved[1] + 7 * len(requests))
+
+        source = WireSource(plain)
+        with running(source) as experts:
+            Step().run(experts)
+            counters = experts.end().counters
+            assert counters.wire_bytes == 7 * sum(map(len, source.calls)) > 0
+        with running(CountingSource(plain)) as experts:
+            Step().run(experts)
+            assert experts.end().counters.wire_bytes == 0
 
     def test_a_bug_in_the_source_is_not_swallowed(self, plain: Segment) -> None:
         with running(FailingSource(plain, 0, ZeroDivisionError("a bug"))) as experts:
