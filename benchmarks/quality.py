@@ -1,7 +1,8 @@
-"""Perplexity against expert bytes moved per token, by domain of text: what `moetier eval` measures.
+"""Quality against expert bytes moved per token, by domain of text: what `moetier eval` measures.
 
 `python -m benchmarks.quality [TEXT ...]` takes text files or folders of *.txt; by default the
-six held-out domains of ../shared/mini/eval where they are there, else the built-in text.
+six held-out domains of ../shared/mini/eval where they are there, else the built-in text. With
+`--rows FILE` it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -13,85 +14,105 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.record import RESULTS, provenance
-from cluster.evaluate import EvalRow, EvalSettings, Variant, conditions, evaluate
+from cluster.eval_rows import EvalRow, RowFile, pooled
+from cluster.eval_settings import EvalSettings, Variant
+from cluster.eval_tables import conditions
+from cluster.evaluate import evaluate
 from cluster.stores import bundled_store, original_store
 from cluster.texts import BUILT_IN_NOTE, read_texts
 from models import MIXTRAL_MINI
 
 HELD_OUT = Path(__file__).resolve().parents[2] / "shared" / "mini" / "eval"
-SETTINGS = EvalSettings(windows=32, decode_tokens=64, warm_up=0, batch=1, cache_percent=0)
+SETTINGS = EvalSettings()
 REPORT = RESULTS / "quality-mixtral-mini.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", nargs="*", type=Path, help="text files or folders of *.txt")
-    chosen = parser.parse_args(argv).text
-    held_out = not chosen and HELD_OUT.is_dir()
-    texts = read_texts([HELD_OUT] if held_out else chosen)
+    parser.add_argument("--rows", type=Path, help="keep rows here and measure none twice")
+    args = parser.parse_args(argv)
+    held_out = not args.text and HELD_OUT.is_dir()
+    texts = read_texts([HELD_OUT] if held_out else args.text)
     store, original = bundled_store(), original_store(MIXTRAL_MINI)
-    variants = [
-        Variant("original bf16", original),
-        Variant("static 2-bit", store, top_n=0),
-        Variant("2-bit + compensators Top-1", store, top_n=1),
-        Variant("2-bit + compensators Top-2", store, top_n=2),
-        Variant("Top-1, near data on", store, top_n=1, near_data=True),
-    ]
+    kept = None if args.rows is None else RowFile(args.rows)
     by_experts: dict[str, list[EvalRow]] = defaultdict(list)
-    for row in evaluate(variants, texts, SETTINGS):
-        assert math.isclose(row.moved_bytes, row.planned_bytes), (
-            f"{row.experts} on {row.text}: planned {row.planned_bytes} bytes, moved "
-            f"{row.moved_bytes}; no table is written on a red gate"
-        )
+    for row in evaluate(variants(store, original), texts, SETTINGS, original=original, rows=kept):
+        for point in row.traffic:
+            assert math.isclose(point.moved_bytes, point.planned_bytes), (
+                f"{row.experts} on {row.text}: planned {point.planned_bytes} bytes, moved "
+                f"{point.moved_bytes}; no table is written on a red gate"
+            )
         by_experts[row.experts].append(row)
-        print(f"{row.experts:28} {row.text:12} {row.perplexity:8.2f}", flush=True)
-    note = "" if held_out or chosen else f"\n{BUILT_IN_NOTE}\n"
+        print(
+            f"{row.experts:32} {row.text:12} {row.perplexity:8.2f}  {row.seconds:.0f} s", flush=True
+        )
+    note = "" if held_out or args.text else f"\n{BUILT_IN_NOTE}\n"
     REPORT.write_text(page(by_experts) + note)
     print(f"wrote {REPORT}")
     return 0
 
 
+def variants(store: Path, original: Path) -> list[Variant]:
+    """The original, and one store under every policy of the worker."""
+    return [
+        Variant("original bf16", original),
+        Variant("static codes", store, top_n=0),
+        Variant("Top-1 restored", store, top_n=1),
+        Variant("random 1 restored", store, restore="random", top_n=1),
+        Variant("all restored", store, restore="all"),
+        Variant("router mass 0.6 restored", store, restore="mass", restore_mass=0.6),
+        Variant("benefit 0.15 restored", store, restore="benefit", restore_benefit=0.15),
+        Variant("Top-1, skip < 0.1", store, top_n=1, skip_below=0.1),
+        Variant("Top-1, skip < 0.2", store, top_n=1, skip_below=0.2),
+        Variant("original, skip < 0.1", original, skip_below=0.1),
+        Variant("Top-1, near data on", store, top_n=1, near_data=True),
+    ]
+
+
 def page(by_experts: Mapping[str, Sequence[EvalRow]]) -> str:
-    """The report: perplexity by domain, the mean loss over the original, and the bytes."""
-    names = [row.text for row in next(iter(by_experts.values()))]
-    header = ["experts", *names, "more nats (mean)", "expert KB/token", "near-data KB/token"]
+    """The report: perplexity by domain, what all domains lose together, and the bytes."""
+    baseline = next(iter(by_experts.values()))
+    points = baseline[0].traffic
+    moved = [f"KB/token, cache {p.cache_percent:g} %, batch {p.batch}" for p in points]
+    names = [row.text for row in baseline]
+    together = ["more nats", "KL", "agree %", "bits/weight", "restored %", "skipped %"]
+    header = ["experts", *names, *together, *moved, "near-data KB/token"]
     lines = [
-        "# mixtral-mini: perplexity and expert bytes moved per token, by domain",
+        "# mixtral-mini: quality and expert bytes moved per token, by domain",
         "",
         f"{provenance()}",
         "",
         conditions(SETTINGS).replace("the first line", "the original"),
-        "The standard error in the loss column is that of the paired difference over all windows.",
+        "Columns of domains are perplexities; the others are over all their windows, the error "
+        "of the loss that of the paired difference.",
         "This model is small and undertrained (models/README.md): no evidence about others.",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),
     ]
-    baseline = next(iter(by_experts.values()))
     for experts, rows in by_experts.items():
-        cells = [experts, *(f"{row.perplexity:.1f}" for row in rows), loss(rows, baseline)]
-        cells += [f"{mean([row.moved_bytes for row in rows]) / 1000:.0f}"]
-        cells += [f"{mean([row.near_data_bytes for row in rows]) / 1000:.1f}"]
+        whole = pooled(rows, () if rows is baseline else baseline)
+        cells = [experts, *(f"{row.perplexity:.1f}" for row in rows), *quality(whole)]
+        cells += [f"{point.moved_bytes / 1000:.0f}" for point in whole.traffic]
+        cells += [f"{whole.traffic[0].near_data_bytes / 1000:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def loss(rows: Sequence[EvalRow], baseline: Sequence[EvalRow]) -> str:
-    """Mean extra nats over all windows of all texts, with the standard error of the difference."""
-    if rows is baseline:
-        return "-"
-    differences = [
-        mine - theirs
-        for row, base in zip(rows, baseline, strict=True)
-        for mine, theirs in zip(row.window_nats, base.window_nats, strict=True)
+def quality(whole: EvalRow) -> list[str]:
+    """The cells of all domains together."""
+    more = "-"
+    if whole.more_nats is not None:
+        more = f"{whole.more_nats:+.4f} ± {whole.more_nats_error:.4f}"
+    return [
+        more,
+        f"{whole.kl:.4f} ± {whole.kl_error:.4f}",
+        f"{100 * (whole.agreement or 0):.1f}",
+        f"{whole.bits_per_weight_moved:.2f}",
+        f"{100 * whole.restored_share:.0f}",
+        f"{100 * whole.skipped_share:.0f}",
     ]
-    middle = mean(differences)
-    variance = sum((d - middle) ** 2 for d in differences) / (len(differences) - 1)
-    return f"{middle:+.4f} ± {math.sqrt(variance / len(differences)):.4f}"
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

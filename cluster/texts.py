@@ -19,6 +19,10 @@ BUILT_IN_NOTE = (
 )
 
 
+WIKITEXT_FILES = ("wiki.test.raw", "wiki.test.tokens")
+"""The test part of WikiText-2 as it is distributed: in a folder of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class EvalText:
     """A named text."""
@@ -37,6 +41,7 @@ def built_in_text() -> EvalText:
 def read_texts(paths: Sequence[Path]) -> list[EvalText]:
     """The files, and the *.txt files of the folders, in order of name; built-in when none is given.
 
+    A folder of WikiText-2 gives its test part, named after the folder.
     Raises ValueError for a path that does not exist, a folder without texts, or what is not UTF-8.
     """
     if not paths:
@@ -50,8 +55,9 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"--text: {path} does not exist; give text files or folders of *.txt")
     found = sorted(path.glob("*.txt"))
+    found = found or [path / name for name in WIKITEXT_FILES if (path / name).is_file()][:1]
     if not found:
-        raise ValueError(f"--text: {path} holds no *.txt files")
+        raise ValueError(f"--text: {path} holds no *.txt files and no {WIKITEXT_FILES[0]}")
     return found
 
 
@@ -60,4 +66,5 @@ def _read(file: Path) -> EvalText:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--text: {file} is not UTF-8 text (byte {error.start})") from error
-    return EvalText(file.stem, text)
+    name = file.parent.name if file.name in WIKITEXT_FILES else file.stem
+    return EvalText(name, text)

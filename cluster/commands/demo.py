@@ -18,7 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 from cluster.app import RunningCluster, start_local_cluster
 from cluster.config import ClusterConfig
 from cluster.door import check_port
-from cluster.evaluate import DEMO_SETTINGS, EvalRow, EvalSettings, as_cells, conditions, demo_rows
+from cluster.eval_rows import EvalRow
+from cluster.eval_settings import EvalSettings
+from cluster.eval_tables import as_cells, conditions
+from cluster.evaluate import DEMO_SETTINGS, demo_rows
 from cluster.models import ensure_smol, has_smol
 from cluster.progress import store_progress
 from cluster.settings import HttpSettings

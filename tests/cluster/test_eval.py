@@ -17,17 +17,39 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.evaluate import EvalSettings, as_cells, demo_rows
+from cluster.eval_rows import EvalRow, as_plain
+from cluster.eval_settings import EvalSettings, Variant
+from cluster.eval_tables import as_cells
+from cluster.evaluate import demo_rows, evaluate
 from cluster.progress import store_progress
+from cluster.references import References
 from cluster.stores import bundled_store, original_store
-from cluster.texts import built_in_text, read_texts
+from cluster.texts import EvalText, built_in_text, read_texts
 from expert_store.compress import Progress
 from expert_store.format import load_manifest
+from gpu_worker.reference import LOG_PROBS
 from gpu_worker.scoring import cut_windows
 from models import MIXTRAL_MINI
 
 Run = Callable[..., tuple[int, str, str]]
-SMALL = ("--windows", 4, "--window-tokens", 64, "--decode-tokens", 12, "--warm-up", 4, "--batch", 2)
+FEW = EvalSettings(
+    windows=3, window_tokens=64, decode_tokens=8, warm_up=0, batch=(1,), cache_percent=(0.0,)
+)
+TINY = ("--windows", 2, "--window-tokens", 64, "--decode-tokens", 6, "--batch", 1)
+SMALL = (
+    "--windows",
+    4,
+    "--window-tokens",
+    64,
+    "--decode-tokens",
+    12,
+    "--warm-up",
+    4,
+    "--batch",
+    2,
+    "--cache-percent",
+    25,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +59,16 @@ def rows(mini_cache: Path) -> list[dict[str, Any]]:
         patch.setenv("MOETIER_CACHE", str(mini_cache))
         original = original_store(MIXTRAL_MINI)
         settings = EvalSettings(
-            windows=6, window_tokens=128, decode_tokens=16, warm_up=8, batch=2, cache_percent=0
+            windows=6,
+            window_tokens=128,
+            decode_tokens=16,
+            warm_up=8,
+            batch=(2,),
+            cache_percent=(0.0,),
         )
         found = list(demo_rows(bundled_store(), original, settings))
     assert all(as_cells(row) for row in found)
-    return [{name: getattr(row, name) for name in row.__dataclass_fields__} for row in found]
+    return [as_plain(row) | as_plain(row)["traffic"][0] for row in found]
 
 
 def test_the_original_row_is_the_plain_models_perplexity(rows: list[dict[str, Any]]) -> None:
@@ -109,7 +136,7 @@ def test_table_says_what_it_was_measured_with(moetier: Run) -> None:
     assert all(name in header for name in ("perplexity", "expert KB/token", "near-data KB/token"))
     assert "4 windows of 64 tokens" in out
     assert "cache 200 %" in out
-    assert "has seen text of that kind" in out
+    assert "seen text of that kind" in out
     assert "Top-1, near data" in out
 
 
@@ -122,12 +149,96 @@ def test_command_against_the_original(moetier: Run) -> None:
     assert original["more_nats"] is None
     assert ours["more_nats"] is not None
     assert ours["nats_error"] is None, "one window has no spread"
+    assert (original["kl"], original["agreement"]) == (0, 1)
+    assert 0 < ours["kl"] < 1
+    assert 0.5 < ours["agreement"] < 1
+    assert original["bits_per_weight_moved"] == 16
+    assert 2.5 < ours["bits_per_weight_moved"] < 4
+
+
+def test_the_original_is_run_once_and_found_again(
+    mini_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MOETIER_CACHE", str(mini_cache))
+    original, store = original_store(MIXTRAL_MINI), bundled_store()
+    texts = [EvalText("reports", "The committee met in May and read the report. " * 60)]
+    references = References(tmp_path / "references")
+
+    def rows(*variants: Variant) -> list[EvalRow]:
+        return list(evaluate(variants, texts, FEW, original=original, references=references))
+
+    (alone,) = rows(Variant("2-bit", store))
+    (kept,) = (tmp_path / "references").iterdir()
+    made_ns = (kept / LOG_PROBS).stat().st_mtime_ns
+    again, itself = rows(Variant("2-bit", store), Variant("original", original))
+    assert [path.name for path in (tmp_path / "references").iterdir()] == [kept.name]
+    assert (kept / LOG_PROBS).stat().st_mtime_ns == made_ns
+    assert (again.window_kl, again.window_agreement) == (alone.window_kl, alone.window_agreement)
+    assert again.window_nats == alone.window_nats
+    assert max(itself.window_kl) < 1e-6
+    assert itself.window_agreement == (1.0,) * FEW.windows
+    assert alone.kl is not None
+    assert alone.kl > 1e-3
+    assert alone.kl_error is not None
+
+
+def test_policies_make_a_line_each(moetier: Run) -> None:
+    code, out, _ = moetier(
+        "eval", *TINY, "--restore", "top_n", "all", "random", "mass", "benefit", "--top-n", 0, 2,
+        "--restore-mass", 0, 1, "--restore-benefit", 0.05, "--json",
+    )  # fmt: skip
+    assert code == 0
+    rows = {row["experts"]: row for row in json.loads(out)["rows"]}
+    assert len(rows) == 8
+    none, every = rows["2-bit codes"], rows["2-bit + compensators Top-2"]
+    for name, twin in {
+        "all": every,
+        "random 2": every,
+        "mass 1": every,
+        "random 0": none,
+        "mass 0": none,
+    }.items():
+        row = rows[f"2-bit + compensators {name}"]
+        assert row["window_nats"] == twin["window_nats"], name
+        assert row["traffic"] == twin["traffic"], name
+    # Some experts have no compensator; their pairs are low-bit whatever the rule says.
+    assert 0.5 < every["restored_share"] < 1
+    assert none["restored_share"] == none["skipped_share"] == 0
+    benefit = rows["2-bit + compensators benefit 0.05"]["restored_share"]
+    assert 0 < benefit < every["restored_share"]
+
+
+def test_skipping_moves_less_by_what_is_skipped(moetier: Run) -> None:
+    out = moetier("eval", *TINY, "--top-n", 0, "--skip-below", 0, 0.3, "--json")[1]
+    none, skipping = json.loads(out)["rows"]
+    assert skipping["experts"] == "2-bit codes, skip < 0.3"
+    assert 0.1 < skipping["skipped_share"] < 0.5
+    share = skipping["bits_per_weight_moved"] / none["bits_per_weight_moved"]
+    assert share == pytest.approx(1 - skipping["skipped_share"])
+
+
+def test_rows_that_were_kept_are_not_measured_again(moetier: Run, tmp_path: Path) -> None:
+    kept = tmp_path / "rows.jsonl"
+
+    def rows(*more: object) -> list[dict[str, Any]]:
+        code, out, _ = moetier("eval", *SMALL, "--rows", kept, "--json", *more)
+        assert code == 0
+        return list(json.loads(out)["rows"])
+
+    first = rows("--top-n", 0)
+    again = rows("--top-n", 0, 1)
+    assert again[0] == first[0], "the seconds it took, too"
+    assert again[1]["more_nats"] is not None
+    assert len(kept.read_text().splitlines()) == 2
+    other = rows("--top-n", 0, "--decode-tokens", 11)
+    assert other[0]["seconds"] != first[0]["seconds"]
+    assert len(kept.read_text().splitlines()) == 3
 
 
 def test_everything_cached_moves_less_than_nothing_cached(moetier: Run) -> None:
     def moved(percent: int) -> float:
         out = moetier("eval", *SMALL, "--cache-percent", percent, "--json")[1]
-        return float(json.loads(out)["rows"][0]["moved_bytes"])
+        return float(json.loads(out)["rows"][0]["traffic"][0]["moved_bytes"])
 
     assert moved(300) < moved(0) / 2
 
@@ -143,6 +254,12 @@ def test_everything_cached_moves_less_than_nothing_cached(moetier: Run) -> None:
         (("--cache-percent", "-1"), "cache_percent: got -1"),
         (("--cache-percent", "nan"), "cache_percent: got nan"),
         (("--batch", "0"), "batch: got 0"),
+        (("--batch", "1", "1"), "batch: got [1, 1], expected one or more, all different"),
+        (("--batch", "33"), "batch: got 33, expected 1 to the 32 windows"),
+        (("--decode-tokens", "300"), "decode_tokens: got 300, expected at most the 256"),
+        (("--restore", "mass"), "--restore mass: give --restore-mass too"),
+        (("--restore", "mass", "--restore-mass", "2"), "restore_mass: got 2.0"),
+        (("--skip-below", "-1"), "skip_below: got -1"),
         (("--top-n", "3"), "--top-n: got 3"),
     ],
 )
@@ -171,6 +288,14 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bytes.txt").write_bytes(b"abc\xff")
     with pytest.raises(ValueError, match="not UTF-8 text .byte 3"):
         read_texts([tmp_path])
+
+
+def test_a_folder_of_wikitext_is_one_text(tmp_path: Path) -> None:
+    folder = tmp_path / "wikitext-2-raw"
+    folder.mkdir()
+    for part in ("train", "valid", "test"):
+        (folder / f"wiki.{part}.raw").write_text(f" = {part} = \n")
+    assert read_texts([folder]) == [EvalText("wikitext-2-raw", " = test = \n")]
 
 
 def test_an_original_store_is_made_once_and_again_when_the_model_changes(
