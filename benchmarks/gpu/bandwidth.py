@@ -9,22 +9,23 @@ Legend: T tokens, N rows, K cols, H hidden, F ffn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from benchmarks.gpu.clock import as_graph, in_turns
 from benchmarks.gpu.matrices import (
     copies,
+    form_name,
     random_expert,
-    random_factors,
     random_inputs,
     random_matrix,
+    random_repair,
 )
 from benchmarks.gpu.recorder import Recorder
 from benchmarks.gpu.setting import Setting
 from kernels import ops, triton_matmul
-from kernels.types import QuantizedMatrix
+from kernels.types import GRID_BITS, Grid, QuantizedMatrix
 
 SHAPES = ((14336, 4096), (4096, 14336), (1408, 2048), (2048, 1408))
 PRODUCTS = {"decode": triton_matmul.matmul_decode, "prefill": triton_matmul.matmul_prefill}
@@ -33,6 +34,9 @@ POINTS = (
     # Where the tensor cores' kernel overtakes: what `triton_matmul.DECODE_TOKENS` should be.
     *(("prefill", tokens) for tokens in (1, 2, 8)),
 )
+SYMMETRIC_SHAPES = ((14336, 4096), (2048, 1408))
+SYMMETRIC_POINTS = (("decode", 1), ("decode", 4), ("prefill", 1))
+"""The same kernels with other scales: fewer points show whether fewer bytes are less time."""
 EXPERTS = ((4096, 14336), (2048, 1408))
 ROUNDS = 20
 EXPERT_ROUNDS = 40
@@ -46,12 +50,12 @@ def run(setting: Setting, recorder: Recorder) -> None:
     source = torch.randint(0, 256, (pool_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     with torch.inference_mode():
-        for bits in (2,) if tiny else (2, 3, 4):
-            for rows, cols in ((16, 64),) if tiny else SHAPES:
-                pool = copies(random_matrix(rows, cols, bits, device), pool_bytes)
+        for bits, grid, shapes, points in _plan(tiny=tiny):
+            for rows, cols in shapes:
+                pool = copies(random_matrix(rows, cols, bits, device, grid=grid), pool_bytes)
                 work: dict[tuple[str, int], Callable[[], object]] = {}
                 kinds = set()
-                for kernel, num_tokens in (("decode", 1), ("prefill", 1)) if tiny else POINTS:
+                for kernel, num_tokens in points:
                     x = random_inputs(num_tokens, cols, device)
                     work[kernel, num_tokens], kind = as_graph(
                         _through(PRODUCTS[kernel], pool, x), device
@@ -59,8 +63,23 @@ def run(setting: Setting, recorder: Recorder) -> None:
                     kinds.add(kind)
                 work["copy", 0] = lambda: target.copy_(source)
                 times = in_turns(work, device=device, rounds=setting.rounds(ROUNDS))
-                _rows(recorder, times, pool, bits, pool_bytes, ", ".join(sorted(kinds)))
+                _rows(recorder, times, pool, pool_bytes, ", ".join(sorted(kinds)))
         _whole_experts(setting, recorder)
+
+
+def _plan(
+    *, tiny: bool
+) -> Iterator[tuple[int, Grid, Sequence[tuple[int, int]], Sequence[tuple[str, int]]]]:
+    """Bits, grid, shapes and points of what is timed."""
+    for grid, widths in GRID_BITS.items():
+        if tiny:
+            yield widths[0], grid, ((16, 64),), (("decode", 1), ("prefill", 1))
+            continue
+        for bits in widths:
+            if grid == "affine":
+                yield bits, grid, SHAPES, POINTS
+            else:
+                yield bits, grid, SYMMETRIC_SHAPES, SYMMETRIC_POINTS
 
 
 def _through(
@@ -79,29 +98,28 @@ def _rows(
     recorder: Recorder,
     times: dict[tuple[str, int], list[float]],
     pool: list[QuantizedMatrix],
-    bits: int,
     pool_bytes: int,
     kind: str,
 ) -> None:
     """Times per matrix: a round's over the pool's length."""
     matrix = pool[0]
-    shape = f"{matrix.rows} x {matrix.cols}"
+    shape, form = f"{matrix.rows} x {matrix.cols}", form_name(matrix.bits, matrix.grid)
     copied = recorder.row(
         "device copy, read + written",
         times.pop(("copy", 0)),
         shape=f"{pool_bytes >> 20} MiB",
         tokens=0,
-        gates=(f"decode {bits} bits",),
+        gates=(f"decode {form}",),
         rate_of_s=2 * pool_bytes / 1e9,
         rate_unit="GB/s",
     )
     for (kernel, num_tokens), seconds in times.items():
         recorder.row(
-            f"{kernel} kernel {bits} bits",
+            f"{kernel} kernel {form}",
             [s / len(pool) for s in seconds],
             shape=shape,
             tokens=num_tokens,
-            gates=(f"{kernel} {bits} bits",),
+            gates=(f"{kernel} {form}",),
             rate_of_s=matrix.data.numel() / 1e9,
             rate_unit="GB/s",
             share_of=("device copy", copied),
@@ -114,11 +132,13 @@ def _whole_experts(setting: Setting, recorder: Recorder) -> None:
 
     The gap to the kernels' own times is what launching costs.
     """
-    device, tiny, bits = setting.device, setting.tiny, 2
+    device, tiny = setting.device, setting.tiny
     rounds = setting.rounds(EXPERT_ROUNDS)
     for hidden, ffn in ((64, 128),) if tiny else EXPERTS:
-        mlp = random_expert(hidden, ffn, bits, device)
-        factors = random_factors(hidden, ffn, 16, device)
+        mlp = random_expert(hidden, ffn, 2, device)
+        factors = random_repair(hidden, ffn, 16, device)
+        symmetric = random_expert(hidden, ffn, 2, device, grid="symmetric")
+        plane = random_repair(hidden, ffn, 0, device, num_planes=1)
         dense = [  # as stored by torch, [out, in]
             torch.randn(shape, device=device).bfloat16()
             for shape in ((ffn, hidden), (ffn, hidden), (hidden, ffn))
@@ -131,6 +151,12 @@ def _whole_experts(setting: Setting, recorder: Recorder) -> None:
                 "expert 2 bits + rank 16": lambda x=x, mlp=mlp, factors=factors: ops.gated_mlp(
                     x, mlp, factors, backend="triton"
                 ),
+                "expert 2 bits symmetric": lambda x=x, mlp=symmetric: ops.gated_mlp(
+                    x, mlp, backend="triton"
+                ),
+                "expert 2 bits symmetric + plane": lambda x=x, mlp=symmetric, plane=plane: (
+                    ops.gated_mlp(x, mlp, plane, backend="triton")
+                ),
                 "expert bf16, torch": lambda x=x_bf16, w=dense: (
                     (torch.nn.functional.silu(x @ w[0].T) * (x @ w[1].T)) @ w[2].T
                 ),
@@ -142,6 +168,6 @@ def _whole_experts(setting: Setting, recorder: Recorder) -> None:
                     seconds,
                     shape=f"H {hidden}, F {ffn}",
                     tokens=num_tokens,
-                    gates=(f"mlp {bits} bits",),
+                    gates=("mlp 2 bits symmetric" if "symmetric" in what else "mlp 2 bits",),
                     note="launch by launch, same weights each round",
                 )

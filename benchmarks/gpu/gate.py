@@ -1,7 +1,7 @@
-"""Step 2: every Triton kernel against the reference, for one width. What follows rests on it.
+"""Step 2: every Triton kernel against the reference, for one form. What follows rests on it.
 
 The truth is `kernels.reference`'s dequantised weight, multiplied in float64 on the device; outputs
-are poisoned first. Groups: "decode", "prefill", "low rank" and "mlp", each with its width.
+are poisoned first. Groups: "decode", "prefill", "low rank" and "mlp", each with its form.
 
 Legend: T tokens, N rows, K cols, R rank, H hidden, F ffn.
 """
@@ -9,22 +9,24 @@ Legend: T tokens, N rows, K cols, R rank, H hidden, F ffn.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from benchmarks.gpu.matrices import (
+    form_name,
     poisoned_outputs,
     random_expert,
-    random_factors,
     random_inputs,
     random_low_rank,
     random_matrix,
+    random_repair,
     relative_rms,
 )
 from benchmarks.gpu.recorder import Recorder
 from benchmarks.gpu.setting import Setting
 from kernels import ops, reference, triton_matmul
-from kernels.types import LowRank, QuantizedMatrix
+from kernels.types import Grid, LowRank, QuantizedMatrix
 
 TOLERANCE = 1e-4
 """Of one product: float32 in another order; three TF32 passes in prefill. As in tests/kernels."""
@@ -35,29 +37,36 @@ LOW_RANK_SHAPES = ((64, 128), (2048, 1408), (1408, 2048), (4096, 14336), (14336,
 TOKENS = (1, 2, 3, 5, 8, 16, 33, 128)
 RANKS = (0, 16, 128)
 MLP_SHAPES = ((2048, 1408), (4096, 14336))
+REPAIRS: dict[Grid, tuple[tuple[int, int], ...]] = {
+    "affine": ((0, 0), (16, 0), (128, 0)),
+    "symmetric": ((0, 0), (0, 1), (16, 2)),
+}
+"""(rank, planes) of what is added to whole experts."""
 
 
-def run(setting: Setting, recorder: Recorder, *, bits: int) -> None:
-    """All products at `bits`; factors at the same width."""
+def run(setting: Setting, recorder: Recorder, *, bits: int, grid: Grid) -> None:
+    """All products at `bits` on `grid`; factors in the same form."""
     tokens = (3, 33) if setting.tiny else TOKENS
     with torch.inference_mode(), poisoned_outputs():
         for rows, cols in ((37, 128),) if setting.tiny else SHAPES:
-            _check_matrix(recorder, random_matrix(rows, cols, bits, setting.device), tokens)
+            _check_matrix(
+                recorder, random_matrix(rows, cols, bits, setting.device, grid=grid), tokens
+            )
         for rows, cols in ((64, 128),) if setting.tiny else LOW_RANK_SHAPES:
             for rank in (32,) if setting.tiny else RANKS:
-                factors = random_low_rank(rows, cols, rank, setting.device, bits=bits)
+                factors = random_low_rank(rows, cols, rank, setting.device, bits=bits, grid=grid)
                 _check_low_rank(recorder, factors, tokens)
-        _check_experts(setting, recorder, bits)
+        _check_experts(setting, recorder, bits, grid)
 
 
 def _check_matrix(recorder: Recorder, matrix: QuantizedMatrix, tokens: Sequence[int]) -> None:
-    rows, cols, bits = matrix.rows, matrix.cols, matrix.bits
+    rows, cols, form = matrix.rows, matrix.cols, form_name(matrix.bits, matrix.grid)
     if rows * cols < 4_000_000:
         _check_unpacking(recorder, matrix)
     weight_NK = reference.dequantize(matrix).double()
     for num_tokens in tokens:
         kernel = "decode" if num_tokens <= triton_matmul.DECODE_TOKENS else "prefill"
-        group = f"{kernel} {bits} bits"
+        group = f"{kernel} {form}"
         with recorder.section(group):
             x = random_inputs(num_tokens, cols, str(matrix.data.device), seed=num_tokens)
             expected = x.double() @ weight_NK.T
@@ -65,14 +74,15 @@ def _check_matrix(recorder: Recorder, matrix: QuantizedMatrix, tokens: Sequence[
             recorder.compare(group, f"{rows} x {cols}, {num_tokens} tokens", error, TOLERANCE)
         # The prefill kernel is timed at few tokens too: where it overtakes decode is measured.
         if kernel == "decode":
-            with recorder.section(f"prefill {bits} bits"):
+            with recorder.section(f"prefill {form}"):
                 error = relative_rms(triton_matmul.matmul_prefill(matrix, x), expected)
                 name = f"{rows} x {cols}, {num_tokens} tokens"
-                recorder.compare(f"prefill {bits} bits", name, error, TOLERANCE)
+                recorder.compare(f"prefill {form}", name, error, TOLERANCE)
 
 
 def _check_low_rank(recorder: Recorder, factors: LowRank, tokens: Sequence[int]) -> None:
-    rows, cols, group = factors.rows, factors.cols, f"low rank {factors.bits} bits"
+    rows, cols = factors.rows, factors.cols
+    group = f"low rank {form_name(factors.bits, factors.grid)}"
     left_NR, right_RK = _dense(factors)
     for num_tokens in tokens:
         with recorder.section(group):
@@ -90,26 +100,26 @@ def _dense(factors: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _check_unpacking(recorder: Recorder, matrix: QuantizedMatrix) -> None:
     """The reference itself gives the same bits on the device and on the host."""
-    on_host = QuantizedMatrix(matrix.data.cpu(), matrix.rows, matrix.cols, matrix.bits)
+    on_host = replace(matrix, data=matrix.data.cpu())
     same = torch.equal(reference.dequantize(matrix).cpu(), reference.dequantize(on_host))
     name = f"dequantise {matrix.rows} x {matrix.cols} as on the host"
     for kernel in ("decode", "prefill"):
-        recorder.check(f"{kernel} {matrix.bits} bits", name, same)
+        recorder.check(f"{kernel} {form_name(matrix.bits, matrix.grid)}", name, same)
 
 
-def _check_experts(setting: Setting, recorder: Recorder, bits: int) -> None:
+def _check_experts(setting: Setting, recorder: Recorder, bits: int, grid: Grid) -> None:
     """Whole experts through the public face, some tokens restored."""
-    device, tiny = setting.device, setting.tiny
+    device, tiny, group = setting.device, setting.tiny, f"mlp {form_name(bits, grid)}"
     for hidden, ffn in ((64, 128),) if tiny else MLP_SHAPES:
-        mlp = random_expert(hidden, ffn, bits, device)
-        for rank in (16,) if tiny else RANKS:
-            factors = random_factors(hidden, ffn, rank, device)
+        mlp = random_expert(hidden, ffn, bits, device, grid=grid)
+        for rank, num_planes in REPAIRS[grid][1:2] if tiny else REPAIRS[grid]:
+            repair = random_repair(hidden, ffn, rank, device, grid=grid, num_planes=num_planes)
             for num_tokens in (2,) if tiny else (1, 2, 8, 33):
-                with recorder.section(f"mlp {bits} bits"):
+                with recorder.section(group):
                     x = random_inputs(num_tokens, hidden, device)
                     restored_T = torch.arange(num_tokens) % 2 == 0
-                    got = ops.gated_mlp(x, mlp, factors, restored_T, backend="triton")
-                    expected = reference.gated_mlp(x, mlp, factors, restored_T)
-                    name = f"H {hidden}, F {ffn}, rank {rank}, {num_tokens} tokens"
+                    got = ops.gated_mlp(x, mlp, repair, restored_T, backend="triton")
+                    expected = reference.gated_mlp(x, mlp, repair, restored_T)
+                    name = f"H {hidden}, F {ffn}, rank {rank}, {num_planes} planes"
                     error = relative_rms(got, expected)
-                    recorder.compare(f"mlp {bits} bits", name, error, MLP_TOLERANCE)
+                    recorder.compare(group, f"{name}, {num_tokens} tokens", error, MLP_TOLERANCE)

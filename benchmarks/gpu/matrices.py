@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -17,10 +18,11 @@ from kernels.types import (
     TILE_ROWS,
     GatedMLP,
     GatedRepair,
+    Grid,
     LowRank,
     QuantizedMatrix,
     block_bytes,
-    matrix_bytes,
+    left_offset,
 )
 
 FACTOR_BITS = 3
@@ -28,48 +30,95 @@ GAP = 64
 """Bytes before each rank block, so that only the offsets find them."""
 
 
-def random_matrix(rows: int, cols: int, bits: int, device: str, seed: int = 0) -> QuantizedMatrix:
-    """Uniform codes; scales and zeros that keep outputs near unit size and never symmetric."""
+def form_name(bits: int, grid: Grid) -> str:
+    """How groups and rows name codes; the affine grid goes without saying."""
+    return f"{bits} bits" + (" symmetric" if grid == "symmetric" else "")
+
+
+def random_matrix(
+    rows: int, cols: int, bits: int, device: str, seed: int = 0, grid: Grid = "affine"
+) -> QuantizedMatrix:
+    """Uniform codes; scales and zeros that keep outputs near unit size, affine ones off centre."""
     generator = torch.Generator(device).manual_seed(seed)
     codes_NK = torch.randint(
         0, 2**bits, (rows, cols), dtype=torch.uint8, device=device, generator=generator
     )
     noise_NG = torch.rand(rows, cols // GROUP_SIZE, device=device, generator=generator)
-    scale_NG = (noise_NG + 0.5) * (3.0 / ((2**bits - 1) * cols**0.5))
+    unit = 3.0 / ((2**bits - 1) * cols**0.5)
+    if grid == "symmetric":
+        scale8_NG = (85 + 170 * noise_NG).to(torch.uint8)
+        row_scale_N = unit * (1 + noise_NG[:, 0])
+        return packing.pack_symmetric(codes_NK, scale8_NG, row_scale_N, bits)
+    scale_NG = (noise_NG + 0.5) * unit
     zero_NG = (2**bits - 1) / 2 + noise_NG - 0.5
     return packing.pack(codes_NK, scale_NG, zero_NG, bits)
 
 
 def random_low_rank(
-    rows: int, cols: int, rank: int, device: str, *, bits: int, seed: int = 0
+    rows: int,
+    cols: int,
+    rank: int,
+    device: str,
+    *,
+    bits: int,
+    seed: int = 0,
+    grid: Grid = "affine",
 ) -> LowRank:
     """Rank blocks laid back to front with gaps between them."""
-    size, num_blocks = block_bytes(rows, cols, bits), rank // TILE_ROWS
+    size, num_blocks = block_bytes(rows, cols, bits, grid), rank // TILE_ROWS
+    left = left_offset(cols, bits, grid)
     data = torch.full((num_blocks * (size + GAP),), 255, dtype=torch.uint8, device=device)
     offsets = tuple(GAP + index * (size + GAP) for index in reversed(range(num_blocks)))
     for index, offset in enumerate(offsets):
-        right = random_matrix(TILE_ROWS, cols, bits, device, seed=seed + 2 * index)
-        left_t = random_matrix(TILE_ROWS, rows, bits, device, seed=seed + 2 * index + 1)
-        data[offset : offset + size] = torch.cat((right.data, left_t.data))
-    return LowRank(data, offsets, rows, cols, bits)
+        right = random_matrix(TILE_ROWS, cols, bits, device, seed + 2 * index, grid).data
+        left_t = random_matrix(TILE_ROWS, rows, bits, device, seed + 2 * index + 1, grid).data
+        data[offset : offset + right.numel()] = right
+        data[offset + left : offset + left + left_t.numel()] = left_t
+    return LowRank(data, offsets, rows, cols, bits, grid)
 
 
-def random_expert(hidden: int, ffn: int, bits: int, device: str, *, seed: int = 0) -> GatedMLP:
+def random_expert(
+    hidden: int, ffn: int, bits: int, device: str, *, seed: int = 0, grid: Grid = "affine"
+) -> GatedMLP:
     """Three matrices, no biases, silu."""
     return GatedMLP(
-        random_matrix(ffn, hidden, bits, device, seed + 1),
-        random_matrix(ffn, hidden, bits, device, seed + 2),
-        random_matrix(hidden, ffn, bits, device, seed + 3),
+        random_matrix(ffn, hidden, bits, device, seed + 1, grid),
+        random_matrix(ffn, hidden, bits, device, seed + 2, grid),
+        random_matrix(hidden, ffn, bits, device, seed + 3, grid),
         "silu",
     )
 
 
-def random_factors(hidden: int, ffn: int, rank: int, device: str, *, seed: int = 0) -> GatedRepair:
-    """Additions of one rank to the three matrices of `random_expert`."""
+def random_repair(
+    hidden: int,
+    ffn: int,
+    rank: int,
+    device: str,
+    *,
+    seed: int = 0,
+    grid: Grid = "affine",
+    num_planes: int = 0,
+) -> GatedRepair:
+    """One rank and so many planes for each of the three matrices of `random_expert`."""
+
+    def factors(rows: int, cols: int, offset: int) -> LowRank:
+        return random_low_rank(
+            rows, cols, rank, device, bits=FACTOR_BITS, seed=seed + offset, grid=grid
+        )
+
+    def planes(rows: int, cols: int, offset: int) -> tuple[QuantizedMatrix, ...]:
+        return tuple(
+            random_matrix(rows, cols, 1, device, seed + offset + plane, "symmetric")
+            for plane in range(num_planes)
+        )
+
     return GatedRepair(
-        random_low_rank(ffn, hidden, rank, device, bits=FACTOR_BITS, seed=seed + 100),
-        random_low_rank(ffn, hidden, rank, device, bits=FACTOR_BITS, seed=seed + 200),
-        random_low_rank(hidden, ffn, rank, device, bits=FACTOR_BITS, seed=seed + 300),
+        factors(ffn, hidden, 100),
+        factors(ffn, hidden, 200),
+        factors(hidden, ffn, 300),
+        planes(ffn, hidden, 400),
+        planes(ffn, hidden, 500),
+        planes(hidden, ffn, 600),
     )
 
 
@@ -80,11 +129,8 @@ def random_inputs(tokens: int, cols: int, device: str, seed: int = 77) -> torch.
 
 def copies(matrix: QuantizedMatrix, pool_bytes: int) -> list[QuantizedMatrix]:
     """Enough copies that going round them finds none in the cache; two at least."""
-    count = max(2, -(-pool_bytes // matrix_bytes(matrix.rows, matrix.cols, matrix.bits)))
-    return [
-        QuantizedMatrix(matrix.data.clone(), matrix.rows, matrix.cols, matrix.bits)
-        for _ in range(count)
-    ]
+    count = max(2, -(-pool_bytes // matrix.data.numel()))
+    return [replace(matrix, data=matrix.data.clone()) for _ in range(count)]
 
 
 def relative_rms(got: torch.Tensor, expected: torch.Tensor) -> float:

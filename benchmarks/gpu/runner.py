@@ -37,7 +37,7 @@ class Step:
     title: str
     module: str
     budget_s: float
-    options: dict[str, int] = field(default_factory=dict)
+    options: dict[str, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +51,24 @@ class Result:
     failure: str = ""  # why it did not end by itself
 
 
-def _gate(bits: int) -> Step:
+def _gate(bits: int, grid: str) -> Step:
     return Step(
-        f"gate-{bits}",
-        f"Gate, {bits} bits: Triton kernels against the reference",
+        f"gate-{grid}-{bits}",
+        f"Gate, {bits} bits {grid}: Triton kernels against the reference",
         "benchmarks.gpu.gate",
         150,
-        {"bits": bits},
+        {"bits": bits, "grid": grid},
     )
 
 
 STAGES: tuple[tuple[Step, ...], ...] = (
     (Step("machine", "Machine and versions", "benchmarks.gpu.machine", 110),),
     # Most of the gate is compiling, on the CPU's cores; times are taken only in later stages.
-    (_gate(2), _gate(3), _gate(4)),
-    (Step("decode", "Decode: share of copy bandwidth", "benchmarks.gpu.bandwidth", 110),),
+    (
+        *(_gate(bits, "affine") for bits in (2, 3, 4)),
+        *(_gate(bits, "symmetric") for bits in (1, 2, 3, 4)),
+    ),
+    (Step("decode", "Decode: share of copy bandwidth", "benchmarks.gpu.bandwidth", 140),),
     (Step("prefill", "Prefill: TFLOP/s", "benchmarks.gpu.prefill", 60),),
     (Step("system", "One-process system on a store", "benchmarks.gpu.system", 110),),
     (Step("streaming", "Streaming and overlap", "benchmarks.gpu.streaming", 80),),

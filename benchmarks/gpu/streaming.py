@@ -19,8 +19,8 @@ from benchmarks.gpu.clock import in_turns, wall
 from benchmarks.gpu.matrices import (
     FACTOR_BITS,
     random_expert,
-    random_factors,
     random_inputs,
+    random_repair,
     relative_rms,
 )
 from benchmarks.gpu.recorder import Recorder, quantiles
@@ -100,7 +100,7 @@ class HostSource:
 def _random_records(layer: Layer, device: str, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and factors of one expert, in host memory."""
     mlp = random_expert(layer.hidden, layer.ffn, BITS, device, seed=seed)
-    added = random_factors(layer.hidden, layer.ffn, RANK, device, seed=seed)
+    added = random_repair(layer.hidden, layer.ffn, RANK, device, seed=seed)
     parts = [
         part.data
         for name in PROJECTIONS

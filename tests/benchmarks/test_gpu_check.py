@@ -74,16 +74,19 @@ def test_a_tiny_run_is_whole_and_green_without_ray_hqq_redis_and_grpc(
     )
     text = (out / "report.md").read_text() if (out / "report.md").is_file() else ""
     assert done.returncode == 0, text + done.stderr[-3000:]
-    names = sorted(path.name for path in out.iterdir())
-    assert names == sorted(path.name for path in device_out.iterdir())
-    assert len(names) <= 8
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    files = sorted(path.name for path in out.iterdir())
+    assert files == sorted(path.name for path in device_out.iterdir())
+    assert len(files) <= 8
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in files)
     found = json.loads((out / "report.json").read_text())
     assert [step["name"] for step in found["steps"]] == [s.name for stage in STAGES for s in stage]
     groups = {check["group"] for step in found["steps"] for check in step["checks"]}
-    widths = {f"{kernel} {bits} bits" for kernel in ("decode", "prefill", "low rank", "mlp")
-              for bits in (2, 3, 4)}  # fmt: skip
-    assert widths | {"system float32", "streaming tiny", "unit tests"} <= groups
+    names = [f"{bits} bits" for bits in (2, 3, 4)]
+    names += [f"{bits} bits symmetric" for bits in (1, 2, 3, 4)]
+    forms = {
+        f"{kernel} {name}" for kernel in ("decode", "prefill", "low rank", "mlp") for name in names
+    }
+    assert forms | {"system float32", "streaming tiny", "unit tests"} <= groups
     rows = list(csv.DictReader((out / "rows.csv").open()))
     assert len(rows) > 10
     for row in rows:
