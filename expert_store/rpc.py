@@ -54,8 +54,8 @@ class RecordServer:
         *,
         max_connections: int = 16,
     ) -> None:
-        self._segment = segment
-        self._version = segment.manifest.version
+        self._segment, self._version = segment, segment.manifest.version
+        self._frames = wire.Frames(segment.manifest)
         handlers = {
             "Fetch": grpc.unary_stream_rpc_method_handler(self._fetch),
             "FetchSmall": grpc.unary_unary_rpc_method_handler(self._fetch_small),
@@ -85,7 +85,7 @@ class RecordServer:
             status = next(status for kind, status in _STATUS if isinstance(error, kind))
             context.abort(status, str(error)[:MAX_DETAIL_CHARS])
             raise AssertionError("abort() raises") from error
-        yield from wire.answer(call, self._segment.manifest, records)
+        yield from wire.answer(call, records, self._frames)
 
     def _fetch_small(self, message: bytes, context: Any) -> bytes:
         return b"".join(self._fetch(message, context))

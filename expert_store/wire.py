@@ -13,7 +13,8 @@ u64 length and the frame of `expert_store/codecs/entropy.py`. Knows no transport
 from __future__ import annotations
 
 import struct
-from collections import deque
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -33,6 +34,8 @@ MAGIC = b"MTRQ"
 WIRE_VERSION = 2
 CHUNK_BYTES = 2 * 2**20
 """One message of an answer. Between 1 and 4 MiB gRPC is at its fastest (FACTS.md 1.3)."""
+MAX_FRAME_CACHE_BYTES = 256 * 2**20
+"""Of frames that a server keeps."""
 MAX_REQUESTS = 4096
 """Records of one call."""
 
@@ -94,16 +97,45 @@ def decode_call(message: bytes) -> RecordCall:
     return RecordCall(name.decode("ascii"), requests, _COMPRESSIONS[form])
 
 
-def answer(
-    call: RecordCall, manifest: Manifest, records: Sequence[torch.Tensor]
-) -> Iterator[bytes]:
+class Frames:
+    """Records of a store in the wire form; the last ones are kept, because every worker asks for
+    the same experts and coding them again is what costs the server most. Thread-safe."""
+
+    def __init__(self, manifest: Manifest, *, max_bytes: int = MAX_FRAME_CACHE_BYTES) -> None:
+        self._manifest = manifest
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[RecordRequest, bytes] = OrderedDict()
+        self._kept_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def kept_bytes(self) -> int:
+        return self._kept_bytes
+
+    def of(self, request: RecordRequest, data: torch.Tensor) -> bytes:
+        """Length and frame of a record, whose bytes are `data`."""
+        with self._lock:
+            if request in self._kept:
+                self._kept.move_to_end(request)
+                return self._kept[request]
+        frame = compress(data, record_sections(self._manifest, request))
+        message = _FRAME_LENGTH.pack(len(frame)) + frame
+        with self._lock:
+            # Two threads may both have coded it: wasteful, never wrong.
+            self._kept_bytes += len(message) - len(self._kept.pop(request, b""))
+            self._kept[request] = message
+            while self._kept_bytes > self._max_bytes:
+                self._kept_bytes -= len(self._kept.popitem(last=False)[1])
+        return message
+
+
+def answer(call: RecordCall, records: Sequence[torch.Tensor], frames: Frames) -> Iterator[bytes]:
     """The messages of an answer: the records in the form that the call asks for."""
     for request, data in zip(call.requests, records, strict=True):
         if call.compression == "none":
             yield from chunks(memoryview(data.numpy()))
         else:
-            frame = compress(data, record_sections(manifest, request))
-            yield from chunks(memoryview(_FRAME_LENGTH.pack(len(frame)) + frame))
+            yield from chunks(memoryview(frames.of(request, data)))
 
 
 def assembly_of(lengths: Sequence[int], compression: Compression) -> Assembly | FrameAssembly:

@@ -43,6 +43,8 @@ _HEADER = struct.Struct("<4sBBHQ")
 _SECTION = struct.Struct("<IB")
 _FIELD = struct.Struct("<BH")
 _LENGTH = struct.Struct("<I")
+_LOW_SIX, _LOW_TWO = np.uint64(0x3F3F3F3F3F3F3F3F), np.uint64(0x0303030303030303)
+_ZERO, _TWO, _FOUR, _SIX = (np.uint64(shift) for shift in (0, 2, 4, 6))
 _KINDS: tuple[FieldKind, ...] = get_args(FieldKind)
 
 
@@ -213,12 +215,7 @@ def _taken(record: Octets, part: _Part) -> Octets:
     if part.field.kind == "halves":
         values = values[:, part.plane :: 2]
     elif part.field.kind == "three_bit":
-        # Three bytes hold two codes each in their low six bits, and the bits of two more on top.
-        planes = values.reshape(part.num_rows, -1, 3, 64)
-        top = planes >> 6
-        values = np.empty((*planes.shape[:2], 4, 64), np.uint8)
-        np.bitwise_and(planes, 63, out=values[:, :, :3])
-        values[:, :, 3] = top[:, :, 0] | top[:, :, 1] << 2 | top[:, :, 2] << 4
+        return _sixes(np.ascontiguousarray(values)).reshape(-1)
     return np.ascontiguousarray(values).reshape(-1)
 
 
@@ -227,13 +224,32 @@ def _put(record: Octets, part: _Part, values: Octets) -> None:
     if part.field.kind == "halves":
         room[:, part.plane :: 2] = values.reshape(part.num_rows, -1)
     elif part.field.kind == "three_bit":
-        sixes = values.reshape(part.num_rows, -1, 4, 64)
-        planes = np.empty((*sixes.shape[:2], 3, 64), np.uint8)
-        for k in range(3):
-            planes[:, :, k] = (sixes[:, :, k] & 63) | (sixes[:, :, 3] >> 2 * k & 3) << 6
-        room[:] = planes.reshape(part.num_rows, -1)
+        room[:] = _threes(values).reshape(part.num_rows, -1)
     else:
         room[:] = values.reshape(part.num_rows, -1)
+
+
+def _sixes(planes: Octets) -> Octets:
+    """Bytes of three-bit planes, in threes of 64, to bytes of six bits, in fours of 64.
+
+    Each of three bytes holds two codes in its low six bits and a third of two more on top. Eight
+    bytes are moved at once.
+    """
+    threes = planes.view("<u8").reshape(-1, 3, 8)
+    fours = np.empty((len(threes), 4, 8), "<u8")
+    np.bitwise_and(threes, _LOW_SIX, out=fours[:, :3])
+    top = threes >> _SIX & _LOW_TWO
+    fours[:, 3] = top[:, 0] | top[:, 1] << _TWO | top[:, 2] << _FOUR
+    return fours.view(np.uint8)
+
+
+def _threes(sixes: Octets) -> Octets:
+    """Inverse of `_sixes`."""
+    fours = np.ascontiguousarray(sixes).view("<u8").reshape(-1, 4, 8)
+    threes = fours[:, :3] & _LOW_SIX
+    for place, shift in enumerate((_ZERO, _TWO, _FOUR)):
+        threes[:, place] |= (fours[:, 3] >> shift & _LOW_TWO) << _SIX
+    return threes.view(np.uint8)
 
 
 def _read_sections(view: memoryview, num_bytes: int) -> tuple[list[Section], int]:

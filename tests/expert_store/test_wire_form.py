@@ -131,6 +131,33 @@ def test_over_grpc_records_are_the_same_and_the_wires_bytes_are_counted(
     assert plain.bytes_moved[1] == plain.record_bytes == sum(data.numel() for data in expected)
 
 
+def test_frames_are_kept_within_their_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for about two of six: the last asked for stay, the others are coded again."""
+    build_store(tmp_path / "s", blocks="")
+    segment = Segment(tmp_path / "s")
+    requests = requests_of(segment)
+    coded: list[int] = []
+    original = wire.compress
+    monkeypatch.setattr(wire, "compress", lambda *a: coded.append(1) or original(*a))
+    size = len(wire.Frames(segment.manifest).of(requests[0], *segment.fetch(requests[:1])))
+    frames = wire.Frames(segment.manifest, max_bytes=int(2.5 * size))
+
+    def times_coded(index: int) -> int:
+        coded.clear()
+        (data,) = segment.fetch([requests[index]])
+        frame = frames.of(requests[index], data)
+        assert torch.equal(decompress(frame[8:], data.numel()), data)
+        assert frames.kept_bytes <= 2.5 * size
+        return len(coded)
+
+    assert [times_coded(i) for i in (0, 1, 0, 2, 0, 1)] == [1, 1, 0, 1, 0, 1]
+    nothing = wire.Frames(segment.manifest, max_bytes=0)
+    assert len(nothing.of(requests[0], *segment.fetch(requests[:1]))) == size
+    assert nothing.kept_bytes == 0
+
+
 def test_a_record_longer_than_a_message(stack: ExitStack, tmp_path: Path) -> None:
     store = tmp_path / "store"
     build_store(store, layers=(0,), experts=1, hidden=2048, ffn=2048, bits=3, blocks="")
