@@ -3,6 +3,7 @@
 Weights come from pools several times the last-level cache, contestants take turns in every round,
 and the machine's read bandwidth is measured in the same rounds. The gate, every contestant against
 the reference, runs first. `python -m benchmarks.kernels` prints rows and writes a CSV.
+Symmetric codes stand against affine codes of the same width, round by round.
 
 Legend: T tokens, H hidden, F ffn.
 """
@@ -14,15 +15,22 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.record import RESULTS, commit, processor, today, write_rows
 from kernels import ops, reference
-from kernels.packing import pack
-from kernels.types import GatedMLP, QuantizedMatrix
+from kernels.packing import pack, pack_symmetric
+from kernels.types import (
+    GRID_BITS,
+    GatedMLP,
+    GatedRepair,
+    Grid,
+    LowRank,
+    QuantizedMatrix,
+)
 
 OUT = RESULTS / "kernels-cpu.csv"
 TOKENS = (1, 4, 16)
@@ -49,6 +57,7 @@ class Row:
     unit: str
     gb_per_s: float
     share_of_read_bandwidth: float
+    times_affine: float | None  # its time over the affine codes' of the same width, same rounds
     rounds: int
     threads: int
     hardware: str
@@ -59,11 +68,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """`calls[i](x)` runs the expert on the i-th copy of its weights."""
+    """`calls[i](x)` runs the expert on the i-th copy of its weights; the reference has `mlp`."""
 
     what: str
     num_bytes: int
     calls: list[Callable[[torch.Tensor], torch.Tensor]]
+    mlp: GatedMLP
+    repair: GatedRepair | None = None
+    rival: str | None = None  # whose time `times_affine` divides by
 
 
 def main() -> None:
@@ -86,14 +98,17 @@ def main() -> None:
 
 def measure(hidden: int, ffn: int, rounds: int, *, num_threads: int) -> list[Row]:
     """Gate, then time every contestant at every token count; prints each row."""
-    mlps = {bits: random_mlp(hidden, ffn, bits) for bits in (2, 3, 4)}
-    contestants = [int8_contestant(bits, mlp, num_threads) for bits, mlp in mlps.items()]
-    contestants.append(fp32_contestant(mlps[2]))
-    contestants += [dense_contestant(mlps[2], dtype) for dtype in (torch.float32, torch.bfloat16)]
-    expected = {f"{bits} bits": mlp for bits, mlp in mlps.items()}
+    contestants = [
+        int8_contestant(hidden, ffn, bits, grid, num_threads)
+        for grid, widths in GRID_BITS.items()
+        for bits in widths
+    ]
+    contestants.append(repaired_contestant(hidden, ffn))
+    mlp = random_mlp(hidden, ffn, 2, "affine")
+    contestants.append(fp32_contestant(mlp))
+    contestants += [dense_contestant(mlp, dtype) for dtype in (torch.float32, torch.bfloat16)]
     for contestant in contestants:
-        mlp = next((m for name, m in expected.items() if name in contestant.what), mlps[2])
-        gate(contestant, mlp)
+        gate(contestant)
 
     ballast = torch.ones(POOL_BYTES // READ_BYTES, READ_BYTES // 4)
     rows = []
@@ -104,12 +119,13 @@ def measure(hidden: int, ffn: int, rounds: int, *, num_threads: int) -> list[Row
         print(f"\n{num_tokens} tokens; read bandwidth {bandwidth:.1f} GB/s on this run's threads")
         for contestant in contestants:
             row = make_row(
-                contestant, times[contestant.what], bandwidth, f"H {hidden}, F {ffn}", num_tokens,
-                num_threads,
-            )  # fmt: skip
+                contestant, times, bandwidth, f"H {hidden}, F {ffn}", num_tokens, num_threads
+            )
+            beside = f", {row.times_affine} of affine's time" if row.times_affine else ""
             print(
-                f"{row.what:24} {row.p20:9.1f} {row.p50:9.1f} {row.p80:9.1f} {row.unit}"
+                f"{row.what:36} {row.p20:9.1f} {row.p50:9.1f} {row.p80:9.1f} {row.unit}"
                 f" {row.gb_per_s:6.1f} GB/s {row.share_of_read_bandwidth:6.0%} of read bandwidth"
+                f"{beside}"
             )
             rows.append(row)
     return rows
@@ -138,12 +154,16 @@ def time_in_turns(
 
 def make_row(
     contestant: Contestant,
-    seconds: list[float],
+    times: dict[str, list[float]],
     bandwidth: float,
     shape: str,
     num_tokens: int,
     num_threads: int,
 ) -> Row:
+    seconds, times_affine = times[contestant.what], None
+    if contestant.rival is not None:
+        ratios = [own / other for own, other in zip(seconds, times[contestant.rival], strict=True)]
+        times_affine = round(statistics.median(ratios), 3)
     p20, p50, p80 = (statistics.quantiles(seconds, n=10)[i] * 1e6 for i in (1, 4, 7))
     speed = contestant.num_bytes / p50 / 1e3
     return Row(
@@ -157,6 +177,7 @@ def make_row(
         unit="us",
         gb_per_s=round(speed, 2),
         share_of_read_bandwidth=round(speed / bandwidth, 3),
+        times_affine=times_affine,
         rounds=len(seconds),
         threads=num_threads,
         hardware=f"{processor()}, {ops.native_isa()}",
@@ -166,31 +187,56 @@ def make_row(
     )
 
 
-def gate(contestant: Contestant, mlp: GatedMLP) -> None:
+def gate(contestant: Contestant) -> None:
     """Raises AssertionError when a contestant's answer is not the reference's."""
-    x_TH = torch.randn(3, mlp.gate.cols)
-    expected = reference.gated_mlp(x_TH, mlp)
+    x_TH = torch.randn(3, contestant.mlp.gate.cols)
+    expected = reference.gated_mlp(x_TH, contestant.mlp, contestant.repair)
     error = float((contestant.calls[0](x_TH).float() - expected).norm() / expected.norm())
     allowed = next(value for name, value in TOLERANCE.items() if contestant.what.startswith(name))
     assert error < allowed, f"{contestant.what}: relative error {error:.2e}, allowed {allowed:.0e}"
 
 
-def int8_contestant(bits: int, mlp: GatedMLP, num_threads: int) -> Contestant:
+def int8_contestant(hidden: int, ffn: int, bits: int, grid: Grid, num_threads: int) -> Contestant:
     def call(copy: GatedMLP) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: ops.gated_mlp_many([(x, copy)], num_threads=num_threads)[0]
 
-    num_bytes = sum(m.data.numel() for m in (mlp.gate, mlp.up, mlp.down))
+    mlp = random_mlp(hidden, ffn, bits, grid)
+    what, rival = f"cpu_int8 {bits} bits", None
+    if grid == "symmetric":
+        rival = what if bits in GRID_BITS["affine"] else None
+        what += " symmetric"
+    num_bytes = mlp_bytes(mlp)
     copies = [copy_mlp(mlp) for _ in range(pool_size(num_bytes))]
-    return Contestant(f"cpu_int8 {bits} bits", num_bytes, [call(copy) for copy in copies])
+    return Contestant(what, num_bytes, [call(copy) for copy in copies], mlp, rival=rival)
+
+
+def repaired_contestant(hidden: int, ffn: int) -> Contestant:
+    """A restored expert: its codes and one plane for each matrix."""
+    mlp = random_mlp(hidden, ffn, 2, "symmetric")
+    shapes = ((ffn, hidden), (ffn, hidden), (hidden, ffn))
+    planes = [random_matrix(rows, cols, 1, "symmetric") for rows, cols in shapes]
+
+    def copy_planes() -> GatedRepair:
+        gate, up, down = (replace(plane, data=plane.data.clone()) for plane in planes)
+        nothing = torch.empty(0, dtype=torch.uint8)
+        wide, tall = LowRank(nothing, (), ffn, hidden, 3), LowRank(nothing, (), hidden, ffn, 3)
+        return GatedRepair(wide, wide, tall, (gate,), (up,), (down,))
+
+    def call(copy: GatedMLP, repair: GatedRepair) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: ops.gated_mlp(x, copy, repair, backend="cpu_int8")
+
+    num_bytes = mlp_bytes(mlp) + sum(plane.data.numel() for plane in planes)
+    calls = [call(copy_mlp(mlp), copy_planes()) for _ in range(pool_size(num_bytes))]
+    return Contestant("cpu_int8 2 bits symmetric + plane", num_bytes, calls, mlp, copy_planes())
 
 
 def fp32_contestant(mlp: GatedMLP) -> Contestant:
     def call(copy: GatedMLP) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: ops.gated_mlp(x, copy, backend="cpu_fp32")
 
-    num_bytes = sum(m.data.numel() for m in (mlp.gate, mlp.up, mlp.down))
+    num_bytes = mlp_bytes(mlp)
     copies = [copy_mlp(mlp) for _ in range(pool_size(num_bytes))]
-    return Contestant("cpu_fp32 2 bits", num_bytes, [call(copy) for copy in copies])
+    return Contestant("cpu_fp32 2 bits", num_bytes, [call(copy) for copy in copies], mlp)
 
 
 def dense_contestant(mlp: GatedMLP, dtype: torch.dtype) -> Contestant:
@@ -210,34 +256,39 @@ def dense_contestant(mlp: GatedMLP, dtype: torch.dtype) -> Contestant:
     num_bytes = sum(w.numel() * w.element_size() for w in weights)
     copies = [[w.clone() for w in weights] for _ in range(pool_size(num_bytes))]
     name = "torch fp32" if dtype == torch.float32 else "torch bf16"
-    return Contestant(name, num_bytes, [call(copy) for copy in copies])
+    return Contestant(name, num_bytes, [call(copy) for copy in copies], mlp)
 
 
 def pool_size(num_bytes: int) -> int:
     return max(2, -(-POOL_BYTES // num_bytes))
 
 
-def random_mlp(hidden: int, ffn: int, bits: int) -> GatedMLP:
+def mlp_bytes(mlp: GatedMLP) -> int:
+    return sum(matrix.data.numel() for matrix in (mlp.gate, mlp.up, mlp.down))
+
+
+def random_mlp(hidden: int, ffn: int, bits: int, grid: Grid) -> GatedMLP:
     return GatedMLP(
-        random_matrix(ffn, hidden, bits),
-        random_matrix(ffn, hidden, bits),
-        random_matrix(hidden, ffn, bits),
+        random_matrix(ffn, hidden, bits, grid),
+        random_matrix(ffn, hidden, bits, grid),
+        random_matrix(hidden, ffn, bits, grid),
         "silu",
     )
 
 
-def random_matrix(rows: int, cols: int, bits: int) -> QuantizedMatrix:
+def random_matrix(rows: int, cols: int, bits: int, grid: Grid) -> QuantizedMatrix:
     codes = torch.randint(0, 2**bits, (rows, cols), dtype=torch.uint8)
+    if grid == "symmetric":
+        scale8 = torch.randint(85, 256, (rows, cols // 64), dtype=torch.uint8)
+        row_scale = torch.full((rows,), 1.5 / (cols**0.5 * 2 ** (bits - 1)))
+        return pack_symmetric(codes, scale8, row_scale, bits)
     scale = (torch.rand(rows, cols // 64) + 0.5) / (cols**0.5 * 2 ** (bits - 1))
     return pack(codes, scale, torch.full_like(scale, (2**bits - 1) / 2), bits)
 
 
 def copy_mlp(mlp: GatedMLP) -> GatedMLP:
-    gate, up, down = (
-        QuantizedMatrix(m.data.clone(), m.rows, m.cols, m.bits)
-        for m in (mlp.gate, mlp.up, mlp.down)
-    )
-    return GatedMLP(gate, up, down, mlp.activation)
+    gate, up, down = (replace(m, data=m.data.clone()) for m in (mlp.gate, mlp.up, mlp.down))
+    return replace(mlp, gate=gate, up=up, down=down)
 
 
 if __name__ == "__main__":
