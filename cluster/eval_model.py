@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 from cluster.eval_settings import EvalSettings, Variant
 from expert_store.segment import Segment
-from expert_store.types import Manifest
+from expert_store.types import Manifest, RecordRequest
 from gpu_worker.build import OpenModel, open_model
 from gpu_worker.config import WorkerConfig
 from gpu_worker.protocols import NearData
+from gpu_worker.record_sizes import RecordSizes
 from ndp_worker.executor import Executor
 from ndp_worker.rpc import NdpClient, NdpServer
 
@@ -85,5 +86,6 @@ def near_data_worker(source: Segment, *, enabled: bool) -> Iterator[NearData | N
 
 def cache_bytes(manifest: Manifest, percent: float) -> int:
     """Device memory for `percent` of the codes of all experts: as many experts for every recipe."""
-    codes = sum(info.codes.num_bytes for info in manifest.experts.values())
+    sizes = RecordSizes.of(manifest)
+    codes = sum(sizes.copy_of(RecordRequest(key, "codes")).device_bytes for key in sizes.codes)
     return int(codes * percent / 100)

@@ -76,6 +76,7 @@ class Variant:
     restore_benefit: float | None = None
     restore_seed: int = 0
     skip_below: float = 0.0
+    factor_share: float = 1.0
 
     def policies(self) -> dict[str, Any]:
         """The fields that go into a WorkerConfig as they are."""

@@ -79,6 +79,8 @@ def _bytes_and_pairs(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
             tier, _, kind = place.partition("/")
             moved.append(({"replica": w.replica, "tier": tier, "kind": kind}, count))
     yield "moetier_moved_bytes_total", "counter", "Expert bytes moved, by tier and kind.", moved
+    help_text = "Expert bytes that crossed to the device; more than moved where hosts decode them."
+    yield "moetier_device_bytes_total", "counter", help_text, by_kind("device_bytes")
     records: list[Sample] = [
         ({"replica": w.replica}, w.counters.get("wire_bytes", 0)) for w in workers
     ]

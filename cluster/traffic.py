@@ -10,7 +10,7 @@ from dataclasses import replace
 from cluster.eval_model import OpenVariant, cache_bytes
 from cluster.eval_rows import Traffic
 from cluster.eval_settings import EvalSettings
-from gpu_worker.planner import RecordSizes
+from gpu_worker.record_sizes import RecordSizes
 from gpu_worker.replay import RoutingTrace, replay_decode, uncached_bytes, weights_per_token
 
 LEAST_SEQUENCES = 2
@@ -40,8 +40,8 @@ def bits_per_weight_moved(
     if config.near_data != "off":
         moved = _traffic(trace, variant, settings, 0.0, 1).moved_bytes
     else:
-        policy, sizes = config.pair_policy(manifest), RecordSizes.of(manifest)
-        moved = uncached_bytes(trace, policy, sizes)
+        sizes = RecordSizes.of(manifest, config.factor_share)
+        moved = uncached_bytes(trace, config.pair_policy(manifest), sizes)
     return moved * 8 / weights_per_token(manifest)
 
 

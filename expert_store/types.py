@@ -146,6 +146,8 @@ class Compensator:
 
         `num_bytes` stays that of what is held.
         """
+        if num_blocks >= len(self.form.blocks):
+            return self
         form = self.form.prefix(num_blocks)
         whole = self.factors
         factors = GatedRepair(

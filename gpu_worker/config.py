@@ -41,6 +41,8 @@ class WorkerConfig:
     - restore_seed: another seed gives restore "random" other pairs.
     - skip_below: pairs with less than this share of their token's router weight are not run; a
       token's first expert always is. 0 skips none; the others' weights stay as they are.
+    - factor_share: how much of each compensator is fetched: the first blocks that have this share
+      of its bytes, 0 to 1, or less. A pair whose share holds no block runs from codes alone.
     - near_data: which (token, expert) pairs run near their bytes: off is none, low_bit all that are
       not restored, cost those of experts for which copying is dearer.
     - cache_bytes: device memory for experts kept between steps; 0 keeps none.
@@ -65,6 +67,7 @@ class WorkerConfig:
     restore_benefit: float | None = None
     restore_seed: int = 0
     skip_below: float = 0.0
+    factor_share: float = 1.0
     near_data: NearDataPolicy = "off"
     cache_bytes: int = 512 * MEBIBYTE
     max_in_flight_bytes: int = 256 * MEBIBYTE
@@ -88,6 +91,7 @@ class WorkerConfig:
         _within("restore_mass", self.restore_mass, most=1)
         _within("restore_benefit", self.restore_benefit)
         _within("skip_below", self.skip_below, most=1)
+        _within("factor_share", self.factor_share, most=1)
         for rule in ("mass", "benefit"):
             if self.restore == rule and getattr(self, f"restore_{rule}") is None:
                 raise ValueError(
@@ -154,7 +158,9 @@ class WorkerConfig:
             restore_benefit=self.restore_benefit or 0.0,
             restore_seed=self.restore_seed,
             skip_below=self.skip_below,
-            repaired=repaired_errors(manifest) if self.restore == "benefit" else {},
+            repaired=(
+                repaired_errors(manifest, self.factor_share) if self.restore == "benefit" else {}
+            ),
         )
 
     @property

@@ -20,6 +20,8 @@ class StepCounters:
     """Counts of one step, or of many added up.
 
     - moved_bytes: bytes the transport delivered, by (tier, kind).
+    - device_bytes: bytes that crossed to the device, by kind: as moved, but where the host decodes
+      codes first, what they become.
     - wire_bytes: bytes that came over the network for them, where the source counts that (gRPC);
       fewer than moved_bytes where records travel compressed.
     - planned_bytes: bytes the plans asked for, by kind; equal to those moved when nothing failed.
@@ -33,6 +35,7 @@ class StepCounters:
     """
 
     moved_bytes: Mapping[tuple[str, RecordKind], int] = field(default_factory=dict)
+    device_bytes: Mapping[RecordKind, int] = field(default_factory=dict)
     wire_bytes: int = 0
     planned_bytes: Mapping[RecordKind, int] = field(default_factory=dict)
     cache_hits: Mapping[RecordKind, int] = field(default_factory=dict)
@@ -70,6 +73,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.moved_bytes: Counter[tuple[str, RecordKind]] = Counter()
+        self.device_bytes: Counter[RecordKind] = Counter()
         self.wire_bytes = 0
         self.planned_bytes: Counter[RecordKind] = Counter()
         self.cache_hits: Counter[RecordKind] = Counter()

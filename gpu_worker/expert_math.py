@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from expert_store.format import parse_codes, parse_factors
+from expert_store.format import decode_on_host, device_form, parse_codes, parse_factors
 from expert_store.types import Compensator, ExpertCodes, Manifest, RecordRequest
 from kernels import ops
 
@@ -22,8 +22,18 @@ Record = ExpertCodes | Compensator
 class ExpertMath(Protocol):
     """From bytes to a record, and from a record and rows to rows."""
 
+    def decode_on_host(self, request: RecordRequest, data: torch.Tensor) -> torch.Tensor:
+        """Fetched bytes as they go to the device; called by the threads that fetch.
+
+        Raises a StoreError when they cannot be decoded.
+        """
+        ...
+
     def parse(self, request: RecordRequest, data: torch.Tensor) -> Record:
-        """The record in `data` (uint8, on the device). Raises a StoreError when it is none."""
+        """The record in `data` (uint8, on the device). Raises a StoreError when it is none.
+
+        `data` is what `decode_on_host` gave.
+        """
         ...
 
     def run(
@@ -44,10 +54,16 @@ class KernelMath:
         self._manifest = manifest
         self._backend = backend
 
+    def decode_on_host(self, request: RecordRequest, data: torch.Tensor) -> torch.Tensor:
+        if request.kind == "factors":
+            return data
+        info, shape = self._manifest.experts[request.key], self._manifest.model.expert
+        return decode_on_host(request.key, data, shape, info.form)
+
     def parse(self, request: RecordRequest, data: torch.Tensor) -> Record:
         info, shape = self._manifest.experts[request.key], self._manifest.model.expert
         if request.kind == "codes":
-            return parse_codes(request.key, data, shape, info.form)
+            return parse_codes(request.key, data, shape, device_form(info.form))
         repair = info.repair
         if request.num_blocks is not None:
             repair = repair.prefix(request.num_blocks)

@@ -24,8 +24,9 @@ from gpu_worker.expert_cache import ExpertCache
 from gpu_worker.expert_math import ExpertMath, KernelMath
 from gpu_worker.local_run import DeviceExperts, LocalRun, Part
 from gpu_worker.model import StepReport
-from gpu_worker.planner import ExpertWork, Policy, RecordSizes, plan, plan_local
+from gpu_worker.planner import ExpertWork, Policy, plan, plan_local
 from gpu_worker.protocols import ExpertSource, NearData, WireCounted
+from gpu_worker.record_sizes import RecordSizes
 from gpu_worker.restoring import route
 from gpu_worker.streamer import Streamer
 from kernels import ops
@@ -90,20 +91,21 @@ class StoreExperts:
             )
         self._pairs = config.pair_policy(source.manifest)
         self._policy = Policy(config.near_data, config.link_bytes_per_s, config.near_data_token_s)
-        self._sizes = RecordSizes.of(source.manifest)
+        self._sizes = RecordSizes.of(source.manifest, config.factor_share)
         self._near_data = near_data if config.near_data != "off" else None
         self._wire = source if isinstance(source, WireCounted) else None
         self._clock = clock
         self.cache = ExpertCache(config.cache_bytes)
+        math = math or KernelMath(source.manifest, ops.default_backend(config.device))
         self.streamer = Streamer(
             source,
+            decode=math.decode_on_host,
             device=config.device,
             max_in_flight_bytes=config.max_in_flight_bytes,
             fetch_bytes=config.fetch_bytes,
             num_threads=config.fetch_threads,
             clock=clock,
         )
-        math = math or KernelMath(source.manifest, ops.default_backend(config.device))
         self._device = DeviceExperts(self.cache, self.streamer, math)
         self.begin(None)
 

@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 import torch
 
 from expert_store.errors import StoreError
-from expert_store.types import Compensator, ExpertCodes, ExpertKey, RecordRequest
+from expert_store.types import (
+    Compensator,
+    ExpertCodes,
+    ExpertKey,
+    RecordKind,
+    RecordRequest,
+)
 from gpu_worker.counters import Tally
 from gpu_worker.expert_cache import ExpertCache
 from gpu_worker.expert_math import ExpertMath, Record
@@ -75,7 +81,7 @@ class LocalRun:
         self._count(dispatch)
         device = self._device
         try:
-            records = {request: self._pin(request) for request in dispatch.hits}
+            records = {(request.key, request.kind): self._pin(request) for request in dispatch.hits}
             with device.streamer.start(dispatch.copies) as stream:
                 for work in dispatch.resident:
                     self._compute(_gather(work, records, num_due=0))
@@ -84,9 +90,7 @@ class LocalRun:
             device.cache.unpin(self._pinned)
             self._pinned.clear()
 
-    def _await(
-        self, dispatch: DispatchPlan, records: dict[RecordRequest, Record], stream: Stream
-    ) -> None:
+    def _await(self, dispatch: DispatchPlan, records: _Records, stream: Stream) -> None:
         due = Counter(copy.request.key for copy in dispatch.copies)
         gatherings = {
             work.key: _gather(work, records, num_due=due[work.key]) for work in dispatch.streamed
@@ -104,6 +108,7 @@ class LocalRun:
         finally:
             self._tally.wait_s += stream.wait_s
             self._tally.moved_bytes.update(stream.moved_bytes)
+            self._tally.device_bytes.update(stream.device_bytes)
 
     def _take(self, landed: Landed, gathering: _Gathering, stream: Stream) -> None:
         """Put one record, or its absence, where it belongs."""
@@ -118,7 +123,7 @@ class LocalRun:
             gathering.codes = record
         else:
             gathering.factors = record
-        if self._device.cache.put_pinned(request, record, landed.copy.num_bytes):
+        if self._device.cache.put_pinned(request, record, landed.copy.device_bytes):
             self._pinned.append(request)
             stream.release(request)
         else:
@@ -163,6 +168,9 @@ class LocalRun:
     def _pin(self, request: RecordRequest) -> Record:
         record = self._device.cache.pin(request)
         self._pinned.append(request)
+        if isinstance(record, Compensator) and request.num_blocks is not None:
+            # More blocks may be here than the plan wants; results never depend on what was cached.
+            return record.prefix(request.num_blocks)
         return record
 
     def _count(self, dispatch: DispatchPlan) -> None:
@@ -173,10 +181,13 @@ class LocalRun:
             self._tally.cache_hits[request.kind] += 1
 
 
-def _gather(work: ExpertWork, records: dict[RecordRequest, Record], *, num_due: int) -> _Gathering:
+_Records = dict[tuple[ExpertKey, RecordKind], Record]
+
+
+def _gather(work: ExpertWork, records: _Records, *, num_due: int) -> _Gathering:
     gathering = _Gathering(work, num_due)
-    codes = records.get(RecordRequest(work.key, "codes"))
-    factors = records.get(RecordRequest(work.key, "factors"))
+    codes = records.get((work.key, "codes"))
+    factors = records.get((work.key, "factors"))
     if isinstance(codes, ExpertCodes):
         gathering.codes = codes
     if isinstance(factors, Compensator):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from expert_store.types import ExpertKey, Manifest, RecordKind, RecordRequest
+from expert_store.types import ExpertKey, RecordKind, RecordRequest
 from gpu_worker.config import NearDataPolicy
+from gpu_worker.record_sizes import PlannedCopy, RecordSizes
 from gpu_worker.routing import Routing
 
 
@@ -26,14 +27,6 @@ class ExpertWork:
     @property
     def num_restored(self) -> int:
         return sum(self.restored)
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedCopy:
-    """One record to bring to the device."""
-
-    request: RecordRequest
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +53,6 @@ class DispatchPlan:
 
     def _works(self) -> tuple[ExpertWork, ...]:
         return (*self.resident, *self.streamed, *self.remote)
-
-
-@dataclass(frozen=True, slots=True)
-class RecordSizes:
-    """Bytes of every record. An expert of rank 0 has no factors and is not in that mapping."""
-
-    codes: Mapping[ExpertKey, int]
-    factors: Mapping[ExpertKey, int]
-
-    @staticmethod
-    def of(manifest: Manifest) -> RecordSizes:
-        experts = manifest.experts.items()
-        return RecordSizes(
-            codes={key: info.codes.num_bytes for key, info in experts},
-            factors={key: info.factors.num_bytes for key, info in experts if info.factors},
-        )
-
-    def bytes_of(self, request: RecordRequest) -> int:
-        return (self.codes if request.kind == "codes" else self.factors)[request.key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +95,18 @@ def plan(
 ) -> DispatchPlan:
     """The plan of one layer.
 
-    `on_device` are the records that are there now. A pair marked for restoring whose expert has no
-    factors is a low-bit pair. Raises ValueError for an expert that the store does not have.
+    `on_device` are the records that are there now, each in one length; factors with fewer blocks
+    than are wanted count as missing and are fetched anew. A pair marked for restoring whose expert
+    fetches no factors is a low-bit pair. Raises ValueError for an expert that the store does not
+    have.
     """
-    draft = _Draft()
+    draft, held = _Draft(), _by_record(on_device)
     for work in group_by_expert(layer, routing, sizes):
-        local, remote = _split(work, on_device, sizes, policy)
+        local, remote = _split(work, held, sizes, policy)
         if remote is not None:
             draft.remote.append(remote)
         if local is not None:
-            _place(local, on_device, sizes, draft)
+            _place(local, held, sizes, draft)
     return _finish(draft)
 
 
@@ -138,9 +114,9 @@ def plan_local(
     works: tuple[ExpertWork, ...], *, on_device: frozenset[RecordRequest], sizes: RecordSizes
 ) -> DispatchPlan:
     """A plan that runs these works on the device: what is left to do when near data is lost."""
-    draft = _Draft()
+    draft, held = _Draft(), _by_record(on_device)
     for work in works:
-        _place(work, on_device, sizes, draft)
+        _place(work, held, sizes, draft)
     return _finish(draft)
 
 
@@ -164,15 +140,28 @@ def group_by_expert(layer: int, routing: Routing, sizes: RecordSizes) -> list[Ex
     return works
 
 
+_Held = Mapping[tuple[ExpertKey, RecordKind], RecordRequest]
+
+
+def _by_record(on_device: frozenset[RecordRequest]) -> _Held:
+    """What is there of each record."""
+    return {(request.key, request.kind): request for request in on_device}
+
+
+def _is_held(request: RecordRequest, held: _Held) -> bool:
+    found = held.get((request.key, request.kind))
+    return found is not None and found.covers(request)
+
+
 def _split(
-    work: ExpertWork, on_device: frozenset[RecordRequest], sizes: RecordSizes, policy: Policy
+    work: ExpertWork, held: _Held, sizes: RecordSizes, policy: Policy
 ) -> tuple[ExpertWork | None, ExpertWork | None]:
     """The part of an expert's pairs for the device, and the part for near data."""
     if policy.near_data == "off":
         return work, None
     if policy.near_data == "low_bit":
         return _part(work, restored=True), _part(work, restored=False)
-    codes_come_anyway = work.num_restored > 0 or RecordRequest(work.key, "codes") in on_device
+    codes_come_anyway = work.num_restored > 0 or (work.key, "codes") in held
     if codes_come_anyway:
         return work, None
     if policy.near_is_cheaper(len(work.token_rows), sizes.codes[work.key]):
@@ -192,15 +181,13 @@ def _part(work: ExpertWork, *, restored: bool) -> ExpertWork | None:
     )
 
 
-def _place(
-    work: ExpertWork, on_device: frozenset[RecordRequest], sizes: RecordSizes, draft: _Draft
-) -> None:
+def _place(work: ExpertWork, held: _Held, sizes: RecordSizes, draft: _Draft) -> None:
     needed = [RecordRequest(work.key, "codes")]
     if work.num_restored:
-        needed.append(RecordRequest(work.key, "factors"))
-    missing = [request for request in needed if request not in on_device]
-    draft.hits.extend(request for request in needed if request in on_device)
-    draft.copies.extend(PlannedCopy(request, sizes.bytes_of(request)) for request in missing)
+        needed.append(sizes.factors_of(work.key))
+    missing = [request for request in needed if not _is_held(request, held)]
+    draft.hits.extend(request for request in needed if request not in missing)
+    draft.copies.extend(sizes.copy_of(request) for request in missing)
     (draft.streamed if missing else draft.resident).append(work)
 
 

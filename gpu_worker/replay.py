@@ -22,15 +22,14 @@ from expert_store.types import (
     ExpertKey,
     Manifest,
     RecordRequest,
-    RepairForm,
 )
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters
 from gpu_worker.expert_math import Record
 from gpu_worker.experts import StoreExperts
 from gpu_worker.model import ModelRunner, StepExperts, StepReport, bind_experts
-from gpu_worker.planner import RecordSizes
 from gpu_worker.protocols import ExpertSource, NearData
+from gpu_worker.record_sizes import RecordSizes
 from gpu_worker.restoring import PairPolicy, route
 from kernels.types import GatedMLP, GatedRepair
 
@@ -147,7 +146,7 @@ def replay_decode(
         )
     if not 0 <= warm_up < num_steps:
         raise ValueError(f"warm_up: got {warm_up}, expected 0 to {num_steps - 1}")
-    experts = StoreExperts(source, config, near_data, math=_NoMath())
+    experts = StoreExperts(source, config, near_data, math=_NoMath(source.manifest))
     counters = StepCounters()
     try:
         for group in range(num_groups):
@@ -209,11 +208,23 @@ def weights_per_token(manifest: Manifest) -> int:
 class _NoMath:
     """`ExpertMath` that reads nothing and computes zeros; records are their size alone."""
 
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._sizes = RecordSizes.of(manifest)
+
+    def decode_on_host(self, request: RecordRequest, data: torch.Tensor) -> torch.Tensor:
+        copy = self._sizes.copy_of(request)
+        if copy.decoded_bytes is None:
+            return data
+        return torch.empty(copy.decoded_bytes, dtype=torch.uint8)
+
     def parse(self, request: RecordRequest, data: torch.Tensor) -> Record:
         if request.kind == "codes":
             return ExpertCodes(request.key, cast(GatedMLP, None), data.numel())
-        nothing, no_form = cast(GatedRepair, None), cast(RepairForm, None)
-        return Compensator(request.key, nothing, data.numel(), no_form)
+        repair = self._manifest.experts[request.key].repair
+        if request.num_blocks is not None:
+            repair = repair.prefix(request.num_blocks)
+        return Compensator(request.key, cast(GatedRepair, None), data.numel(), repair)
 
     def run(
         self,

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from expert_store.types import Manifest
+from expert_store.format import blocks_within
+from expert_store.types import ExpertKey, Manifest
 from gpu_worker.routing import Routing, ranks, shares, skip_mask
 
 Restore = Literal["top_n", "all", "random", "mass", "benefit"]
@@ -138,8 +139,18 @@ def random_mask(
     return order_TK.argsort(dim=1) < top_n
 
 
-def repaired_errors(manifest: Manifest) -> dict[int, torch.Tensor]:
-    """Per layer [E] float64: the relative error that an expert's compensator takes away.
+def fetched_blocks(manifest: Manifest, key: ExpertKey, factor_share: float) -> int:
+    """How many blocks of an expert's compensator are fetched: the longest prefix that has
+    `factor_share` (0 to 1) of its bytes or less."""
+    info = manifest.experts[key]
+    if info.factors is None or factor_share >= 1:
+        return len(info.repair.blocks)
+    max_bytes = factor_share * info.factors.num_bytes
+    return blocks_within(manifest.model.expert, info.repair, max_bytes)
+
+
+def repaired_errors(manifest: Manifest, factor_share: float = 1.0) -> dict[int, torch.Tensor]:
+    """Per layer [E] float64: the relative error that what is fetched of a compensator takes away.
 
     sqrt(error^2 - restored error^2), since what low rank and planes remove is orthogonal to what
     stays; 0 for an expert without factors.
@@ -150,7 +161,10 @@ def repaired_errors(manifest: Manifest) -> dict[int, torch.Tensor]:
     }
     for key, info in manifest.experts.items():
         if info.factors is not None:
-            energy = info.error**2 - info.restored_error**2
+            num_blocks = fetched_blocks(manifest, key, factor_share)
+            is_whole = num_blocks == len(info.repair.blocks)
+            restored = info.restored_error if is_whole else info.prefix_error(num_blocks)
+            energy = info.error**2 - restored**2
             found[key.layer][key.expert] = math.sqrt(max(0.0, energy))
     return found
 

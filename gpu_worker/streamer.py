@@ -17,9 +17,9 @@ from types import TracebackType
 import torch
 
 from expert_store.errors import ExpertUnavailableError, StoreError
-from expert_store.types import Manifest, RecordKind, RecordRequest
-from gpu_worker.planner import PlannedCopy
+from expert_store.types import RecordKind, RecordRequest
 from gpu_worker.protocols import ExpertSource
+from gpu_worker.record_sizes import PlannedCopy, by_expert, largest_expert_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,9 @@ class Landed:
     """A record that came, on the device, or the reason why it did not. One of the two is None."""
 
     copy: PlannedCopy
-    data: torch.Tensor | None  # [num_bytes] uint8
+    data: torch.Tensor | None  # [device_bytes] uint8
     error: StoreError | None
+    moved_bytes: int = 0  # that the source delivered
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,9 @@ class Streamer:
     A batch has `fetch_bytes` at most, or one expert that is larger; an expert is never cut.
     Without threads the one that asks fetches: nothing overlaps, and the order is fixed.
     At most `max_in_flight_bytes` are fetched, or fetched and not yet released, at any time. What
-    does not fit waits in the order it was asked for. On a CPU the source's memory is used as it
-    is; on a GPU it goes through pinned memory and a copy stream of its own.
+    does not fit waits in the order it was asked for. `decode` makes of the bytes that came those
+    that go to the device, on the thread that fetched them. On a CPU that memory is used as it is;
+    on a GPU it goes through pinned memory and a copy stream of its own.
 
     Raises ValueError when the largest expert does not fit into `max_in_flight_bytes`.
     """
@@ -60,6 +62,7 @@ class Streamer:
         max_in_flight_bytes: int,
         fetch_bytes: int,
         num_threads: int,
+        decode: Callable[[RecordRequest, torch.Tensor], torch.Tensor] = lambda _, data: data,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         largest = largest_expert_bytes(source.manifest)
@@ -69,6 +72,7 @@ class Streamer:
                 f"store has {largest} bytes of codes and factors; give at least that"
             )
         self._source = source
+        self._decode = decode
         self._device = torch.device(device)
         self._copy_stream = torch.cuda.Stream() if self._device.type == "cuda" else None
         self._max_bytes = max_in_flight_bytes
@@ -141,8 +145,8 @@ class Streamer:
         """Cut a step's copies into fetches; an expert's records stay together."""
         batch: list[PlannedCopy] = []
         batch_bytes = 0
-        for records in _by_expert(copies):
-            num_bytes = sum(copy.num_bytes for copy in records)
+        for records in by_expert(copies):
+            num_bytes = sum(copy.held_bytes for copy in records)
             if batch and batch_bytes + num_bytes > self._fetch_bytes:
                 yield tuple(batch)
                 batch, batch_bytes = [], 0
@@ -155,11 +159,11 @@ class Streamer:
         """Start what fits, in order. The lock is held."""
         while self._waiting:
             stream, batch = self._waiting[0]
-            num_bytes = sum(copy.num_bytes for copy in batch)
+            num_bytes = sum(copy.held_bytes for copy in batch)
             if self._in_flight_bytes + num_bytes > self._max_bytes:
                 return
             self._waiting.popleft()
-            self._in_flight.update({copy.request: copy.num_bytes for copy in batch})
+            self._in_flight.update({copy.request: copy.held_bytes for copy in batch})
             self._in_flight_bytes += num_bytes
             if self._pool is None:
                 self._run_batch(stream, batch)
@@ -168,10 +172,10 @@ class Streamer:
 
     def _release(self, copy: PlannedCopy) -> None:
         with self._lock:
-            self._in_flight[copy.request] -= copy.num_bytes
+            self._in_flight[copy.request] -= copy.held_bytes
             if self._in_flight[copy.request] == 0:
                 del self._in_flight[copy.request]
-            self._in_flight_bytes -= copy.num_bytes
+            self._in_flight_bytes -= copy.held_bytes
             self._admit()
 
     def _withdraw(self, stream: Stream) -> int:
@@ -206,13 +210,18 @@ class Streamer:
         return [self._to_device(copy, data) for copy, data in zip(batch, datas, strict=True)]
 
     def _to_device(self, copy: PlannedCopy, data: torch.Tensor) -> _Arrival:
+        moved_bytes = data.numel()
+        try:
+            data = self._decode(copy.request, data)
+        except StoreError as error:
+            return _Arrival(Landed(copy, None, error, moved_bytes), None)
         if self._copy_stream is None:
-            return _Arrival(Landed(copy, data, None), None)
+            return _Arrival(Landed(copy, data, None, moved_bytes), None)
         with torch.cuda.stream(self._copy_stream):
             on_device = data.pin_memory().to(self._device, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record(self._copy_stream)
-        return _Arrival(Landed(copy, on_device, None), ready)
+        return _Arrival(Landed(copy, on_device, None, moved_bytes), ready)
 
 
 class Stream:
@@ -229,6 +238,7 @@ class Stream:
         self._num_due = num_records
         self._held: dict[RecordRequest, PlannedCopy] = {}
         self.moved_bytes: Counter[tuple[str, RecordKind]] = Counter()
+        self.device_bytes: Counter[RecordKind] = Counter()
         self.wait_s = 0.0
 
     def __enter__(self) -> Stream:
@@ -268,30 +278,13 @@ class Stream:
         self._num_due -= 1
         landed = arrival.landed
         self._held[landed.copy.request] = landed.copy
+        kind = landed.copy.request.kind
+        if landed.moved_bytes:
+            self.moved_bytes[self._streamer.tier, kind] += landed.moved_bytes
         if landed.data is not None:
-            self.moved_bytes[self._streamer.tier, landed.copy.request.kind] += landed.data.numel()
+            self.device_bytes[kind] += landed.data.numel()
             if arrival.ready is not None:
                 current = torch.cuda.current_stream()
                 current.wait_event(arrival.ready)
                 landed.data.record_stream(current)
         return arrival
-
-
-def largest_expert_bytes(manifest: Manifest) -> int:
-    """Bytes of codes and factors of the largest expert."""
-    return max(
-        info.codes.num_bytes + (info.factors.num_bytes if info.factors else 0)
-        for info in manifest.experts.values()
-    )
-
-
-def _by_expert(copies: Sequence[PlannedCopy]) -> Iterator[list[PlannedCopy]]:
-    """Runs of copies that are of one expert."""
-    run: list[PlannedCopy] = []
-    for copy in copies:
-        if run and run[0].request.key != copy.request.key:
-            yield run
-            run = []
-        run.append(copy)
-    if run:
-        yield run

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from expert_store.format import parse_codes
+from expert_store.format import device_form, parse_codes
 from expert_store.types import ExpertKey, ExpertTokens, Manifest, RecordRequest
 from kernels.ops import Backend, gated_mlp_many
 from kernels.types import GatedMLP
@@ -72,13 +72,18 @@ class Executor:
         return torch.cat(outputs).to(hidden_TH.dtype)
 
     def _parsed(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, GatedMLP]:
+        """The experts, views that are kept; what had to be decoded (sz3) is not, it would fill the
+        memory."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._experts]
         records = self._source.fetch([RecordRequest(key, "codes") for key in missing])
+        experts = {key: self._experts[key] for key in keys if key in self._experts}
         for key, data in zip(missing, records, strict=True):
             form = self.manifest.experts[key].form
             codes = parse_codes(key, data, self.manifest.model.expert, form)
-            self._experts[key] = codes.mlp
-        return self._experts
+            experts[key] = codes.mlp
+            if form == device_form(form):
+                self._experts[key] = codes.mlp
+        return experts
 
 
 def check_work(hidden_TH: torch.Tensor, work: Sequence[ExpertTokens], hidden: int) -> None:

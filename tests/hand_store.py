@@ -6,12 +6,15 @@ Only what a reader of records needs (manifest, codes, factors); no dense files, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
+from expert_store.codecs import cuszp, sz3
+from expert_store.codecs.bound import ErrorBound
 from expert_store.files import Disk, layout
 from expert_store.format import (
     FactorBlock,
@@ -19,6 +22,7 @@ from expert_store.format import (
     content_version,
     encode_codes,
     encode_factors,
+    encode_parts,
     form_of,
     record_file,
     record_name,
@@ -26,6 +30,8 @@ from expert_store.format import (
 )
 from expert_store.types import (
     FORMAT_VERSION,
+    Codec,
+    CodesForm,
     ExpertInfo,
     ExpertKey,
     ExpertShape,
@@ -37,6 +43,7 @@ from expert_store.types import (
     RepairForm,
 )
 from kernels.packing import pack, pack_bf16, pack_symmetric
+from kernels.reference import dequantize
 from kernels.types import GROUP_SIZE, TILE_ROWS, GatedMLP, Grid, QuantizedMatrix
 
 Triple = tuple[int, int, int]
@@ -54,12 +61,14 @@ def build_store(
     blocks: str = "gudg",
     factor_bits: int = 3,
     factor_grid: Grid = "affine",
+    codec: Codec = "tiles",
     has_bias: bool = False,
     seed: int = 0,
 ) -> Manifest:
     """Write a store whose every expert has the same shape and forms; returns its manifest.
 
-    `bits` and `grids` are of gate, up and down, or of all three; `blocks` as in the manifest.
+    `bits` and `grids` are of gate, up and down, or of all three, and mean nothing to an
+    error-bounded codec; `blocks` as in the manifest.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = ExpertShape(hidden=hidden, ffn=ffn, activation="silu", has_bias=has_bias)
@@ -67,18 +76,18 @@ def build_store(
     infos: dict[ExpertKey, ExpertInfo] = {}
     for layer in layers:
         keys = [ExpertKey(layer, expert) for expert in range(experts)]
-        mlps = [random_mlp(shape, bits, generator, grids) for _ in keys]
-        codes = [encode_codes(mlp) for mlp in mlps]
+        mlps = [random_mlp(shape, bits if codec == "tiles" else 16, generator, grids) for _ in keys]
+        forms, codes = zip(*(_encode(mlp, codec) for mlp in mlps), strict=True)
         factors = [encode_factors(_random_blocks(shape, repair, generator)) for _ in keys]
         code_infos = _write(folder, "codes", layer, codes)
         factor_infos = _write(folder, "factors", layer, factors) if blocks else [None] * experts
         gains = tuple(0.75 / len(blocks) for _ in blocks)  # 0.4 * sqrt(1 - 0.75) is 0.2
-        for key, mlp, code_info, factor_info in zip(
-            keys, mlps, code_infos, factor_infos, strict=True
+        for key, form, code_info, factor_info in zip(
+            keys, forms, code_infos, factor_infos, strict=True
         ):
             infos[key] = ExpertInfo(
                 key=key,
-                form=form_of(mlp),
+                form=form,
                 codes=code_info,
                 factors=factor_info,
                 repair=repair,
@@ -87,13 +96,13 @@ def build_store(
                 restored_error=0.2 if blocks else 0.4,
                 block_gains=gains,
             )
-    mean_bits = fmean(form_of(mlps[0]).bits)
+    mean_bits = fmean(forms[0].bits)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         version="",
         recipe=Recipe(
             name="paper",
-            codec="tiles",
+            codec=codec,
             bits=mean_bits,
             grid="affine",
             factor_bits=factor_bits,
@@ -121,6 +130,16 @@ def build_store(
     manifest = replace(manifest, version=content_version(manifest))
     save_manifest(folder, manifest)
     return manifest
+
+
+def _encode(mlp: GatedMLP, codec: Codec) -> tuple[CodesForm, torch.Tensor]:
+    """The codes record; of a codec, with errors up to a tenth of a row's root mean square."""
+    if codec == "tiles":
+        return form_of(mlp), encode_codes(mlp)
+    encode, bound = (sz3 if codec == "sz3" else cuszp).encode, ErrorBound(0.1, "row")
+    parts = [encode(dequantize(matrix), bound) for matrix in (mlp.gate, mlp.up, mlp.down)]
+    form = CodesForm.streams(codec, [part.numel() for part in parts])
+    return form, encode_parts(parts, [mlp.gate_bias, mlp.up_bias, mlp.down_bias])
 
 
 def random_mlp(
@@ -181,7 +200,7 @@ def _random_blocks(
 
 
 def _write(
-    folder: Path, kind: RecordKind, layer: int, records: list[torch.Tensor]
+    folder: Path, kind: RecordKind, layer: int, records: Sequence[torch.Tensor]
 ) -> list[RecordInfo]:
     tensors = [(record_name(i), "U8", (r.numel(),), r.numel()) for i, r in enumerate(records)]
     header, entries = layout(tensors, {})

@@ -49,7 +49,7 @@ from expert_store.types import (
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters
 from gpu_worker.experts import StoreExperts
-from gpu_worker.planner import PlannedCopy, RecordSizes
+from gpu_worker.record_sizes import PlannedCopy, RecordSizes
 from kernels import reference
 
 BITS, RANK, LAYER = 2, 16, 0

@@ -112,6 +112,16 @@ def test_both_transports_give_the_segments_bytes(handle: StoreHandle, store: Pat
             assert all(torch.equal(truth, data) for data in found)
 
 
+def test_a_prefix_is_an_object_of_its_own_bytes(handle: StoreHandle, store: Path) -> None:
+    """Another node that pulls it moves no more than was planned."""
+    manifest = Segment(store).manifest
+    requests = [RecordRequest(ExpertKey(1, 0), "factors", n) for n in (1, 3, None)]
+    refs = ray.get(handle.actor.refs.remote(manifest.version, requests), timeout=WAIT_S)
+    sizes = [locate(manifest, request).num_bytes for request in requests]
+    assert [array.nbytes for array in ray.get(refs)] == sizes
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
 def test_objects_are_read_only_pages_of_the_object_store(handle: StoreHandle, store: Path) -> None:
     source = ObjectStoreSource(Segment(store).manifest, [handle])
     with warnings.catch_warnings():

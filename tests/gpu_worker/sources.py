@@ -16,8 +16,8 @@ import torch
 from expert_store.errors import ExpertUnavailableError, StoreError
 from expert_store.format import parse_codes
 from expert_store.types import ExpertKey, ExpertTokens, Manifest, RecordRequest
-from gpu_worker.planner import PlannedCopy
 from gpu_worker.protocols import ExpertSource
+from gpu_worker.record_sizes import PlannedCopy
 from gpu_worker.streamer import Stream, Streamer
 from kernels import ops
 

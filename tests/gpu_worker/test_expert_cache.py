@@ -122,6 +122,45 @@ def test_integrity_names_what_does_not_balance() -> None:
         cache.check_integrity()
 
 
+FACTORS = ExpertKey(0, 0)
+
+
+def blocks(count: int | None) -> RecordRequest:
+    return RecordRequest(FACTORS, "factors", count)
+
+
+def test_a_longer_prefix_takes_the_place_of_a_shorter_one() -> None:
+    cache = ExpertCache(10)
+    cache.put_pinned(blocks(2), record(blocks(2)), 4)
+    cache.unpin([blocks(2)])
+    assert blocks(2) in cache
+    assert blocks(1) in cache
+    assert blocks(3) not in cache
+    assert blocks(None) not in cache
+    with pytest.raises(AssertionError, match="num_blocks=3.* was planned, only .*num_blocks=2"):
+        cache.pin(blocks(3))
+    longer = record(blocks(3))
+    assert cache.put_pinned(blocks(3), longer, 6)
+    assert (cache.of_layer(0), cache.used_bytes, len(cache)) == ({blocks(3)}, 6, 1)
+    # A read of fewer blocks finds it too; pins of either length count together.
+    assert cache.pin(blocks(1)) is longer
+    cache.unpin([blocks(3), blocks(1)])
+    cache.check_integrity(idle=True)
+
+
+def test_a_prefix_that_does_not_fit_leaves_the_shorter_one() -> None:
+    cache = ExpertCache(10)
+    cache.put_pinned(NAMES[2], record(NAMES[2]), 5)
+    cache.put_pinned(blocks(2), record(blocks(2)), 4)
+    cache.unpin([blocks(2)])
+    assert not cache.put_pinned(blocks(None), record(blocks(None)), 6)
+    assert cache.of_layer(0) == {NAMES[2], blocks(2)}
+    cache.unpin([NAMES[2]])
+    assert cache.put_pinned(blocks(None), record(blocks(None)), 6)
+    assert cache.of_layer(0) == {blocks(None)}
+    cache.check_integrity()
+
+
 def test_misuse_is_an_assertion() -> None:
     cache = ExpertCache(10)
     with pytest.raises(AssertionError, match="planned as on the device"):

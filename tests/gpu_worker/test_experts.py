@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import pickle
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from expert_store.errors import ExpertUnavailableError
 from expert_store.format import parse_codes, parse_factors
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey, RecordRequest
-from gpu_worker.config import WorkerConfig
 from gpu_worker.experts import ExpertsFailed, StoreExperts
+from gpu_worker.record_sizes import largest_expert_bytes
 from gpu_worker.restoring import restore_mask
-from gpu_worker.streamer import largest_expert_bytes
 from kernels import reference
 from tests.gpu_worker.sources import (
     CountingSource,
@@ -34,9 +32,10 @@ from tests.gpu_worker.sources import (
     LossySource,
     ShuffledSource,
 )
+from tests.gpu_worker.steps import HIDDEN, NUM_EXPERTS, TOP_K, Step, running
 from tests.hand_store import build_store
 
-LAYERS, NUM_EXPERTS, TOP_K, HIDDEN = (0, 1), 6, 3, 64
+LAYERS = (0, 1)
 CLOSE = 2e-6  # relative, float32: the same products in another order
 INT8_CLOSE = 2e-2  # relative RMS of an MLP on int8 activations, as kernels/ops.py states
 
@@ -55,29 +54,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Segment:
     folder = tmp_path_factory.mktemp("store")
     build_store(folder, layers=LAYERS, experts=NUM_EXPERTS, hidden=HIDDEN, ffn=64)
     return Segment(folder)
-
-
-class Step:
-    """Random inputs of one layer."""
-
-    def __init__(self, num_rows: int = 7, seed: int = 0, layer: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.layer = layer
-        self.hidden = torch.randn(num_rows, HIDDEN, generator=generator)
-        scores = torch.rand(num_rows, NUM_EXPERTS, generator=generator)
-        # sorted=False as some routers do: shuffle the columns.
-        self.ids = scores.argsort(dim=1)[:, :TOP_K]
-        self.weights = torch.rand(num_rows, TOP_K, generator=generator)
-
-    def rows(self, rows: list[int]) -> Step:
-        part = Step.__new__(Step)
-        part.layer = self.layer
-        part.hidden, part.ids = self.hidden[rows], self.ids[rows]
-        part.weights = self.weights[rows]
-        return part
-
-    def run(self, experts: StoreExperts) -> torch.Tensor:
-        return experts.run_layer(self.layer, self.hidden, self.ids, self.weights)
 
 
 def oracle(
@@ -113,19 +89,6 @@ def run_again_if_failed(step: Step, experts: StoreExperts) -> torch.Tensor:
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
-
-
-@contextmanager
-def running(source: Any, near: Any = None, **config: Any) -> Iterator[StoreExperts]:
-    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "top_n": 1, **config}
-    resolved = WorkerConfig(**settings).resolve(source.manifest)
-    experts = StoreExperts(source, resolved, near)
-    experts.begin(None)
-    try:
-        yield experts
-        experts.check_integrity()
-    finally:
-        experts.close()
 
 
 @pytest.mark.parametrize("top_n", [0, 1, 2])

@@ -7,6 +7,7 @@ Method: properties over random routings, caches and policies; hand-made cases fo
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_store.types import ExpertKey, RecordRequest
-from gpu_worker.planner import DispatchPlan, Policy, RecordSizes, plan, plan_local
+from gpu_worker.planner import DispatchPlan, Policy, plan, plan_local
+from gpu_worker.record_sizes import PlannedCopy, RecordSizes
 from gpu_worker.routing import Routing
 
 LAYER = 3
@@ -126,6 +128,23 @@ def test_low_bit_policy_splits_one_expert_between_device_and_near_data() -> None
     assert (remote.key, remote.token_rows, remote.restored) == (KEYS[0], (1,), (False,))
     assert dispatch.copy_bytes("codes") == 1000
     assert dispatch.copy_bytes("factors") == 100
+
+
+def test_fewer_blocks_than_wanted_are_fetched_anew_and_more_are_used() -> None:
+    sizes = replace(SIZES, num_blocks={KEYS[0]: 2})
+    routing = routing_of([[0]], [[True]])
+    codes, wanted = RecordRequest(KEYS[0], "codes"), RecordRequest(KEYS[0], "factors", 2)
+    for held, is_there in ((None, True), (3, True), (2, True), (1, False), (0, False)):
+        on_device = frozenset([codes, RecordRequest(KEYS[0], "factors", held)])
+        dispatch = plan(LAYER, routing, on_device=on_device, sizes=sizes, policy=Policy("off"))
+        assert dispatch.hits == ((codes, wanted) if is_there else (codes,))
+        copies = () if is_there else (PlannedCopy(wanted, 100),)
+        assert dispatch.copies == copies
+        assert bool(dispatch.resident) is is_there
+    # The whole record is more than any prefix.
+    on_device = frozenset([codes, wanted])
+    dispatch = plan(LAYER, routing, on_device=on_device, sizes=SIZES, policy=Policy("off"))
+    assert dispatch.copies == (PlannedCopy(RecordRequest(KEYS[0], "factors"), 100),)
 
 
 def test_off_policy_copies_everything() -> None:

@@ -21,7 +21,7 @@ from expert_store.segment import Segment
 from gpu_worker.build import OpenModel, open_model
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters
-from gpu_worker.planner import RecordSizes
+from gpu_worker.record_sizes import RecordSizes
 from gpu_worker.replay import (
     RoutingTrace,
     recorded,

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from expert_store.errors import CorruptRecordError, ExpertUnavailableError
+from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreFormatError
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey, RecordRequest
-from gpu_worker.planner import PlannedCopy, RecordSizes
-from gpu_worker.streamer import Streamer, largest_expert_bytes
+from gpu_worker.record_sizes import PlannedCopy, RecordSizes, largest_expert_bytes
+from gpu_worker.streamer import Streamer
 from tests.gpu_worker.sources import CountingSource, FailingSource, LossySource
 from tests.hand_store import build_store
 
@@ -41,7 +42,12 @@ def copies_of(segment: Segment, num_experts: int = NUM_EXPERTS) -> list[PlannedC
 
 
 def make(
-    source: CountingSource, *, experts_in_flight: int = 8, experts_per_fetch: int = 8, threads=2
+    source: CountingSource,
+    *,
+    experts_in_flight: int = 8,
+    experts_per_fetch: int = 8,
+    threads: int = 2,
+    **options: Any,
 ) -> Streamer:
     largest = largest_expert_bytes(source.manifest)
     return Streamer(
@@ -50,6 +56,7 @@ def make(
         max_in_flight_bytes=experts_in_flight * largest,
         fetch_bytes=experts_per_fetch * largest,
         num_threads=threads,
+        **options,
     )
 
 
@@ -215,6 +222,70 @@ def test_close_ends_the_threads_and_fails_what_was_never_fetched(segment: Segmen
     assert all("the streamer was closed" in str(error) for error in errors)
     with pytest.raises(AssertionError, match="was closed"):
         streamer.start(copies_of(segment))
+
+
+def halve(request: RecordRequest, data: torch.Tensor) -> torch.Tensor:
+    return data[: data.numel() // 2] if request.kind == "codes" else data
+
+
+def test_what_crosses_to_the_device_is_what_the_host_decoded(segment: Segment) -> None:
+    copies = copies_of(segment)
+    codes = sum(copy.num_bytes for copy in copies if copy.request.kind == "codes")
+    factors = sum(copy.num_bytes for copy in copies) - codes
+    streamer = make(CountingSource(segment), decode=halve)
+    with streamer.start(copies) as stream:
+        for landed in stream:
+            (data,) = segment.fetch([landed.copy.request])
+            assert landed.data is not None
+            assert torch.equal(landed.data, halve(landed.copy.request, data))
+    assert stream.moved_bytes == {("test", "codes"): codes, ("test", "factors"): factors}
+    assert stream.device_bytes == {"codes": codes // 2, "factors": factors}
+    streamer.close()
+
+
+def test_a_record_that_cannot_be_decoded_fails_alone_and_was_moved_all_the_same(
+    segment: Segment,
+) -> None:
+    bad = RecordRequest(ExpertKey(0, 1), "codes")
+
+    def decode(request: RecordRequest, data: torch.Tensor) -> torch.Tensor:
+        if request == bad:
+            raise StoreFormatError("not this one (test)")
+        return data
+
+    streamer = make(CountingSource(segment), decode=decode)
+    copies = copies_of(segment)
+    with streamer.start(copies) as stream:
+        failed = [landed for landed in stream if landed.data is None]
+    assert [(landed.copy.request, str(landed.error)) for landed in failed] == [
+        (bad, "not this one (test)")
+    ]
+    moved = sum(copy.num_bytes for copy in copies)
+    assert sum(stream.moved_bytes.values()) == sum(streamer.moved_bytes.values()) == moved
+    assert sum(stream.device_bytes.values()) == moved - failed[0].copy.num_bytes
+    streamer.check_integrity(idle=True)
+    streamer.close()
+
+
+def test_the_limit_is_on_the_larger_of_fetched_and_decoded(segment: Segment) -> None:
+    """Decoded codes three times as large: two experts no longer fit at once."""
+    largest = largest_expert_bytes(segment.manifest)
+    copies = [
+        PlannedCopy(copy.request, copy.num_bytes, 3 * copy.num_bytes)
+        for copy in copies_of(segment)
+        if copy.request.kind == "codes"
+    ]
+    assert 3 * copies[0].num_bytes < 3 * largest < 6 * copies[0].num_bytes
+    source = CountingSource(segment)
+    streamer = make(source, experts_in_flight=3, experts_per_fetch=3)
+    with streamer.start(copies) as stream:
+        for number, landed in enumerate(stream, start=1):
+            assert streamer.in_flight_bytes == copies[0].held_bytes == 3 * copies[0].num_bytes
+            assert len(source.calls) == number
+            stream.release(landed.copy.request)
+    assert number == NUM_EXPERTS
+    streamer.check_integrity(idle=True)
+    streamer.close()
 
 
 def test_a_limit_below_the_largest_expert_is_refused(segment: Segment) -> None:

@@ -13,8 +13,8 @@ import torch
 
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey, RecordRequest
-from gpu_worker.planner import PlannedCopy, RecordSizes
-from gpu_worker.streamer import Streamer, largest_expert_bytes
+from gpu_worker.record_sizes import PlannedCopy, RecordSizes, largest_expert_bytes
+from gpu_worker.streamer import Streamer
 from tests.hand_store import build_store
 
 NUM_EXPERTS, ROUNDS = 6, 20
