@@ -2,7 +2,9 @@
 
 A tile is 16 rows x 64 inputs. Its codes are sixteen 64-byte vectors; vector j holds inputs
 4j..4j+3 of every row, row r in bytes 4r..4r+3: one operand of a 32-bit dot-product instruction.
-Vectors share bytes ("planes") so that a mask or one shift brings a vector out. Knows no file.
+Vectors share bytes ("planes") so that a mask or one shift brings a vector out. Scales follow the
+codes: 16 float16 scales and 16 zeros (affine), or 16 bytes (symmetric, whose float16 row scales
+follow the last tile). Knows no file.
 
 Legend: N rows, K cols, G groups of 64 cols, B row blocks of 16, V vectors and P planes of a tile.
 """
