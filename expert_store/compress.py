@@ -1,4 +1,4 @@
-"""A checkpoint to a store: scan, allocate ranks, compress expert by expert, write, publish.
+"""A checkpoint to a store: scan, plan, compress expert by expert, write, publish.
 
 Runs experts in parallel threads of one torch thread each, so that the result does not depend on how
 many there are. An interrupted run goes on where it stopped.
@@ -9,51 +9,50 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from expert_store.allocate import allocate_ranks, rank_cap
 from expert_store.assemble import write_configuration, write_dense, write_layer
+from expert_store.calibration import Calibration
 from expert_store.checkpoint import Checkpoint
 from expert_store.config import CompressionConfig
-from expert_store.errors import StoreWriteError
+from expert_store.curves import choice_json, read_choice
 from expert_store.expert_json import form_json, repair_json
-from expert_store.factor_records import factors_bytes
 from expert_store.files import Disk
 from expert_store.format import content_version, load_manifest
 from expert_store.manifest_json import encode_manifest
-from expert_store.recipe import check_finite, compress_expert, kurtosis_of
-from expert_store.records import codes_bytes
+from expert_store.planning import ExpertCurves, ExpertScan, Planned, curves_of, make_plans
+from expert_store.recipe import check_finite, compress_expert, kurtosis_of, weightings
 from expert_store.shards import INDEX_FILE
+from expert_store.space import check_space
 from expert_store.staging import PARTIAL, Staging, check_target, staging
+from expert_store.statistics import ExpertStatistics
 from expert_store.types import (
     FORMAT_VERSION,
     PROJECTIONS,
-    CodesForm,
     ExpertInfo,
     ExpertKey,
     Manifest,
     ModelInfo,
     Recipe,
-    RepairForm,
 )
 
 logger = logging.getLogger(__name__)
 
 _SCAN = "scan.json"
-_MARGIN_BYTES = 1 << 20  # headers, configuration, info files of the staging folder
+_CURVES = "curves.json"
 
 
 class Progress(NamedTuple):
     """How far a stage is: `done` of `total` experts."""
 
-    stage: Literal["scan", "compress"]
+    stage: Literal["scan", "plan", "compress"]
     done: int
     total: int
 
@@ -84,88 +83,129 @@ def compress(
         raise ValueError(f"jobs: got {jobs}, expected 1 or more")
     check_target(store, force=force)
     checkpoint = Checkpoint(model)
-    info, recipe = checkpoint.model_info, config.as_recipe()
-    _check_recipe(recipe, info)
-    logger.info("compressing %s into %s: %s", model, store, recipe)
-    fingerprint = config.fingerprint(_source_id(model))
-    _check_space(checkpoint, recipe, store, store / PARTIAL / fingerprint, disk)
+    info = checkpoint.model_info
+    _check_recipe(config.as_recipe(), info)
+    calibration = open_calibration(config.calibration, info)
+    logger.info("compressing %s into %s: %s", model, store, config)
+    source = _source_id(model) + (calibration.id if calibration is not None else "")
+    fingerprint = config.fingerprint(source)
+    check_space(checkpoint, config, store, store / PARTIAL / fingerprint, disk)
     with staging(store, fingerprint, force=force, disk=disk) as work:
         if not work.is_finished:
             with _workers(num_jobs) as pool:
-                kurtosis = _scan(work, checkpoint, pool, report)
-                ranks = allocate_ranks(
-                    kurtosis,
-                    avg_rank=recipe.avg_rank,
-                    ladder=recipe.rank_ladder,
-                    cap=rank_cap(info.expert, recipe.factor_bits),
-                )
-                experts = _compress_experts(work, checkpoint, pool, recipe, kurtosis, ranks, report)
-            _finish(work, checkpoint, recipe, experts)
+                run = _Run(work, checkpoint, config, calibration, pool, report)
+                planned = run.plan(run.scan())
+                experts = run.compress(planned)
+            _finish(work, checkpoint, planned.recipe, experts)
         work.publish()
     return load_manifest(store)
 
 
-def _scan(
-    work: Staging,
-    checkpoint: Checkpoint,
-    pool: ThreadPoolExecutor,
-    report: Callable[[Progress], None],
-) -> dict[ExpertKey, float]:
-    """Kurtosis of every expert; also finds NaN before hours of work are spent."""
-    keys = checkpoint.keys
-    if (known := work.read_json(_SCAN)) is not None:
-        return dict(zip(keys, known, strict=True))
+def open_calibration(folder: Path | None, model: ModelInfo) -> Calibration | None:
+    """The calibration in a folder, if one is given. Raises ValueError when it is another model's,
+    StoreFormatError when the folder holds none."""
+    if folder is None:
+        return None
+    calibration = Calibration(folder)
+    calibration.check_model(model)
+    return calibration
 
-    def scan(key: ExpertKey) -> float:
-        weights = checkpoint.expert(key)
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The three stages over all experts, each in parallel, each found again by a later run."""
+
+    work: Staging
+    checkpoint: Checkpoint
+    config: CompressionConfig
+    calibration: Calibration | None
+    pool: ThreadPoolExecutor
+    report: Callable[[Progress], None]
+
+    def scan(self) -> dict[ExpertKey, ExpertScan]:
+        """Kurtosis and energies; also finds NaN before hours of work are spent."""
+        keys = self.checkpoint.keys
+        if (known := self.work.read_json(_SCAN)) is None:
+            known = []
+            for done, value in enumerate(self.pool.map(self._scan_expert, keys), start=1):
+                known.append([value.kurtosis, *value.energy])
+                self.report(Progress("scan", done, len(keys)))
+            self.work.write_json(_SCAN, known)
+        return {
+            key: ExpertScan(kurtosis, (gate, up, down))
+            for key, (kurtosis, gate, up, down) in zip(keys, known, strict=True)
+        }
+
+    def plan(self, scans: dict[ExpertKey, ExpertScan]) -> Planned:
+        model = self.checkpoint.model_info
+        return make_plans(self.config, model, scans, self.calibration, self._measure)
+
+    def compress(self, planned: Planned) -> list[ExpertInfo]:
+        """Stage every expert that is not staged yet; join each layer as soon as it is complete."""
+        shape = self.checkpoint.model_info.expert
+        futures: dict[ExpertKey, Future[dict[str, Any]]] = {
+            key: self.pool.submit(self._compress_expert, key, planned)
+            for key in self.checkpoint.keys
+        }
+        experts: list[ExpertInfo] = []
+        for layer in self.checkpoint.model_info.moe_layers:
+            infos = {}
+            for key in (key for key in futures if key.layer == layer):
+                infos[key] = futures[key].result()
+                self.report(Progress("compress", len(experts) + len(infos), len(futures)))
+            experts += write_layer(self.work, layer, infos, shape)
+        return experts
+
+    def _scan_expert(self, key: ExpertKey) -> ExpertScan:
+        weights = self.checkpoint.expert(key)
         check_finite(weights)
-        return kurtosis_of(weights)
+        heard = weightings(self._statistics(key), weighted=True)
+        gate, up, down = (heard[name].error(getattr(weights, name)) for name in PROJECTIONS)
+        return ExpertScan(kurtosis_of(weights), (gate, up, down))
 
-    values = []
-    for done, value in enumerate(pool.map(scan, keys), start=1):
-        values.append(value)
-        report(Progress("scan", done, len(keys)))
-    work.write_json(_SCAN, values)
-    return dict(zip(keys, values, strict=True))
+    def _measure(self, keys: Iterable[ExpertKey]) -> dict[ExpertKey, ExpertCurves]:
+        """Curves of sample experts, for the solver."""
+        keys = list(keys)
+        known = self.work.read_json(_CURVES)
+        if known is None:
+            known = []
+            for done, value in enumerate(self.pool.map(self._measure_expert, keys), start=1):
+                known.append(value)
+                self.report(Progress("plan", done, len(keys)))
+            self.work.write_json(_CURVES, known)
+        return {
+            key: {name: tuple(map(read_choice, value[name])) for name in PROJECTIONS}
+            for key, value in zip(keys, known, strict=True)
+        }
 
+    def _measure_expert(self, key: ExpertKey) -> dict[str, list[Any]]:
+        curves = curves_of(self.checkpoint.expert(key), self.config, self.calibration)
+        return {name: list(map(choice_json, choices)) for name, choices in curves.items()}
 
-def _compress_experts(
-    work: Staging,
-    checkpoint: Checkpoint,
-    pool: ThreadPoolExecutor,
-    recipe: Recipe,
-    kurtosis: dict[ExpertKey, float],
-    ranks: dict[ExpertKey, int],
-    report: Callable[[Progress], None],
-) -> list[ExpertInfo]:
-    """Stage every expert that is not staged yet, and join each layer as soon as it is complete."""
-    shape = checkpoint.model_info.expert
-
-    def run(key: ExpertKey) -> dict[str, Any]:
-        if (known := work.expert_info(key)) is not None:
+    def _compress_expert(self, key: ExpertKey, planned: Planned) -> dict[str, Any]:
+        if (known := self.work.expert_info(key)) is not None:
             return known
-        result = compress_expert(checkpoint.expert(key), shape, recipe, ranks[key])
+        weights = self.checkpoint.expert(key)
+        result = compress_expert(
+            weights,
+            self.checkpoint.model_info.expert,
+            planned.plans[key],
+            self.config.how,
+            factor_bits=planned.recipe.factor_bits,
+            statistics=self._statistics(key) if self.config.how.weighted else None,
+        )
         info = {
             "form": form_json(result.form),
             "repair": repair_json(result.repair),
             "block_gains": list(result.block_gains),
-            "kurtosis": kurtosis[key],
+            "kurtosis": kurtosis_of(weights),
             "error": result.error,
             "restored_error": result.restored_error,
         }
-        return work.put_expert(key, {"codes": result.codes, "factors": result.factors}, info)
+        return self.work.put_expert(key, {"codes": result.codes, "factors": result.factors}, info)
 
-    futures: dict[ExpertKey, Future[dict[str, Any]]] = {
-        key: pool.submit(run, key) for key in checkpoint.keys
-    }
-    experts: list[ExpertInfo] = []
-    for layer in checkpoint.model_info.moe_layers:
-        infos = {}
-        for key in (key for key in futures if key.layer == layer):
-            infos[key] = futures[key].result()
-            report(Progress("compress", len(experts) + len(infos), len(futures)))
-        experts += write_layer(work, layer, infos, shape)
-    return experts
+    def _statistics(self, key: ExpertKey) -> ExpertStatistics | None:
+        return None if self.calibration is None else self.calibration.expert(key)
 
 
 def _finish(
@@ -219,29 +259,6 @@ def _check_recipe(recipe: Recipe, info: ModelInfo) -> None:
     if recipe.top_n > info.top_k:
         raise ValueError(
             f"top_n: got {recipe.top_n}, expected at most {info.top_k}, the experts per token"
-        )
-
-
-def _check_space(
-    checkpoint: Checkpoint, recipe: Recipe, store: Path, staged: Path, disk: Disk
-) -> None:
-    """Refuse at the door what cannot fit: the store, and one layer twice while it is joined."""
-    info = checkpoint.model_info
-    num_experts = sum(info.num_experts.values())
-    blocks = recipe.avg_rank * num_experts // 16 * len(PROJECTIONS)
-    one = RepairForm.of_letters(recipe.factor_bits, recipe.factor_grid, "g")
-    block = factors_bytes(info.expert, one)  # the same for all three
-    codes = codes_bytes(info.expert, CodesForm.uniform(int(recipe.bits), recipe.grid))
-    experts = num_experts * codes + blocks * block
-    layer = -(-experts * max(info.num_experts.values()) // num_experts)
-    dense = sum(stored.entry.num_bytes for stored in checkpoint.dense.values())
-    done = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
-    needed = experts + layer + dense + _MARGIN_BYTES - done
-    folder = next(path for path in (store, *store.absolute().parents) if path.is_dir())
-    if (free := disk.free_bytes(folder)) < needed:
-        raise StoreWriteError(
-            f"{store}: too little disk: compressing needs {needed} more bytes, {free} are free in "
-            f"{folder}; free some space or choose another disk"
         )
 
 

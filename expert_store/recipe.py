@@ -6,27 +6,32 @@ Legend: N rows, K cols.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from expert_store.compensate import RepairBlock, in_order, repair_blocks
+from expert_store.codecs import cuszp, sz3
+from expert_store.codecs.bound import ErrorBound
 from expert_store.errors import CheckpointError
 from expert_store.factor_records import encode_factors
-from expert_store.matrix.hqq import quantize_hqq
-from expert_store.records import encode_codes, form_of
+from expert_store.matrix.weighting import Weighting
+from expert_store.matrix_recipe import CompressedMatrix, Repair, compress_matrix
+from expert_store.methods import Methods
+from expert_store.plan import CodecPlan, ExpertPlan
+from expert_store.records import encode_codes, encode_parts, form_of
+from expert_store.statistics import ExpertStatistics
 from expert_store.types import (
     PROJECTIONS,
     CodesForm,
     ExpertShape,
     ExpertWeights,
     Projection,
-    Recipe,
     RepairForm,
 )
-from kernels.packing import pack_bf16
+from kernels.block_code import decode_block_code
 from kernels.reference import dequantize
-from kernels.types import GatedMLP, QuantizedMatrix
+from kernels.types import GatedMLP
 
 LARGEST_WEIGHT = 65504.0
 """float16's largest finite value: scales and zeros are float16."""
@@ -85,54 +90,120 @@ def _kurtosis(weight_NK: torch.Tensor) -> float:
     return fourth * flat.numel() / second**2
 
 
+def weightings(statistics: ExpertStatistics | None, weighted: bool) -> dict[Projection, Weighting]:
+    """How loudly an error in each matrix is heard in the expert's output; all alike without
+    statistics."""
+    if statistics is None or not weighted:
+        return {name: Weighting.of() for name in PROJECTIONS}
+    return {
+        "gate": Weighting.of(statistics.moment_in, statistics.gate_weight_F),
+        "up": Weighting.of(statistics.moment_in, statistics.up_weight_F),
+        "down": Weighting.of(statistics.moment_mid),
+    }
+
+
 def compress_expert(
-    weights: ExpertWeights, shape: ExpertShape, recipe: Recipe, rank: int
+    weights: ExpertWeights,
+    shape: ExpertShape,
+    plan: ExpertPlan | CodecPlan,
+    how: Methods,
+    *,
+    factor_bits: int,
+    statistics: ExpertStatistics | None = None,
 ) -> CompressedExpert:
-    """Codes at `recipe.bits`, and `rank` (a multiple of 16) of compensator for each projection."""
-    matrices: dict[Projection, QuantizedMatrix] = {}
-    blocks: list[RepairBlock] = []
-    removed: dict[Projection, list[float]] = {name: [] for name in PROJECTIONS}
-    energy = lost = kept = 0.0
-    for name in PROJECTIONS:
-        weight_NK: torch.Tensor = getattr(weights, name)
-        if recipe.is_original:
-            matrices[name] = pack_bf16(weight_NK)
-        else:
-            matrices[name] = quantize_hqq(weight_NK, int(recipe.bits))
-        residual_NK = weight_NK - dequantize(matrices[name])
-        energy += _energy(weight_NK)
-        left = _energy(residual_NK)
-        lost += left
-        own = in_order(repair_blocks(residual_NK, rank, name, recipe.factor_bits))
-        for item in own:
-            residual_NK -= item.left_NR @ item.right_RK
-            before, left = left, _energy(residual_NK)
-            removed[name].append(before - left)
-        kept += left
-        blocks += own
+    """Codes and compensator of one expert, as planned."""
+    heard = weightings(statistics, how.weighted)
+    if isinstance(plan, CodecPlan):
+        return _through_codec(weights, plan, how, heard, factor_bits)
+    made = {
+        name: compress_matrix(
+            getattr(weights, name),
+            name,
+            plan.matrices[name],
+            how,
+            heard[name],
+            factor_bits=factor_bits,
+            restored_share=plan.restored_share,
+        )
+        for name in PROJECTIONS
+    }
     mlp = GatedMLP(
-        gate=matrices["gate"],
-        up=matrices["up"],
-        down=matrices["down"],
+        gate=made["gate"].matrix,
+        up=made["up"].matrix,
+        down=made["down"].matrix,
         activation=shape.activation,
         gate_bias=weights.gate_bias,
         up_bias=weights.up_bias,
         down_bias=weights.down_bias,
     )
-    ordered = in_order(blocks)  # stable: a projection's own blocks stay in their order
-    gains = {name: iter(energies) for name, energies in removed.items()}
+    repairs = merged(list(made.values()))
+    blocks = [repair.block for repair in repairs]
+    energy, lost = (sum(getattr(m, field) for m in made.values()) for field in ("energy", "lost"))
+    kept = sum(matrix.kept for matrix in made.values())
     return CompressedExpert(
         codes=encode_codes(mlp),
-        factors=encode_factors([item.block for item in ordered]),
+        factors=encode_factors(blocks),
         form=form_of(mlp),
-        repair=RepairForm(
-            recipe.factor_bits, recipe.factor_grid, tuple(item.block.spec for item in ordered)
-        ),
-        error=math.sqrt(lost / energy) if energy else 0.0,
-        restored_error=math.sqrt(kept / energy) if energy else 0.0,
-        block_gains=tuple(next(gains[item.block.projection]) / (lost or 1.0) for item in ordered),
+        repair=RepairForm(factor_bits, how.factor_grid, tuple(block.spec for block in blocks)),
+        error=_root_share(lost, energy),
+        restored_error=_root_share(kept, energy),
+        block_gains=tuple(repair.removed / (lost or 1.0) for repair in repairs),
     )
 
 
-def _energy(values: torch.Tensor) -> float:
-    return float(values.square().sum(dtype=torch.float64))
+def merged(matrices: Sequence[CompressedMatrix]) -> list[Repair]:
+    """The repairs of all matrices in one order: the largest claim first, and each matrix's in its
+    own order. A block that claims more than the one before it goes with that one, at their mean."""
+    runs: list[tuple[float, list[Repair]]] = []
+    for matrix in matrices:
+        own: list[tuple[float, list[Repair]]] = []
+        for repair in matrix.repairs:
+            claim, run = repair.claim, [repair]
+            while own and own[-1][0] < claim:
+                before = own.pop()[1]
+                run = [*before, *run]
+                sizes = [item.block.num_bytes for item in run]
+                weighed = [item.claim * size for item, size in zip(run, sizes, strict=True)]
+                claim = sum(weighed) / sum(sizes)
+            own.append((claim, run))
+        runs += own
+    runs.sort(key=lambda run: -run[0])  # stable: ties keep the order of matrices and blocks
+    return [repair for _, run in runs for repair in run]
+
+
+def _through_codec(
+    weights: ExpertWeights,
+    plan: CodecPlan,
+    how: Methods,
+    heard: dict[Projection, Weighting],
+    factor_bits: int,
+) -> CompressedExpert:
+    """All three matrices error-bounded; there is nothing to repair."""
+    bound = ErrorBound.parse(plan.bound)
+    parts = []
+    energy = lost = 0.0
+    for name in PROJECTIONS:
+        weight_NK: torch.Tensor = getattr(weights, name)
+        if plan.codec == "sz3":
+            part = sz3.encode(weight_NK, bound)
+            served_NK = dequantize(sz3.decode(part, *weight_NK.shape))
+        else:
+            part = cuszp.encode(weight_NK, bound)
+            served_NK = decode_block_code(cuszp.decode(part, *weight_NK.shape))
+        parts.append(part)
+        energy += heard[name].error(weight_NK)
+        lost += heard[name].error(weight_NK - served_NK)
+    error = _root_share(lost, energy)
+    return CompressedExpert(
+        codes=encode_parts(parts, [weights.gate_bias, weights.up_bias, weights.down_bias]),
+        factors=torch.empty(0, dtype=torch.uint8),
+        form=CodesForm.streams(plan.codec, [part.numel() for part in parts]),
+        repair=RepairForm(factor_bits, how.factor_grid, ()),
+        error=error,
+        restored_error=error,
+        block_gains=(),
+    )
+
+
+def _root_share(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole else 0.0

@@ -6,6 +6,9 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 from tqdm import tqdm
 
@@ -15,7 +18,11 @@ from cluster.stores import folder
 from expert_store.compress import Progress, compress
 from expert_store.config import RECIPES, CompressionConfig
 from expert_store.inspect import summarize
+from expert_store.layer_codecs import LayerCodec
+from expert_store.methods import METHODS, Methods, Quantizer
 from expert_store.sources import DEFAULT_MODEL
+
+QUANTIZERS = ("hqq", "rtn", "grid")
 
 HELP = """Turn a checkpoint into a store: low-bit experts, each with a small compensator.
 
@@ -35,7 +42,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         default="paper",
         metavar="|".join(RECIPES),
-        help="paper: codes and compensators; static: codes only; original: bf16 (default: paper)",
+        help="best, fast: codes and compensators under --budget, with and without calibration; "
+        "paper: as in arXiv 2512.17073; static, mixed: codes only, of one width or several; milo: "
+        "codes and factors in turn; sz3, cuszp: error-bounded; original: bf16 (default: paper)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="B",
+        help="bits per expert weight that a token moves, compensators of its Top-n included, for "
+        "best, fast (default: 2.5) and mixed (default: 3)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FOLDER",
+        help="what `moetier calibrate` wrote for this model; best needs it",
+    )
+    parser.add_argument(
+        "--error-bound",
+        metavar="MODE:VALUE",
+        help="of sz3 and cuszp: row:0.1 is 0.1 of the rms of a weight's row; also group, absolute",
+    )
+    parser.add_argument(
+        "--layer-codec",
+        action="append",
+        default=[],
+        type=LayerCodec.parse,
+        metavar="LAYERS:CODEC:MODE:VALUE",
+        help="store these layers error-bounded, such as 0-3:cuszp:row:0.1; may be repeated",
+    )
+    parser.add_argument(
+        "--quantizer",
+        metavar="|".join(QUANTIZERS),
+        help="another quantiser for static or mixed (default: hqq)",
     )
     parser.add_argument("--bits", type=int, help="bits of a code: 2, 3 or 4 (default: 2)")
     parser.add_argument(
@@ -66,6 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compress and print a summary. Raises ValueError and StoreError, which the CLI prints."""
     config = CompressionConfig(
+        methods=_methods(args.recipe, args.quantizer),
+        budget=args.budget,
+        calibration=args.calibration,
+        error_bound=args.error_bound,
+        layer_codecs=tuple(args.layer_codec),
         recipe=args.recipe,
         bits=args.bits,
         avg_rank=args.avg_rank,
@@ -84,6 +129,18 @@ def run(args: argparse.Namespace) -> int:
         print(as_text(summary))
         print(f"\nwritten in {time.monotonic() - started:.1f} s to {store}")
     return 0
+
+
+def _methods(recipe: str, quantizer: str | None) -> Methods | None:
+    """The recipe's methods with another quantiser; None to leave them as they are."""
+    if quantizer is None:
+        return None
+    if quantizer not in QUANTIZERS:
+        raise ValueError(f"--quantizer: got {quantizer!r}, expected one of {', '.join(QUANTIZERS)}")
+    if recipe not in ("static", "mixed"):
+        raise ValueError(f"--quantizer: recipe {recipe!r} has its own; use static or mixed")
+    known = next(name for name in get_args(Quantizer) if name == quantizer)
+    return replace(METHODS[recipe], quantizer=known)
 
 
 class _Bar:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from expert_store.config import CompressionConfig
+from expert_store.layer_codecs import LayerCodec
+
+FIRST = LayerCodec((0,), "cuszp", "row:0.1")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"recipe": "best"}, "recipe: got 'best', expected one of paper, static, original"),
+        ({"recipe": "finest"}, "recipe: got 'finest', expected one of paper, static, mixed"),
+        ({"recipe": "best"}, "calibration: recipe 'best' needs the folder that `moetier calibrate"),
+        ({"recipe": "sz3", "bits": 2}, "bits: got 2, but recipe 'sz3' has an error bound instead"),
+        ({"recipe": "sz3", "error_bound": "row"}, "error bound: got 'row', expected MODE:VALUE"),
+        ({"error_bound": "row:0.1"}, "error_bound: got 'row:0.1', but recipe 'paper' is not"),
+        ({"budget": 3.0}, "budget: got 3.0, but recipe 'paper' has none; use recipe fast"),
+        ({"recipe": "fast", "budget": 0.0}, "budget: got 0.0, expected bits per weight up to 16"),
+        ({"recipe": "fast", "budget": math.nan}, "budget: got nan, expected bits per weight"),
+        ({"recipe": "fast", "avg_rank": 16}, "avg_rank: got 16, but recipe 'fast' chooses ranks"),
+        ({"layer_codecs": (FIRST, FIRST)}, "layer_codecs: layer 0 is given two codecs"),
         ({"bits": 1}, r"bits: got 1, expected one of \(2, 3, 4\)"),
         ({"bits": 5}, r"bits: got 5, expected one of \(2, 3, 4\)"),
         ({"bits": 8}, r"bits: got 8"),
@@ -45,7 +58,7 @@ def test_wrong_values(fields: dict[str, Any], message: str) -> None:
 def test_defaults_of_the_recipes(recipe: str, bits: int, avg_rank: int, top_n: int) -> None:
     found = CompressionConfig(recipe=recipe).as_recipe()
     assert (found.name, found.bits, found.avg_rank, found.top_n) == (recipe, bits, avg_rank, top_n)
-    assert (found.group_size, found.factor_bits) == (64, 3)
+    assert found.factor_bits == 3
     assert found.rank_ladder == (0, 16, 32, 128, 256, 512, 1024)
 
 
@@ -59,3 +72,32 @@ def test_fingerprint_is_of_what_it_resolves_to() -> None:
         CompressionConfig().fingerprint("another source"),
     ]
     assert len({default, *others}) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "codec", "bound"),
+    [
+        ("0-3:cuszp:row:0.2", (0, 1, 2, 3), "cuszp", "row:0.2"),
+        ("7:sz3:absolute:1e-3", (7,), "sz3", "absolute:1e-3"),
+    ],
+)
+def test_layer_codecs_are_parsed(
+    text: str, layers: tuple[int, ...], codec: str, bound: str
+) -> None:
+    assert LayerCodec.parse(text) == LayerCodec(layers, codec, bound)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cuszp", "expected LAYERS:CODEC:MODE:VALUE, for example 0-3:cuszp:row:0.2"),
+        ("3-1:cuszp:row:0.1", "got layers 3 to 1"),
+        ("0-9999:cuszp:row:0.1", "got layers 0 to 9999"),
+        ("0:zip:row:0.1", "got codec 'zip', expected sz3 or cuszp"),
+        ("0:tiles:row:0.1", "got 'tiles', expected sz3 or cuszp"),
+        ("0:sz3:row:nought", "error bound: got 'row:nought'"),
+    ],
+)
+def test_layer_codecs_that_make_no_sense(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LayerCodec.parse(text)

@@ -10,12 +10,20 @@ import torch
 from expert_store.config import CompressionConfig
 from expert_store.errors import CheckpointError
 from expert_store.format import factors_bytes, parse_codes, parse_factors
+from expert_store.plan import ExpertPlan
 from expert_store.recipe import check_finite, compress_expert, kurtosis_of
 from expert_store.types import PROJECTIONS, CodesForm, ExpertKey, ExpertShape, ExpertWeights
 from kernels.reference import dequantize, dequantize_low_rank
 
 KEY = ExpertKey(4, 11)
 SHAPE = ExpertShape(hidden=128, ffn=192, activation="silu", has_bias=False)
+
+
+def compressed(weights: ExpertWeights, shape: ExpertShape, config: CompressionConfig, rank: int):
+    """The expert as `compress` makes it where planning gave it this rank."""
+    how = config.how
+    plan = ExpertPlan.uniform(how.bits[0], how.grids[0], ("rank",) * (rank // 16))
+    return compress_expert(weights, shape, plan, how, factor_bits=config.factor_bits)
 
 
 def random_expert(seed: int = 0, bias: bool = False) -> ExpertWeights:
@@ -32,8 +40,8 @@ def random_expert(seed: int = 0, bias: bool = False) -> ExpertWeights:
 
 @pytest.mark.parametrize(("bits", "rank"), [(2, 0), (2, 32), (3, 16), (4, 128)])
 def test_figures_are_those_of_the_records(bits: int, rank: int) -> None:
-    weights, recipe = random_expert(), CompressionConfig(bits=bits).as_recipe()
-    result = compress_expert(weights, SHAPE, recipe, rank)
+    weights = random_expert()
+    result = compressed(weights, SHAPE, CompressionConfig(bits=bits), rank)
     assert result.form == CodesForm.uniform(bits)
     codes = parse_codes(KEY, result.codes, SHAPE, result.form)
     factors = parse_factors(KEY, result.factors, SHAPE, result.repair)
@@ -53,8 +61,8 @@ def test_figures_are_those_of_the_records(bits: int, rank: int) -> None:
 
 
 def test_every_longer_prefix_repairs_more() -> None:
-    weights, recipe = random_expert(), CompressionConfig().as_recipe()
-    result = compress_expert(weights, SHAPE, recipe, 32)
+    weights = random_expert()
+    result = compressed(weights, SHAPE, CompressionConfig(), 32)
     codes = parse_codes(KEY, result.codes, SHAPE, result.form)
     errors = []
     for count in range(len(result.repair.blocks) + 1):
@@ -82,8 +90,7 @@ def test_every_longer_prefix_repairs_more() -> None:
 def test_original_is_bit_exact_bfloat16() -> None:
     weights = random_expert(bias=True)
     shape = replace(SHAPE, has_bias=True)
-    recipe = CompressionConfig(recipe="original").as_recipe()
-    result = compress_expert(weights, shape, recipe, 0)
+    result = compressed(weights, shape, CompressionConfig(recipe="original"), 0)
     codes = parse_codes(KEY, result.codes, shape, CodesForm.uniform(16))
     for name in PROJECTIONS:
         expected = getattr(weights, name).bfloat16().float()
@@ -107,7 +114,7 @@ def test_kurtosis() -> None:
 
 def test_an_expert_of_zeros_has_no_error() -> None:
     zeros = ExpertWeights(KEY, *(torch.zeros(SHAPE.projection(name)) for name in PROJECTIONS))
-    result = compress_expert(zeros, SHAPE, CompressionConfig().as_recipe(), 16)
+    result = compressed(zeros, SHAPE, CompressionConfig(), 16)
     assert (result.error, result.restored_error) == (0.0, 0.0)
     assert result.block_gains == (0.0, 0.0, 0.0)
 

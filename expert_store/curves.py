@@ -1,0 +1,106 @@
+"""What a matrix loses at every way to store it: measured on sample experts, for the solver.
+
+Pure. Knows no file; which experts are samples is decided in `expert_store/planning.py`.
+
+Legend: N rows, K cols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from expert_store.allocate import BITS_PER_FACTOR_WEIGHT
+from expert_store.budget import Choice
+from expert_store.matrix.planes import PlaneRepair
+from expert_store.matrix.repair import Repair, RepairLimits, repair_blocks
+from expert_store.matrix.weighting import Weighting
+from expert_store.matrix_recipe import factor_form, quantize
+from expert_store.methods import Methods
+from expert_store.plan import MatrixPlan
+from expert_store.types import BlockKind
+from kernels.reference import dequantize
+from kernels.types import GRID_BITS, TILE_ROWS
+
+MAX_PLANES = 2
+MAX_RANK_BLOCKS = 4
+"""Of one matrix. The rule that no rank may cost more than one more bit is kept besides."""
+
+
+def measure_choices(
+    weight_NK: torch.Tensor, how: Methods, weighting: Weighting, *, factor_bits: int
+) -> tuple[Choice, ...]:
+    """Every width and grid that `how` allows, each with every prefix of its best repairs.
+
+    Repairs are found greedily: the next block is of the kind that removes the most weighted error
+    per byte. Errors are relative to the weight's own weighted energy.
+    """
+    energy = weighting.error(weight_NK) or 1.0
+    plans = [
+        MatrixPlan(bits, grid) for grid in how.grids for bits in how.bits if bits in GRID_BITS[grid]
+    ]
+    return tuple(
+        choice
+        for plan in plans
+        for choice in _of_codes(weight_NK, plan, how, weighting, energy, factor_bits)
+    )
+
+
+def _of_codes(
+    weight_NK: torch.Tensor,
+    bare: MatrixPlan,
+    how: Methods,
+    weighting: Weighting,
+    energy: float,
+    factor_bits: int,
+) -> Iterator[Choice]:
+    rows, cols = weight_NK.shape
+    residual_NK = weight_NK - dequantize(quantize(weight_NK, bare, how, weighting))
+    lost = weighting.error(residual_NK)
+    limits = RepairLimits(
+        max_ranks=max_rank(rows, cols, factor_bits) // TILE_ROWS if "rank" in how.repairs else 0,
+        max_planes=MAX_PLANES if "plane" in how.repairs else 0,
+    )
+    form = factor_form(how, factor_bits)
+    repairs = repair_blocks(residual_NK, weighting, limits, factors=form)
+    kinds = [repair_kind(repair) for repair in repairs]
+    left = lost
+    for count in range(len(repairs) + 1):
+        plan = MatrixPlan(bare.bits, bare.grid, tuple(kinds[:count]))
+        repair_bytes = sum(repair.num_bytes for repair in repairs[:count])
+        if count:
+            left = max(0.0, left - repairs[count - 1].gain)
+        code_bytes = plan.code_bytes(rows, cols)
+        yield Choice(plan, code_bytes, repair_bytes, lost / energy, left / energy)
+
+
+def repair_kind(repair: Repair) -> BlockKind:
+    return "plane" if isinstance(repair, PlaneRepair) else "rank"
+
+
+def max_rank(rows: int, cols: int, factor_bits: int) -> int:
+    """The most that a compensator of one matrix may have: never dearer than one more bit."""
+    equal_price = rows * cols / (BITS_PER_FACTOR_WEIGHT[factor_bits] * (rows + cols))
+    return min(int(equal_price), TILE_ROWS * MAX_RANK_BLOCKS)
+
+
+def choice_json(choice: Choice) -> list[Any]:
+    """For a staging folder."""
+    plan = choice.plan
+    return [
+        plan.bits,
+        plan.grid,
+        list(plan.blocks),
+        choice.code_bytes,
+        choice.repair_bytes,
+        choice.low_error,
+        choice.restored_error,
+    ]
+
+
+def read_choice(value: list[Any]) -> Choice:
+    """Inverse of `choice_json`."""
+    bits, grid, blocks, *figures = value
+    return Choice(MatrixPlan(bits, grid, tuple(blocks)), *figures)

@@ -1,0 +1,196 @@
+"""Before the first code is written: a plan for every expert, and what the manifest will say of it.
+
+Reads sample experts where the recipe's solver needs curves. How experts are run in parallel is
+`expert_store/compress.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from expert_store.allocate import allocate_ranks, rank_cap
+from expert_store.budget import Choice
+from expert_store.calibration import Calibration
+from expert_store.choose import ExpertUse, choose_plans, prior_use
+from expert_store.config import CompressionConfig
+from expert_store.curves import measure_choices
+from expert_store.plan import CodecPlan, ExpertPlan
+from expert_store.recipe import weightings
+from expert_store.types import (
+    PROJECTIONS,
+    BlockKind,
+    ExpertKey,
+    ExpertWeights,
+    ModelInfo,
+    Projection,
+    Recipe,
+)
+from kernels.types import TILE_ROWS
+
+MAX_SAMPLES = 6
+"""Layers whose curves are measured; every other layer takes those of the nearest one."""
+
+ExpertCurves = Mapping[Projection, Sequence[Choice]]
+MeasureAll = Callable[[Iterable[ExpertKey]], Mapping[ExpertKey, ExpertCurves]]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertScan:
+    """What a first reading of all experts tells: kurtosis, and the weighted energy of each matrix,
+    which is what a relative error of 1 in it would move the expert's output by."""
+
+    kurtosis: float
+    energy: tuple[float, float, float]  # gate, up, down
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan for every expert, and the recipe with what planning chose."""
+
+    plans: Mapping[ExpertKey, ExpertPlan | CodecPlan]
+    recipe: Recipe
+
+
+def make_plans(
+    config: CompressionConfig,
+    model: ModelInfo,
+    scans: Mapping[ExpertKey, ExpertScan],
+    calibration: Calibration | None,
+    measure: MeasureAll,
+) -> Planned:
+    """Plans as the config's recipe makes them. `measure` gives curves of sample experts.
+
+    Raises ValueError when the config does not fit the model, or the budget is too small.
+    """
+    recipe = config.as_recipe()
+    if calibration is not None:
+        recipe = replace(recipe, calibration=calibration.id)
+    how = config.how
+    plans: dict[ExpertKey, ExpertPlan | CodecPlan]
+    if how.codec != "tiles":
+        assert recipe.error_bound is not None, "error-bounded recipes have a default bound"
+        plans = dict.fromkeys(scans, CodecPlan(how.codec, recipe.error_bound))
+    elif how.allocation == "solver":
+        plans, recipe = _solved(config, recipe, model, scans, calibration, measure)
+    else:
+        plans = _by_rank(config, recipe, model, scans)
+    for layer_codec in config.layer_codecs:
+        if absent := sorted(set(layer_codec.layers) - model.moe_layers.keys()):
+            raise ValueError(f"layer_codecs: layer {absent[0]} has no routed experts")
+        for key in plans:
+            if key.layer in layer_codec.layers:
+                plans[key] = CodecPlan(layer_codec.codec, layer_codec.bound)
+    return Planned(plans, recipe)
+
+
+def _by_rank(
+    config: CompressionConfig,
+    recipe: Recipe,
+    model: ModelInfo,
+    scans: Mapping[ExpertKey, ExpertScan],
+) -> dict[ExpertKey, ExpertPlan | CodecPlan]:
+    """One width for all; ranks by kurtosis or the same for all."""
+    how = config.how
+    cap = rank_cap(model.expert, recipe.factor_bits)
+    if how.allocation == "kurtosis":
+        kurtosis = {key: scan.kurtosis for key, scan in scans.items()}
+        ranks = allocate_ranks(
+            kurtosis, avg_rank=recipe.avg_rank, ladder=recipe.rank_ladder, cap=cap
+        )
+    else:
+        ranks = dict.fromkeys(scans, min(recipe.avg_rank, cap) // TILE_ROWS * TILE_ROWS)
+    rank_block: BlockKind = "rank"
+    return {
+        key: ExpertPlan.uniform(how.bits[0], how.grids[0], (rank_block,) * (rank // TILE_ROWS))
+        for key, rank in ranks.items()
+    }
+
+
+def _solved(
+    config: CompressionConfig,
+    recipe: Recipe,
+    model: ModelInfo,
+    scans: Mapping[ExpertKey, ExpertScan],
+    calibration: Calibration | None,
+    measure: MeasureAll,
+) -> tuple[dict[ExpertKey, ExpertPlan | CodecPlan], Recipe]:
+    uses = {key: _use(key, model, scans, calibration) for key in scans}
+    measured = measure(sample_keys(model, uses))
+    nearest = {key.layer: curves for key, curves in measured.items()}
+    curves = {
+        layer: nearest[min(nearest, key=lambda known: (abs(known - layer), known))]
+        for layer in model.moe_layers
+    }
+    assert recipe.budget is not None, "recipes with a solver have a default budget"
+    chosen = choose_plans(
+        model,
+        uses,
+        layer_weights(model, calibration),
+        curves,
+        budget=recipe.budget,
+        top_n=config.top_n if config.how.repairs else 0,
+    )
+    matrices = [m for plan in chosen.plans.values() for m in plan.matrices.values()]
+    mean_bits = sum(matrix.bits for matrix in matrices) / len(matrices)
+    return dict(chosen.plans), replace(recipe, bits=mean_bits, top_n=chosen.top_n)
+
+
+def sample_keys(model: ModelInfo, uses: Mapping[ExpertKey, ExpertUse]) -> list[ExpertKey]:
+    """The most used expert of up to `MAX_SAMPLES` layers, spread evenly from first to last."""
+    layers = sorted(model.moe_layers)
+    count = min(MAX_SAMPLES, len(layers))
+    picked = [layers[round(i * (len(layers) - 1) / max(1, count - 1))] for i in range(count)]
+    keys = [[key for key in uses if key.layer == layer] for layer in dict.fromkeys(picked)]
+    return [max(of_layer, key=lambda key: (uses[key].use, -key.expert)) for of_layer in keys]
+
+
+def layer_weights(model: ModelInfo, calibration: Calibration | None) -> dict[int, float]:
+    """Loss per unit of squared error in each layer's MoE output.
+
+    With a calibration: measured nats per unit of relative error over the output's energy; where the
+    sensitivity was not measured every layer's relative error counts the same. Without one: 1.
+    """
+    if calibration is None:
+        return dict.fromkeys(model.moe_layers, 1.0)
+    tables, nats = calibration.info.tables, calibration.layer_sensitivity
+    return {
+        layer: nats.get(layer, 1.0) / (tables[layer].output_energy or 1.0)
+        for layer in model.moe_layers
+    }
+
+
+def _use(
+    key: ExpertKey,
+    model: ModelInfo,
+    scans: Mapping[ExpertKey, ExpertScan],
+    calibration: Calibration | None,
+) -> ExpertUse:
+    if calibration is None:
+        return prior_use(model.num_experts[key.layer], model.top_k)
+    table = calibration.info.tables[key.layer]
+    return ExpertUse(
+        use_at_K=table.use_at_EK[key.expert],
+        weight2_at_K=table.weight2_at_EK[key.expert],
+        energy=dict(zip(PROJECTIONS, scans[key].energy, strict=True)),
+    )
+
+
+def curves_of(
+    weights: ExpertWeights,
+    config: CompressionConfig,
+    calibration: Calibration | None,
+) -> dict[Projection, tuple[Choice, ...]]:
+    """The curves of one expert's three matrices."""
+    how = config.how
+    statistics = calibration.expert(weights.key) if calibration is not None else None
+    heard = weightings(statistics, how.weighted)
+    return {
+        name: measure_choices(
+            getattr(weights, name),
+            how,
+            heard[name],
+            factor_bits=config.factor_bits,
+        )
+        for name in PROJECTIONS
+    }
