@@ -11,7 +11,11 @@ import sys
 from benchmarks.gpu.recorder import Recorder
 from benchmarks.gpu.setting import ROOT, Setting
 
-FILES = ("tests/kernels/test_triton.py", "tests/gpu_worker/test_streamer_gpu.py")
+FILES = (
+    "tests/kernels/test_triton.py",
+    "tests/kernels/test_triton_block_code.py",
+    "tests/gpu_worker/test_streamer_gpu.py",
+)
 TINY = ("tests/cluster/test_table.py", "--noconftest")
 """Shows that tests are started and read; quick, because it imports no torch."""
 LIMIT_S = 100

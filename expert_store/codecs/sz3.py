@@ -29,6 +29,7 @@ from pysz import sz, szAlgorithm, szConfig, szErrorBoundMode
 
 from expert_store.codecs.bound import ErrorBound, assert_within, check_weight, largest_error
 from expert_store.errors import StoreFormatError
+from kernels.block_code import row_pieces
 from kernels.packing import bf16_weight
 from kernels.steps import GROUP_SIZE, steps, steps_within
 from kernels.types import QuantizedMatrix
@@ -135,19 +136,20 @@ def _flips(
     weight_NK: torch.Tensor, decoded_NK: torch.Tensor, bound: ErrorBound, bound_NG: torch.Tensor
 ) -> torch.Tensor:
     """Where the nearer bfloat16 breaks the bound, bool [N, K]."""
-    shape = (*bound_NG.shape, -1)
-    bound_NG1, weight = bound_NG[:, :, None], weight_NK.view(shape).double()
-    nearer = decoded_NK.to(torch.bfloat16)
-    flips = ((nearer.view(shape).double() - weight).abs() > bound_NG1).view(weight_NK.shape)
-    other = _other_neighbour(decoded_NK[flips]).double()
-    limit = bound_NG1.expand(weight.shape).reshape(weight_NK.shape)[flips]
-    if bool(((other - weight_NK[flips].double()).abs() > limit).any()):
-        least = bound.value * largest_error(weight_NK, weight_NK.to(torch.bfloat16), bound_NG)
-        raise ValueError(
-            f"bound: {bound} is finer than bfloat16, which is served, on weights that are no "
-            f"bfloat16 themselves; give at least {bound.mode}:{least:.3g}"
-        )
-    return flips
+    flips_NK = torch.empty(weight_NK.shape, dtype=torch.bool)
+    for piece in row_pieces(*weight_NK.shape):
+        weight, decoded, limit_NG = weight_NK[piece].double(), decoded_NK[piece], bound_NG[piece]
+        limit = limit_NG.repeat_interleave(weight.shape[1] // limit_NG.shape[1], dim=1)
+        flips = (decoded.to(torch.bfloat16).double() - weight).abs() > limit
+        other = _other_neighbour(decoded[flips]).double()
+        if bool(((other - weight[flips]).abs() > limit[flips]).any()):
+            least = bound.value * largest_error(weight_NK, weight_NK.to(torch.bfloat16), bound_NG)
+            raise ValueError(
+                f"bound: {bound} is finer than bfloat16, which is served, on weights that are no "
+                f"bfloat16 themselves; give at least {bound.mode}:{least:.3g}"
+            )
+        flips_NK[piece] = flips
+    return flips_NK
 
 
 def _other_neighbour(decoded: torch.Tensor) -> torch.Tensor:

@@ -15,30 +15,39 @@ from kernels.types import GROUP_SIZE
 _CHUNK_WEIGHTS = 1 << 22
 
 
+def row_errors(residual_NK: torch.Tensor, moment: Moment | None = None) -> torch.Tensor:
+    """[N] float64, E_n R E_n^T: the mean squared error of every output.
+
+    Without a moment R is the identity. Products in float32, sums in float64. Raises ValueError when
+    the widths differ.
+    """
+    rows, cols = residual_NK.shape
+    if moment is not None and moment.cols != cols:
+        raise ValueError(f"moment: expected {cols} inputs as the residual has, got {moment.cols}")
+    step = max(1, _CHUNK_WEIGHTS // cols)
+    parts = []
+    for start in range(0, rows, step):
+        error_NK = residual_NK[start : start + step].float()
+        error_N = (error_NK * _times(error_NK, moment)).sum(dim=1, dtype=torch.float64)
+        parts.append(error_N.clamp_min_(0))
+    return torch.cat(parts)
+
+
 def weighted_error(
     residual_NK: torch.Tensor,
     moment: Moment | None = None,
     row_weight_N: torch.Tensor | None = None,
 ) -> float:
-    """sum_n s_n E_n R E_n^T: the mean squared error of the outputs, weighted by row.
+    """sum_n s_n E_n R E_n^T: the outputs' mean squared error; without weights all rows count 1.
 
-    Without a moment R is the identity, so this is the sum of squares; without weights all rows
-    count 1. Products in float32, sums in float64. Raises ValueError when the shapes do not fit.
+    Without a moment this is the sum of squares. Raises ValueError when the shapes do not fit.
     """
-    rows, cols = residual_NK.shape
-    if moment is not None and moment.cols != cols:
-        raise ValueError(f"moment: expected {cols} inputs as the residual has, got {moment.cols}")
-    if row_weight_N is not None and row_weight_N.shape != (rows,):
-        raise ValueError(f"row_weight: expected [{rows}], got {tuple(row_weight_N.shape)}")
-    total = 0.0
-    step = max(1, _CHUNK_WEIGHTS // cols)
-    for start in range(0, rows, step):
-        error_NK = residual_NK[start : start + step].float()
-        error_N = (error_NK * _times(error_NK, moment)).sum(dim=1, dtype=torch.float64)
-        if row_weight_N is not None:
-            error_N *= row_weight_N[start : start + step]
-        total += float(error_N.sum())
-    return max(0.0, total)
+    error_N = row_errors(residual_NK, moment)
+    if row_weight_N is None:
+        return float(error_N.sum())
+    if row_weight_N.shape != error_N.shape:
+        raise ValueError(f"row_weight: expected [{len(error_N)}], got {tuple(row_weight_N.shape)}")
+    return float((error_N * row_weight_N).sum())
 
 
 def relative_error(

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         "checks": report,
     }
-    args.report.write_text(json.dumps(told, indent=1) + "\n")
+    args.report.write_text(as_text(told))
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """JSON with one value a line, but lists of numbers on one line."""
+    rows = re.compile(r"\[\s+([^][{}]*?)\s+\]")
+    return rows.sub(
+        lambda row: "[" + " ".join(row[1].split()) + "]", json.dumps(report, indent=1) + "\n"
+    )
 
 
 def measure(

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from expert_store.format import is_store
+from cluster.stores import original_store
+from expert_store.format import is_store, load_manifest
+from expert_store.types import FORMAT_VERSION
+from tests.hand_store import build_store
 from tests.tiny_checkpoints import write_tiny_checkpoint
 
 
@@ -64,6 +67,50 @@ def test_inspect_shows_sizes_ranks_and_bytes_per_token(
     assert f"{per_token:,}" in next(line for line in lines if line.startswith("bytes per token"))
     assert rows["16"][1] == "4"
     assert set(rows["16"][2]) == {"#"}
+
+
+def test_inspect_shows_how_each_layer_is_coded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_store(
+        tmp_path,
+        bits=(1, 2, 3),
+        grids=("symmetric", "affine", "affine"),
+        blocks="gUdD",
+        factor_grid="symmetric",
+    )
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert [layer["layer"] for layer in layers] == [0, 1]
+    for layer in layers:
+        assert layer["bits"] == 2
+        assert layer["matrices"] == {"symmetric": 3, "affine": 6}
+        assert layer["blocks"] == {"rank": 6, "plane": 6}
+        assert (layer["error"], layer["restored_error"]) == pytest.approx((0.4, 0.2))
+        assert layer["codes_bytes"] % 64 == layer["factors_bytes"] % 64 == 0
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "3 symmetric, 6 affine" in out
+    assert "6 rank, 6 plane" in out
+
+
+def test_a_store_of_version_1_is_refused_but_made_again_in_the_cache(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MOETIER_CACHE", str(tmp_path))
+    store = original_store(model)
+    path = store / "manifest.json"
+    document = json.loads(path.read_text()) | {"format_version": 1}
+    path.write_text(json.dumps(document))
+    assert main(["inspect", str(store)]) == 1
+    message = capsys.readouterr().err
+    assert "format version 1, made by an older moetier" in message
+    assert "compress the model again with --force" in message
+    assert original_store(model) == store
+    assert load_manifest(store).format_version == FORMAT_VERSION == 2
 
 
 def test_verify_of_a_whole_and_of_a_damaged_store(
