@@ -157,7 +157,7 @@ def test_what_is_passed_on_is_the_best_answer_of_the_rest(full: bool) -> None:
     heard = order.weight_Gg.view(-1) if full else order.weight_Gg[1]
     for j in (0, 30, len(values) - 1):
         later = values[j + 1 :, j + 1 :]
-        best = -torch.linalg.solve(later, values[j + 1 :, j]) if len(later) else later[:0, 0]
+        best = -torch.linalg.solve(later, values[j + 1 :, j]) if len(later) else torch.zeros(0)
         torch.testing.assert_close(shares[j, j + 1 :], best, rtol=1e-3, atol=1e-4)
         whole = torch.cat((torch.ones(1), best))
         left = whole @ values[j:, j:] @ whole
