@@ -74,8 +74,8 @@ def _is_diagonal(moment: Moment) -> bool:
 class _Order:
     """In which order inputs are rounded (loud ones first) and what each passes on to the rest.
 
-    With R = M M^T, M upper triangular, an error of input j is best made up for by moving each
-    later input i by -U[j, i] / U[j, j] of it, U = M^-1; what is heard of it then is M[j, j]^2.
+    With R = M M^T, M upper triangular, and U = M^-1, an error of input j is best made up for when
+    each later input i errs by U[j, i] / U[j, j] of it; M[j, j]^2 of its square is heard then.
     Everything below but the two permutations is in the order of rounding.
     """
 

@@ -116,4 +116,4 @@ def check_weight(weight_NK: torch.Tensor, bits: int, grid: Grid) -> None:
             f"weight: expected [rows, multiple of {GROUP_SIZE}], got {tuple(weight_NK.shape)}"
         )
     if bits not in GRID_BITS[grid]:
-        raise ValueError(f"bits: got {bits}, a {grid} grid has {GRID_BITS[grid]}")
+        raise ValueError(f"bits: got {bits}, the {grid} grid has {GRID_BITS[grid]}")
