@@ -8,7 +8,7 @@ READY_TEST := $(VENV)/.moetier-ready-test
 CONFIG ?=
 MODEL :=
 
-.PHONY: help demo smol serve test test-all lint types check bench gpu-check clean
+.PHONY: help demo smol serve test test-all lint types check lm-eval bench gpu-check clean
 
 help:
 	@echo "make demo       set-up if needed, then the whole path once: compress, serve, ask, table, shut down"
@@ -17,6 +17,7 @@ help:
 	@echo "make serve      the same cluster, kept up until Ctrl-C (CONFIG=cluster.yaml for your own)"
 	@echo "make test       set-up if needed, lint, types, then the tests that need under 15 minutes on 2 cores"
 	@echo "make test-all   everything, with the slow tests"
+	@echo "make lm-eval    install lm-evaluation-harness (600 MB), for moetier eval --tasks"
 	@echo "make bench      the CPU benchmarks; rows go to benchmarks/results/"
 	@echo "make gpu-check  every Triton kernel and a one-process run on a real GPU; report in benchmarks/results/gpu/"
 	@echo "make clean      remove the environment and the caches of this folder"
@@ -44,6 +45,10 @@ types: $(READY_TEST)
 	$(BIN)/mypy
 
 check: lint types
+
+# 36 packages, 600 MB: for `moetier eval --tasks` and its tests, which are skipped without it.
+lm-eval: $(READY_TEST)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.families

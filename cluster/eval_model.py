@@ -21,6 +21,8 @@ from ndp_worker.executor import Executor
 from ndp_worker.rpc import NdpClient, NdpServer
 
 NEAR_DATA_DEADLINE_S = 60.0
+MAX_DECODED_BYTES = 8 << 30
+"""Of codes that the host decoded, kept while a text is scored on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,8 @@ class OpenVariant:
 def opened(variant: Variant, settings: EvalSettings | None = None) -> Iterator[OpenVariant]:
     """The variant, until the `with` ends.
 
-    On a CPU, whose cache is the mapped store itself, it keeps every expert that it has read; on a
-    GPU the largest cache of the settings. Raises StoreError for the store, ValueError for the
+    On a CPU it keeps every expert that it has read, on a GPU those that fit the largest cache of
+    the settings. Raises StoreError for the store, ValueError for the
     policies.
     """
     settings = settings or EvalSettings()
@@ -54,8 +56,8 @@ def opened(variant: Variant, settings: EvalSettings | None = None) -> Iterator[O
                 max_sequences=max(settings.batch),
             )
             on_cpu = config.resolve(source.manifest).device == "cpu"
-            share = cache_bytes(source.manifest, max(settings.cache_percent))
-            kept = source.num_bytes if on_cpu else share
+            share = max(settings.cache_percent)
+            kept = kept_on_cpu(source) if on_cpu else cache_bytes(source.manifest, share)
             config = replace(config, cache_bytes=kept)
             model = open_model(variant.store, source, near_data, config)
             try:
@@ -82,6 +84,13 @@ def near_data_worker(source: Segment, *, enabled: bool) -> Iterator[NearData | N
         finally:
             client.close()
             server.close()
+
+
+def kept_on_cpu(source: Segment) -> int:
+    """A cache for all experts: views of the mapped store, but memory for codes that are decoded."""
+    if not RecordSizes.of(source.manifest).decoded_codes:
+        return source.num_bytes
+    return min(source.num_bytes + cache_bytes(source.manifest, 100), MAX_DECODED_BYTES)
 
 
 def cache_bytes(manifest: Manifest, percent: float) -> int:

@@ -26,7 +26,8 @@ class Traffic:
     cache_percent: float  # of the store's codes
     batch: int
     cache_bytes: int
-    moved_bytes: float  # expert records to the device
+    moved_bytes: float  # expert records, as the transport delivered them
+    device_bytes: float  # what crossed to the device: more where the host decodes first
     codes_bytes: float
     factors_bytes: float
     planned_bytes: float  # what the dispatch plans asked for; equals moved_bytes

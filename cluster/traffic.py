@@ -75,6 +75,7 @@ def _traffic(
         batch=batch,
         cache_bytes=config.cache_bytes,
         moved_bytes=counters.total_moved_bytes / num_tokens,
+        device_bytes=sum(counters.device_bytes.values()) / num_tokens,
         codes_bytes=counters.moved_by_kind("codes") / num_tokens,
         factors_bytes=counters.moved_by_kind("factors") / num_tokens,
         planned_bytes=sum(counters.planned_bytes.values()) / num_tokens,

@@ -30,6 +30,7 @@ ONLY_IN = {  # third-party name -> the modules that may import it
 }
 ENVIRONMENT_FILE = "cluster/environment.py"
 DISTRIBUTIONS = {"grpc": "grpcio", "yaml": "pyyaml"}  # where the import has another name
+OPTIONAL = ("demo", "lm-eval")  # extras of pyproject.toml that our own code imports
 UNDECLARED_BY_HQQ = {"termcolor", "einops"}  # hqq imports them and does not say so
 MAX_MODULE_LINES = 300
 MAX_FUNCTION_LINES = 70
@@ -175,11 +176,13 @@ def imported_distributions(root: Path) -> set[str]:
 def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {distribution(each) for each in project["dependencies"]}
-    demo = {distribution(each) for each in project["optional-dependencies"]["demo"]}
+    extras = {
+        distribution(each) for extra in OPTIONAL for each in project["optional-dependencies"][extra]
+    }
     imported = imported_distributions(ROOT)
-    assert imported == (needed | demo) - UNDECLARED_BY_HQQ
+    assert imported == (needed | extras) - UNDECLARED_BY_HQQ
     assert needed >= UNDECLARED_BY_HQQ
-    assert not needed & demo
+    assert not needed & extras
 
 
 def test_an_undeclared_import_is_seen(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ served is bfloat16. The layout of a part, little-endian:
     header, 36 bytes  "MTS3", u8 version 1, u8 flags (1: a step per group, 2: flips), u16 0,
                       u32 rows, u32 cols, u64 bytes of the table, u64 bytes of the stream,
                       u32 crc32 of table and stream
-    table             one zstd frame: float32 [rows] row steps, u8 [rows, cols / 64] group factors
-                      (`kernels/steps.py`), u8 flips, a bit per weight, the first in the lowest
+    table             one zstd frame: the row steps, float32, as four planes of [rows] bytes, the
+                      lowest first; u8 [rows, cols / 64] group factors (`kernels/steps.py`); then,
+                      with flag 2, the flips to the end: a byte b under 255 skips b weights and
+                      flips the next one, 255 skips 255 weights
     stream            SZ3's own, of float32 [rows, cols]
 
 A flip says that the decoded float32 is to be rounded to the farther of its two bfloat16 neighbours:
@@ -23,6 +25,7 @@ import zlib
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import zstandard
 from pysz import sz, szAlgorithm, szConfig, szErrorBoundMode
@@ -36,6 +39,8 @@ from kernels.types import QuantizedMatrix
 
 Predictor = Literal["none", "interpolation", "lorenzo"]
 """What SZ3 guesses a value from. Weights are white noise: none is smallest and fastest."""
+
+Octets = npt.NDArray[np.uint8]
 
 MAGIC = b"MTS3"
 VERSION = 1
@@ -84,7 +89,8 @@ def decode(data: torch.Tensor, rows: int, cols: int) -> QuantizedMatrix:
     """
     _check_shape(rows, cols)
     flags, table, stream = _parse(data.contiguous().numpy(), rows, cols)
-    row_step_N = torch.from_numpy(table[: 4 * rows].view("<f4").astype(np.float32))
+    planes = np.ascontiguousarray(table[: 4 * rows].reshape(4, rows).T)
+    row_step_N = torch.from_numpy(planes.view("<f4")[:, 0].astype(np.float32))
     at, factor_NG = 4 * rows, None
     if flags & GROUPED:
         end = at + rows * (cols // GROUP_SIZE)
@@ -93,9 +99,7 @@ def decode(data: torch.Tensor, rows: int, cols: int) -> QuantizedMatrix:
     decoded_NK = _by_step(decoded_NK, steps(row_step_N, factor_NG), torch.mul)
     served_NK = decoded_NK.to(torch.bfloat16)
     if flags & FLIPPED:
-        flips = np.unpackbits(table[at:], count=rows * cols, bitorder="little")
-        place = torch.from_numpy(np.flatnonzero(flips))
-        flat = served_NK.view(-1)
+        place, flat = _places(table[at:], rows, cols), served_NK.view(-1)
         flat[place] = _other_neighbour(decoded_NK.view(-1)[place])
     return QuantizedMatrix(served_NK.view(torch.uint8).view(-1), rows, cols, 16)
 
@@ -122,7 +126,7 @@ def _compress(values_NK: torch.Tensor, predictor: Predictor) -> bytes:
     return bytes(compressed.data)
 
 
-def _decompress(stream: bytes | np.ndarray, rows: int, cols: int) -> torch.Tensor:
+def _decompress(stream: bytes | Octets, rows: int, cols: int) -> torch.Tensor:
     """SZ3's values float32 [N, K]. The stream is one of ours: its checksum was right."""
     octets = np.frombuffer(stream, np.uint8)
     try:
@@ -160,15 +164,33 @@ def _other_neighbour(decoded: torch.Tensor) -> torch.Tensor:
     return (nearest.view(torch.int16) + away).view(torch.bfloat16)
 
 
+def _gaps(flips_NK: torch.Tensor) -> bytes:
+    """Where the flips are, in the layout's bytes."""
+    place = np.flatnonzero(flips_NK.numpy())
+    skips, rest = np.divmod(np.diff(place, prepend=-1) - 1, 255)
+    octets = np.full(skips.sum() + place.size, 255, np.uint8)
+    octets[np.cumsum(skips + 1) - 1] = rest
+    return octets.tobytes()
+
+
+def _places(gaps: Octets, rows: int, cols: int) -> torch.Tensor:
+    """Inverse of `_gaps`: flat indices."""
+    ends = np.cumsum(gaps.astype(np.int64) + (gaps < 255))
+    if ends.size and ends[-1] > rows * cols:
+        raise StoreFormatError(f"sz3 part of [{rows}, {cols}]: a flip outside of the matrix")
+    return torch.from_numpy(ends[gaps < 255] - 1)
+
+
 def _assemble(
     row_step_N: torch.Tensor, factor_NG: torch.Tensor | None, flips_NK: torch.Tensor, stream: bytes
 ) -> torch.Tensor:
-    tables, flags = [row_step_N.numpy().astype("<f4").tobytes()], 0
+    planes = row_step_N.numpy().astype("<f4").view(np.uint8).reshape(-1, 4).T
+    tables, flags = [planes.tobytes()], 0
     if factor_NG is not None:
         tables.append(factor_NG.numpy().tobytes())
         flags |= GROUPED
     if bool(flips_NK.any()):
-        tables.append(np.packbits(flips_NK.numpy(), bitorder="little").tobytes())
+        tables.append(_gaps(flips_NK))
         flags |= FLIPPED
     table = zstandard.ZstdCompressor(level=3).compress(b"".join(tables))
     rows, cols = flips_NK.shape
@@ -177,7 +199,7 @@ def _assemble(
     return torch.from_numpy(np.frombuffer(bytearray(head + table + stream), np.uint8))
 
 
-def _parse(octets: np.ndarray, rows: int, cols: int) -> tuple[int, np.ndarray, np.ndarray]:
+def _parse(octets: Octets, rows: int, cols: int) -> tuple[int, Octets, Octets]:
     """Flags, unpacked table and stream of a part whose lengths and checksum are right."""
     if octets.size < HEADER.size:
         raise StoreFormatError(f"sz3 part: {octets.size} bytes, a header has {HEADER.size}")
@@ -200,10 +222,10 @@ def _parse(octets: np.ndarray, rows: int, cols: int) -> tuple[int, np.ndarray, n
     if zlib.crc32(body.data) != crc:
         raise StoreFormatError(f"sz3 part of [{rows}, {cols}]: damaged, its checksum is not right")
     table_size = 4 * rows + (rows * (cols // GROUP_SIZE) if flags & GROUPED else 0)
-    table_size += -(-rows * cols // 8) if flags & FLIPPED else 0
+    largest = table_size + (rows * cols if flags & FLIPPED else 0)
     frame = body[:table_bytes].tobytes()
     try:
-        if zstandard.frame_content_size(frame) != table_size:
+        if not table_size <= zstandard.frame_content_size(frame) <= largest:
             raise StoreFormatError(f"sz3 part of [{rows}, {cols}]: its table has another length")
         table = zstandard.ZstdDecompressor().decompress(frame)
     except zstandard.ZstdError as error:

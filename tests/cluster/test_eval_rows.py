@@ -29,7 +29,7 @@ from cluster.eval_rows import (
 from cluster.eval_settings import EvalSettings
 from cluster.eval_tables import conditions, tables
 
-POINT = Traffic(25.0, 8, 1000, 500.0, 400.0, 100.0, 500.0, 0.0, 64)
+POINT = Traffic(25.0, 8, 1000, 500.0, 550.0, 400.0, 100.0, 500.0, 0.0, 64)
 
 
 def row(text: str = "one", nats: tuple[float, ...] = (1.0, 2.0, 4.5), **changes: Any) -> EvalRow:
