@@ -55,6 +55,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.codecs
 	$(BIN)/python -m benchmarks.transports
 
 # Runs with the Python that is there (PYTHON=...), because a GPU machine brings its own torch.

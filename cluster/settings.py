@@ -27,8 +27,9 @@ class StoreSettings:
     - path: folder of the store, the same on every node that holds it; "auto" is `make demo`'s.
     - replicas: copies, one actor each, spread over the nodes that carry the label.
     - transport: how records reach a GPU worker: object_store (Ray, zero copy on one node) or grpc.
-    - compression: of records on their way over grpc: none, or zstd (low-bit codes lose a tenth to a
-      quarter of their bytes; each GB costs the sender 2 s of a core, once, the receiver 1 s).
+    - compression: of records on their way over grpc: none, or zstd (min/max and HQQ codes lose 10
+      to 25 % of their bytes, searched grids 6 to 9 %; a GB takes each host up to 2 s of a core, the
+      sender only once). For links under 1 Gbit/s, or where bytes are paid for.
     - label: Ray node label, "key=value", that a node must carry to hold a copy; null is any node.
     - start_timeout_s: seconds a tier actor may take until it answers, before that is an error.
     """

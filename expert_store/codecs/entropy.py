@@ -137,9 +137,10 @@ def decompress(frame: bytes | memoryview, num_bytes: int) -> torch.Tensor:
             raise StoreFormatError(
                 f"wire form: {len(view)} bytes, it announces {at + sum(lengths)}"
             )
-        record = np.empty(num_bytes, np.uint8)
+        record, decoder = np.empty(num_bytes, np.uint8), zstandard.ZstdDecompressor()
         for parts, length in zip(streams, lengths, strict=True):
-            values = _unpacked(view[at : at + length], sum(part.num_bytes for part in parts))
+            size = sum(part.num_bytes for part in parts)
+            values = _unpacked(decoder, view[at : at + length], size)
             at += length
             for part in parts:
                 _put(record, part, values[: part.num_bytes])
@@ -279,9 +280,9 @@ def _read_sections(view: memoryview, num_bytes: int) -> tuple[list[Section], int
     return sections, at
 
 
-def _unpacked(packed: memoryview, num_bytes: int) -> Octets:
+def _unpacked(decoder: zstandard.ZstdDecompressor, packed: memoryview, num_bytes: int) -> Octets:
     if len(packed) == num_bytes:
         return np.frombuffer(packed, np.uint8)
     if zstandard.frame_content_size(packed) != num_bytes:
         raise StoreFormatError(f"wire form: a stream is not of {num_bytes} bytes")
-    return np.frombuffer(zstandard.ZstdDecompressor().decompress(packed), np.uint8)
+    return np.frombuffer(decoder.decompress(packed), np.uint8)
