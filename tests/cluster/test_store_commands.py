@@ -139,7 +139,7 @@ def test_verify_of_a_whole_and_of_a_damaged_store(
         (["--bits", "1"], "bits: got 1, expected one of (2, 3, 4)"),
         (["--bits", "8"], "bits: got 8"),
         (["--group-size", "48"], "group_size: got 48, expected 64"),
-        (["--recipe", "best"], "recipe: got 'best', expected one of paper, static, original"),
+        (["--recipe", "finest"], "recipe: got 'finest', expected one of paper, static, mixed"),
         (["--avg-rank", "1000"], "avg_rank: got 1000, over the rank of this model's experts"),
         (["--avg-rank", "-1"], "avg_rank: got -1"),
         (["--top-n", "9"], "top_n: got 9, expected at most 2"),
