@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "print what a store holds: sizes, bits, ranks, bytes per token",
     "verify": "check every checksum of a store and name what is damaged",
     "eval": "perplexity with expert bytes moved per token, against the original model",
+    "study": "what error-bounded experts cost, by depth of layer and heat of expert",
     "generate": "continue a prompt in this process, without Ray",
     "serve": "start the cluster with its OpenAI-style HTTP endpoint",
     "demo": "the whole path once: compress, serve, ask, measure, shut down",
