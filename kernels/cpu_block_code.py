@@ -1,4 +1,4 @@
-"""The native decoder of the block code through ctypes: float32 on the CPU, 10 times torch's speed.
+"""The native decoder of the block code through ctypes: the bits of torch, many times faster.
 
 Loaded by `kernels/ops.py` only. Owns the mirror of `native/block_code.h`.
 

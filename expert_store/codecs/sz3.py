@@ -6,7 +6,7 @@ served is bfloat16. The layout of a part, little-endian:
     header, 36 bytes  "MTS3", u8 version 1, u8 flags (1: a step per group, 2: flips), u16 0,
                       u32 rows, u32 cols, u64 bytes of the table, u64 bytes of the stream,
                       u32 crc32 of table and stream
-    table             one zstd frame: the row steps, float32, as four planes of [rows] bytes, the
+    table             one zlib stream: the row steps, float32, as four planes of [rows] bytes, the
                       lowest first; u8 [rows, cols / 64] group factors (`kernels/steps.py`); then,
                       with flag 2, the flips to the end: a byte b under 255 skips b weights and
                       flips the next one, 255 skips 255 weights
@@ -22,20 +22,23 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import zstandard
-from pysz import sz, szAlgorithm, szConfig, szErrorBoundMode
 
 from expert_store.codecs.bound import ErrorBound, assert_within, check_weight, largest_error
-from expert_store.errors import StoreFormatError
+from expert_store.errors import StoreError, StoreFormatError
 from kernels.block_code import row_pieces
 from kernels.packing import bf16_weight
 from kernels.steps import GROUP_SIZE, steps, steps_within
 from kernels.types import QuantizedMatrix
+
+try:
+    import pysz
+except ImportError:  # no wheel for this platform: everything but this codec works without
+    pysz = None
 
 Predictor = Literal["none", "interpolation", "lorenzo"]
 """What SZ3 guesses a value from. Weights are white noise: none is smallest and fastest."""
@@ -48,11 +51,7 @@ GROUPED, FLIPPED = 1, 2  # bits of the flags
 HEADER = struct.Struct("<4sBBHIIQQI")
 MAX_SIZE = 1 << 20
 """Rows, and cols, of a matrix: the store's limit of hidden and ffn."""
-_ALGORITHMS = {
-    "none": szAlgorithm.NOPRED,
-    "interpolation": szAlgorithm.INTERP_LORENZO,
-    "lorenzo": szAlgorithm.LORENZO_REG,
-}
+_ALGORITHMS = {"none": "NOPRED", "interpolation": "INTERP_LORENZO", "lorenzo": "LORENZO_REG"}
 
 
 def encode(
@@ -117,12 +116,23 @@ def _by_step(values_NK: torch.Tensor, step_NG: torch.Tensor, how: object) -> tor
     return result.view(values_NK.shape)
 
 
+def _library() -> Any:
+    if pysz is None:
+        raise StoreError(
+            "codec sz3 needs the package pysz, which is not installed here (it has wheels for "
+            "x86-64 and macOS): pip install pysz==1.1.0 builds it where there is a C++ compiler, "
+            "or use codec cuszp"
+        )
+    return pysz
+
+
 def _compress(values_NK: torch.Tensor, predictor: Predictor) -> bytes:
-    config = szConfig()
-    config.errorBoundMode = szErrorBoundMode.ABS
+    library = _library()
+    config = library.szConfig()
+    config.errorBoundMode = library.szErrorBoundMode.ABS
     config.absErrorBound = 0.5
-    config.cmprAlgo = _ALGORITHMS[predictor]
-    compressed, _ = sz.compress(values_NK.numpy(), config)
+    config.cmprAlgo = getattr(library.szAlgorithm, _ALGORITHMS[predictor])
+    compressed, _ = library.sz.compress(values_NK.numpy(), config)
     return bytes(compressed.data)
 
 
@@ -130,7 +140,7 @@ def _decompress(stream: bytes | Octets, rows: int, cols: int) -> torch.Tensor:
     """SZ3's values float32 [N, K]. The stream is one of ours: its checksum was right."""
     octets = np.frombuffer(stream, np.uint8)
     try:
-        values, _ = sz.decompress(octets, np.float32, (rows, cols))
+        values, _ = _library().sz.decompress(octets, np.float32, (rows, cols))
     except (ValueError, RuntimeError) as error:
         raise StoreFormatError(f"sz3 part: SZ3 cannot read the stream: {error}") from error
     return torch.from_numpy(values)
@@ -192,7 +202,7 @@ def _assemble(
     if bool(flips_NK.any()):
         tables.append(_gaps(flips_NK))
         flags |= FLIPPED
-    table = zstandard.ZstdCompressor(level=3).compress(b"".join(tables))
+    table = zlib.compress(b"".join(tables))
     rows, cols = flips_NK.shape
     crc = zlib.crc32(stream, zlib.crc32(table))
     head = HEADER.pack(MAGIC, VERSION, flags, 0, rows, cols, len(table), len(stream), crc)
@@ -223,11 +233,11 @@ def _parse(octets: Octets, rows: int, cols: int) -> tuple[int, Octets, Octets]:
         raise StoreFormatError(f"sz3 part of [{rows}, {cols}]: damaged, its checksum is not right")
     table_size = 4 * rows + (rows * (cols // GROUP_SIZE) if flags & GROUPED else 0)
     largest = table_size + (rows * cols if flags & FLIPPED else 0)
-    frame = body[:table_bytes].tobytes()
+    unpacker = zlib.decompressobj()
     try:
-        if not table_size <= zstandard.frame_content_size(frame) <= largest:
-            raise StoreFormatError(f"sz3 part of [{rows}, {cols}]: its table has another length")
-        table = zstandard.ZstdDecompressor().decompress(frame)
-    except zstandard.ZstdError as error:
+        table = unpacker.decompress(body[:table_bytes].tobytes(), largest + 1)
+    except zlib.error as error:
         raise StoreFormatError(f"sz3 part of [{rows}, {cols}]: its table: {error}") from error
+    if not unpacker.eof or not table_size <= len(table) <= largest:
+        raise StoreFormatError(f"sz3 part of [{rows}, {cols}]: its table has another length")
     return flags, np.frombuffer(table, np.uint8), body[table_bytes:]

@@ -4,6 +4,8 @@ denormal to huge, on what is served (bfloat16 or float32); bytes cut, flipped an
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from expert_store.codecs import cuszp, sz3
 from expert_store.codecs.bound import ErrorBound, assert_within, largest_error
-from expert_store.errors import StoreFormatError
+from expert_store.errors import StoreError, StoreFormatError
 from kernels.block_code import decode_block_code
 from kernels.packing import bf16_weight
 
@@ -191,15 +193,24 @@ def test_damaged_sz3_parts_are_refused_before_sz3_sees_them(data: st.DataObject)
         sz3.decode(part, 5, 64)
 
 
-def test_a_huge_announced_table_is_not_allocated() -> None:
-    """A part with right lengths and checksum whose zstd frame announces 2**40 bytes."""
-    import zlib
+def test_a_table_larger_than_its_matrix_is_not_unpacked() -> None:
+    """A part with right lengths and checksum whose table would unpack to 64 MiB, or is no zlib."""
+    for table in (zlib.compress(bytes(1 << 26)), zlib.compress(bytes(19)), b"no zlib"):
+        body = table + bytes(16)
+        head = sz3.HEADER.pack(b"MTS3", 1, 0, 0, 5, 64, len(table), 16, zlib.crc32(body))
+        part = torch.frombuffer(bytearray(head + body), dtype=torch.uint8)
+        with pytest.raises(StoreFormatError, match="its table"):
+            sz3.decode(part, 5, 64)
 
-    frame = bytes.fromhex("28b52ffd") + bytes([0xE0]) + (2**40).to_bytes(8, "little") + bytes(8)
-    head = sz3.HEADER.pack(b"MTS3", 1, 0, 0, 5, 64, len(frame), 16, zlib.crc32(frame + bytes(16)))
-    part = torch.frombuffer(bytearray(head + frame + bytes(16)), dtype=torch.uint8)
-    with pytest.raises(StoreFormatError, match="table has another length"):
-        sz3.decode(part, 5, 64)
+
+def test_without_the_library_only_this_codec_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bound = nasty(4, 64, 0, 1.0), ErrorBound(0.1, "row")
+    data = sz3.encode(weight, bound)
+    monkeypatch.setattr(sz3, "pysz", None)
+    for use in (lambda: sz3.encode(weight, bound), lambda: sz3.decode(data, 4, 64)):
+        with pytest.raises(StoreError, match="pip install pysz==1.1.0.*codec cuszp"):
+            use()
+    cuszp.encode(weight, bound)
 
 
 def test_a_bound_is_parsed_and_written() -> None:
