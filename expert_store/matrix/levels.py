@@ -31,12 +31,12 @@ class Levels:
     scale8_NG: torch.Tensor | None = None  # [N, G] uint8
     row_scale_N: torch.Tensor | None = None  # [N] float32, a float16 number
 
-    def at(self, rows: slice) -> Levels:
-        """The levels of some rows, as views."""
+    def at(self, rows: slice, groups: slice) -> Levels:
+        """The levels of some rows and groups, as views."""
         return Levels(
-            self.scale_NG[rows],
-            self.zero_scaled_NG[rows],
-            None if self.scale8_NG is None else self.scale8_NG[rows],
+            self.scale_NG[rows, groups],
+            self.zero_scaled_NG[rows, groups],
+            None if self.scale8_NG is None else self.scale8_NG[rows, groups],
             None if self.row_scale_N is None else self.row_scale_N[rows],
         )
 
