@@ -21,9 +21,11 @@ COMMANDS = {
     "fetch": "put smol-moe, a model of real pretrained weights, into the cache",
     "calibrate": "collect what the experts see while the model reads text, for compress",
     "compress": "turn a checkpoint into a store of low-bit experts with compensators",
+    "recalibrate": "fit a store's routers again to the original's, after quantising",
     "inspect": "print what a store holds: sizes, bits, ranks, bytes per token",
     "verify": "check every checksum of a store and name what is damaged",
     "eval": "perplexity with expert bytes moved per token, against the original model",
+    "report": "one page about stores, Markdown and HTML: fronts, domains, ranks, router",
     "study": "what error-bounded experts cost, by depth of layer and heat of expert",
     "generate": "continue a prompt in this process, without Ray",
     "serve": "start the cluster with its OpenAI-style HTTP endpoint",
@@ -31,7 +33,7 @@ COMMANDS = {
     "doctor": "what this machine has and what moetier would do with it",
 }
 
-EXTRAS = {"openai": "demo"}
+EXTRAS = {"openai": "demo", "matplotlib": "report"}
 """Packages that only some commands import -> the extra that installs them."""
 
 

@@ -30,7 +30,7 @@ ONLY_IN = {  # third-party name -> the modules that may import it
 }
 ENVIRONMENT_FILE = "cluster/environment.py"
 DISTRIBUTIONS = {"grpc": "grpcio", "yaml": "pyyaml"}  # where the import has another name
-OPTIONAL = ("demo", "lm-eval")  # extras of pyproject.toml that our own code imports
+OPTIONAL = ("demo", "lm-eval", "report")  # extras of pyproject.toml that our own code imports
 UNDECLARED_BY_HQQ = {"termcolor", "einops"}  # hqq imports them and does not say so
 MAX_MODULE_LINES = 300
 MAX_FUNCTION_LINES = 70

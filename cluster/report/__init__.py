@@ -1,0 +1,1 @@
+"""Pages about rows of an evaluation and the stores behind them: pure functions to text."""
