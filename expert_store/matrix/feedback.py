@@ -12,11 +12,10 @@ that one input of all rows is contiguous.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
-from expert_store.matrix.grid import DAMPING, column_weights, grid_levels, search
+from expert_store.matrix.grid import column_weights, grid_levels, search
 from expert_store.matrix.levels import (
     Levels,
     affine_levels,
@@ -27,6 +26,7 @@ from expert_store.matrix.levels import (
 )
 from expert_store.matrix.loss import row_errors
 from expert_store.matrix.moments import Moment
+from expert_store.matrix.ordering import InputOrder, inputs_of
 from kernels.packing import middle_code
 from kernels.types import GROUP_SIZE, Grid, QuantizedMatrix
 
@@ -54,11 +54,10 @@ def quantize_feedback(
     weight_K = column_weights(weight_NK, moment)
     levels = grid_levels(weight_NK, bits, grid=grid, weight_K=weight_K)
     codes_NK = encode(weight_NK, levels, bits)
-    damping = DAMPING * float(moment.diagonal().mean())
     for groups, own in _independent(moment):
-        if int(own.values.count_nonzero()) == int(own.diagonal().count_nonzero()):
+        order = InputOrder.of(own)
+        if order.is_diagonal:
             continue
-        order = _Order.of(own.values, damping)
         cols = slice(groups.start * GROUP_SIZE, groups.stop * GROUP_SIZE)
         for start in range(0, len(weight_NK), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
@@ -85,37 +84,6 @@ def _independent(moment: Moment) -> Iterator[tuple[slice, Moment]]:
         yield slice(group, group + 1), Moment(block)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Order:
-    """In which order inputs are rounded (loud ones first) and what each passes on to the rest.
-
-    With R = M M^T, M upper triangular, and U = M^-1, an error of input j is best made up for when
-    each later input i errs by U[j, i] / U[j, j] of it; M[j, j]^2 of its square is heard then.
-    Everything below but the two permutations is in the order of rounding.
-    """
-
-    groups_G: torch.Tensor  # the groups as they come
-    cols_K: torch.Tensor  # the inputs as they come, a whole group at a time
-    moment_KK: torch.Tensor  # damped
-    shares_KK: torch.Tensor  # U[j, i] / U[j, j]
-    weight_K1: torch.Tensor  # M[j, j]^2
-
-    @classmethod
-    def of(cls, moment_KK: torch.Tensor, damping: float) -> _Order:
-        energy_Gg = moment_KK.diagonal().view(-1, GROUP_SIZE)
-        groups_G = energy_Gg.sum(dim=1).argsort(descending=True, stable=True)
-        within_Gg = energy_Gg[groups_G].argsort(dim=1, descending=True, stable=True)
-        cols_K = (groups_G[:, None] * GROUP_SIZE + within_Gg).view(-1)
-        values = moment_KK[cols_K][:, cols_K]
-        values.diagonal().add_(damping)
-        # Float64, since the loudest input may have a million times the energy of the quietest.
-        root = torch.linalg.cholesky(values.double().flip(0, 1)).flip(0, 1)
-        unit = torch.eye(len(root), dtype=torch.float64)
-        diagonal = root.diagonal()[:, None]
-        shares = torch.linalg.solve_triangular(root, unit, upper=True) * diagonal
-        return cls(groups_G, cols_K, values, shares.float(), diagonal.square().float())
-
-
 class _Rounding:
     """The codes of some rows while they are found. `left` is the weight still open (what the
     feedback made of it) before an input is rounded, and the error of its weight after."""
@@ -124,7 +92,7 @@ class _Rounding:
         self,
         weight_NK: torch.Tensor,
         base: Levels,
-        order: _Order,
+        order: InputOrder,
         bits: int,
         *,
         search_first: bool,
@@ -150,33 +118,24 @@ class _Rounding:
                 self._sweep(group)
 
     def residual_NK(self) -> torch.Tensor:
-        return self._in_place(self.left_KN)
+        return self.order.inputs_back(self.left_KN)
 
     def codes_NK(self) -> torch.Tensor:
-        return self._in_place(self.codes_KN)
+        return self.order.inputs_back(self.codes_KN)
 
     def levels(self) -> Levels:
-        def back(values_GN: torch.Tensor) -> torch.Tensor:
-            placed = torch.empty_like(values_GN)
-            placed[self.order.groups_G] = values_GN
-            return placed.T
-
+        back = self.order.groups_back
         scale8 = None if self.row_scale_N is None else back(self.scale8_GN)
         return Levels(back(self.scale_GN), back(self.zero_scaled_GN), scale8, self.row_scale_N)
 
-    def _in_place(self, values_KN: torch.Tensor) -> torch.Tensor:
-        placed = torch.empty_like(values_KN)
-        placed[self.order.cols_K] = values_KN
-        return placed.T.contiguous()
-
     def _round(self, group: int) -> None:
         """Levels for a group as feedback left it, then its inputs one by one."""
-        part = _inputs(group)
+        part = inputs_of(group)
         open_gN = self.left_KN[part]
         if self.search_first:
-            found = search(open_gN, self.bits, self.grid, self.order.weight_K1[part])
+            found = search(open_gN, self.bits, self.grid, self.order.weight_Gg[group][:, None])
             self._store(group, *found)
-        shares = self.order.shares_KK[part]
+        shares = self.order.shares[part]
         codes_gN, error_gN = self._in_turn(group, open_gN, shares[:, part], None)
         later = slice(part.stop, None)
         self.left_KN[later].addmm_(shares[:, later].T, error_gN, alpha=-1)
@@ -186,9 +145,9 @@ class _Rounding:
     def _sweep(self, group: int) -> None:
         """Refit the scale of a group, then move each input to the level that is best given all
         others: where the gradient R E of the error vanishes, rounded."""
-        part = _inputs(group)
-        moment_gg = self.order.moment_KK[part, part]
-        gradient_gN = self.order.moment_KK[part] @ self.left_KN
+        part = inputs_of(group)
+        moment_gg = self.order.moment[part, part]
+        gradient_gN = self.order.moment[part] @ self.left_KN
         codes_gN = self.codes_KN[part].float()
         before_gN = self._rounded(group, codes_gN)
         self._refit(group, codes_gN, moment_gg, gradient_gN)
@@ -272,7 +231,3 @@ class _Rounding:
     def _rounded(self, group: int, codes_gN: torch.Tensor) -> torch.Tensor:
         """[64, N]: a group's weights as these codes give them."""
         return (codes_gN * self.scale_GN[group]).sub_(self.zero_scaled_GN[group])
-
-
-def _inputs(group: int) -> slice:
-    return slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)

@@ -14,6 +14,7 @@ from expert_store.matrix.feedback import quantize_feedback
 from expert_store.matrix.grid import quantize_grid
 from expert_store.matrix.loss import relative_error, row_errors
 from expert_store.matrix.moments import Moment, MomentSum
+from expert_store.matrix.ordering import InputOrder
 from kernels.reference import dequantize
 from kernels.types import Grid
 from tests.expert_store.matrix.matrices import correlated_moment, gaussian, heavy_tailed, trained
@@ -149,20 +150,20 @@ def test_sweeps_pay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_passed_on_is_the_best_answer_of_the_rest() -> None:
     """An error of 1 in input j is heard least when the later inputs err by shares[j, later]."""
-    order = feedback._Order.of(correlated_moment(128).values, 0.01)
-    values, shares = order.moment_KK, order.shares_KK
+    order = InputOrder.of(correlated_moment(128))
+    values, shares = order.moment, order.shares
     for j in (0, 30, 127):
         later = values[j + 1 :, j + 1 :]
         best = -torch.linalg.solve(later, values[j + 1 :, j]) if len(later) else torch.zeros(0)
         torch.testing.assert_close(shares[j, j + 1 :], best, rtol=1e-3, atol=1e-4)
         whole = torch.cat((torch.ones(1), best))
         heard = whole @ values[j:, j:] @ whole
-        torch.testing.assert_close(order.weight_K1[j, 0], heard, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(order.weight_Gg.view(-1)[j], heard, rtol=1e-3, atol=1e-5)
 
 
 def test_loud_inputs_come_first_and_every_input_once() -> None:
     moment = correlated_moment(192)
-    order = feedback._Order.of(moment.values, 0.01)
+    order = InputOrder.of(moment)
     assert order.cols_K.sort().values.tolist() == list(range(192))
     assert torch.equal(order.cols_K.view(3, 64)[:, 0] // 64, order.groups_G)
     energy = moment.diagonal()[order.cols_K].view(3, 64)
