@@ -168,11 +168,29 @@ class SensitivityRow:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """Nats of KL per unit of relative energy of each layer's MoE output, and what was measured."""
+    """Nats of KL per unit of relative energy of each layer's MoE output, and what was measured.
+
+    `layers` are mean slopes over the energies measured. Most layers are straight lines; those that
+    make the few tokens of huge norm are not: noise of 0.1 in layer 9 of smol-moe costs 0.05 nats,
+    of 0.6 1.1. `nats_at` follows the rows.
+    """
 
     num_tokens: int
     layers: Mapping[int, float]
     rows: tuple[SensitivityRow, ...]
+
+    def nats_at(self, layer: int, energy: float) -> float:
+        """Nats that an error of this relative energy costs: lines from 0 through the layer's rows,
+        the last one going on. KeyError for a layer that was not measured."""
+        points = sorted((row.energy, row.nats) for row in self.rows if row.layer == layer)
+        if not points:
+            raise KeyError(f"layer {layer}")
+        (low, nats), (high, more) = (0.0, 0.0), points[0]
+        for point in points[1:]:
+            if energy <= high:
+                break
+            (low, nats), (high, more) = (high, more), point
+        return nats + (more - nats) * (energy - low) / (high - low)
 
 
 @dataclass(frozen=True, slots=True)

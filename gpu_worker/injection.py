@@ -25,8 +25,9 @@ Experts = frozenset[int] | None
 class Injection:
     """Noise in the weighted sum of some experts' outputs, in one layer or several.
 
-    `energy` is its squared norm over that of the sum it is added to, the same for every token: 0.1
-    is about what 2-bit codes do. Raises ValueError when it is negative or not finite.
+    `energy` is its squared norm over that of the sum it is added to, the same for every token:
+    rounding real pretrained experts to 3 bits does 0.12, to 2 bits 0.6. Raises ValueError when it
+    is negative or not finite.
     """
 
     targets: Mapping[int, Experts]  # layer -> which experts

@@ -18,8 +18,9 @@ from expert_store.statistics import Sensitivity, SensitivityRow
 from gpu_worker.injection import InjectingExperts, Injection, Perturbed
 from gpu_worker.model import ModelRunner, bind_experts
 
-ENERGIES = (0.1,)
-"""Relative energy of the noise: about that of 2-bit codes, so that slopes hold where they count."""
+ENERGIES = (0.1, 0.4)
+"""Relative energies of the noise: about what 3-bit and 2-bit codes do to real pretrained experts
+(0.12 and 0.6 by rounding to nearest on smol-moe; better grids do less)."""
 LOGITS_BYTES = 512 << 20
 """Float32 logits of one pass: as many sequences side by side as fit, at least two."""
 
