@@ -37,10 +37,10 @@ def bundled_store(report: Report | None = None) -> Path:
     return _ensure(MIXTRAL_MINI, default_store(), CompressionConfig(), report)
 
 
-def default_recipe_store(model: Path, report: Report | None = None) -> Path:
-    """A store of any checkpoint folder with the default recipe; as `original_store`, but small."""
-    name = f"{model.resolve().name}-{_digest(model)}"
-    return _ensure(model, cache_folder() / "stores" / name, CompressionConfig(), report)
+def compressed_store(model: Path, config: CompressionConfig, report: Report | None = None) -> Path:
+    """A store of any checkpoint folder; made on first use, and when files or config change."""
+    name = f"{model.resolve().name}-{config.recipe}-{_digest(model, repr(config))}"
+    return _ensure(model, cache_folder() / "stores" / name, config, report)
 
 
 def original_store(model: Path, report: Report | None = None) -> Path:
@@ -53,10 +53,10 @@ def original_store(model: Path, report: Report | None = None) -> Path:
     return _ensure(model, cache_folder() / "stores" / name, config, report)
 
 
-def _digest(model: Path) -> str:
+def _digest(model: Path, *more: str) -> str:
     """Of where a checkpoint lies and its files' sizes and times, in 12 digits."""
     files = sorted(path for path in model.iterdir() if path.is_file())
-    told = [str(model.resolve()), *(f"{f.name} {_stamp(f)}" for f in files)]
+    told = [str(model.resolve()), *(f"{f.name} {_stamp(f)}" for f in files), *more]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
 
 

@@ -25,9 +25,10 @@ from cluster.evaluate import DEMO_SETTINGS, demo_rows
 from cluster.models import ensure_smol, has_smol
 from cluster.progress import store_progress
 from cluster.settings import HttpSettings
-from cluster.stores import bundled_store, default_recipe_store, original_store
+from cluster.stores import bundled_store, compressed_store, original_store
 from cluster.table import format_table
 from cluster.texts import BUILT_IN_NOTE
+from expert_store.config import CompressionConfig
 from expert_store.inspect import summarize
 from models import MIXTRAL_MINI
 
@@ -70,6 +71,7 @@ class Subject:
     model: Path
     prompt: str
     chats: bool  # whether it was trained on conversations, so that it is asked and not continued
+    config: CompressionConfig
     settings: EvalSettings
 
 
@@ -136,21 +138,30 @@ def run(args: argparse.Namespace) -> int:
 def choose(name: str | None, teller: Teller) -> Subject:
     """The model to show: smol-moe when it is there or asked for, else mixtral-mini."""
     if name == "mini" or (name is None and not has_smol()):
-        return Subject(MIXTRAL_MINI, "The return statement", False, DEMO_SETTINGS)
+        return Subject(
+            MIXTRAL_MINI, "The return statement", False, CompressionConfig(), DEMO_SETTINGS
+        )
     folder = ensure_smol(teller.say)
     # Sixteen times the model, with real weights: fewer windows tell the variants apart as well.
     settings = replace(DEMO_SETTINGS, windows=8, decode_tokens=24)
-    return Subject(folder, "What is the capital of France?", True, settings)
+    # At 2 bits these weights babble, at 3 they stammer; at 4 they answer in English.
+    config = CompressionConfig(bits=4)
+    return Subject(folder, "What is the capital of France?", True, config, settings)
 
 
 def prepare(subject: Subject, teller: Teller) -> tuple[Path, Path]:
     """The model's store, and one of its original experts for the comparison."""
     teller.say(
-        f"1. the model, {subject.model.name}, as a store of 2-bit experts and compensators ..."
+        f"1. the model, {subject.model.name}, as a store of {subject.config.resolve().bits}-bit "
+        "experts and compensators ..."
     )
     with store_progress() as show:
         is_mini = subject.model == MIXTRAL_MINI
-        store = bundled_store(show) if is_mini else default_recipe_store(subject.model, show)
+        store = (
+            bundled_store(show)
+            if is_mini
+            else compressed_store(subject.model, subject.config, show)
+        )
         original = original_store(subject.model, show)
     teller.done("compress")
     summary = summarize(store)
