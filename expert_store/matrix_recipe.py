@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from expert_store.compensate import in_order, repair_blocks
 from expert_store.factor_records import FactorBlock, PlaneBlock
 from expert_store.matrix.feedback import quantize_feedback
 from expert_store.matrix.grid import quantize_grid
 from expert_store.matrix.hqq import quantize_hqq
 from expert_store.matrix.joint import quantize_jointly, quantize_milo
 from expert_store.matrix.low_rank import FactorForm
+from expert_store.matrix.paper import in_order, svd_repairs
 from expert_store.matrix.planes import PlaneRepair
 from expert_store.matrix.repair import Repair as MatrixRepair
 from expert_store.matrix.repair import repairs_of_kinds
@@ -103,11 +103,11 @@ def _paper_repairs(
 ) -> tuple[Repair, ...]:
     """All ranks from one SVD of the residual, in falling order of what each would remove alone."""
     repairs = []
-    for item in in_order(repair_blocks(residual_NK, rank, name, factor_bits)):
-        residual_NK -= item.left_NR @ item.right_RK
+    for item in in_order(svd_repairs(residual_NK, rank, factor_bits)):
+        residual_NK -= item.dense()
         before, lost = lost, float(residual_NK.square().sum(dtype=torch.float64))
-        claim = item.repaired_energy / item.block.num_bytes
-        repairs.append(Repair(item.block, before - lost, claim))
+        block = FactorBlock(name, item.right, item.left_t)
+        repairs.append(Repair(block, before - lost, item.gain / item.num_bytes))
     return tuple(repairs)
 
 

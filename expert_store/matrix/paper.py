@@ -1,4 +1,4 @@
-"""A residual to quantised low-rank factors: what a compensator repairs, block by block.
+"""The paper's rank blocks (arXiv 2512.17073): truncated SVD of the residual, factors through hqq.
 
 Bytes of one rank block of 16 for hidden 4096, ffn 14336 at 3 bits: (64 + 224) tiles x 448 = 126
 KiB, so rank 32 of an expert (three projections) is 0.74 MiB beside 52.5 MiB of 2-bit codes (1.4 %).
@@ -9,25 +9,14 @@ Legend: N rows, K cols, R rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
-from expert_store.factor_records import FactorBlock
 from expert_store.matrix.hqq import quantize_hqq
-from expert_store.types import Projection
+from expert_store.matrix.low_rank import RankRepair
 from kernels.reference import dequantize
 from kernels.types import TILE_ROWS
-
-
-@dataclass(frozen=True, slots=True)
-class RepairBlock:
-    """One quantised rank block, what it adds, and how much of the residual's energy it removes."""
-
-    block: FactorBlock
-    repaired_energy: float  # ||E||^2 - ||E - left @ right||^2, of this block alone
-    left_NR: torch.Tensor  # [N, 16] float32, as dequantised
-    right_RK: torch.Tensor  # [16, K] float32, as dequantised
 
 
 def truncated_svd(residual_NK: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,10 +40,11 @@ def truncated_svd(residual_NK: torch.Tensor, rank: int) -> tuple[torch.Tensor, t
     return (basis_NR * root).contiguous(), (projected_RK / safe[:, None]).contiguous()
 
 
-def repair_blocks(
-    residual_NK: torch.Tensor, rank: int, projection: Projection, factor_bits: int
-) -> list[RepairBlock]:
-    """Quantised rank blocks of 16, largest singular values first. `rank` is a multiple of 16."""
+def svd_repairs(residual_NK: torch.Tensor, rank: int, factor_bits: int) -> list[RankRepair]:
+    """Rank blocks of 16, largest singular values first; the gain of each is what it removes alone.
+
+    Raises ValueError when the rank is no multiple of 16 or over the matrix.
+    """
     if rank % TILE_ROWS:
         raise ValueError(f"rank: got {rank}, expected a multiple of {TILE_ROWS}")
     if rank == 0:
@@ -69,16 +59,10 @@ def repair_blocks(
         # ||E||^2 - ||E - L R||^2 = 2 <E R^T, L> - <L^T L, R R^T>
         gain = 2 * ((residual_NK @ right_part.T) * left_part).sum(dtype=torch.float64)
         gain -= ((left_part.T @ left_part) * (right_part @ right_part.T)).sum(dtype=torch.float64)
-        block = FactorBlock(projection, right, left_t)
-        blocks.append(RepairBlock(block, float(gain), left_part, right_part))
+        blocks.append(RankRepair(right, left_t, float(gain)))
     return blocks
 
 
-def in_order(blocks: list[RepairBlock]) -> list[RepairBlock]:
-    """Falling order of repaired energy per byte; ties keep their order."""
-
-    def per_byte(item: RepairBlock) -> float:
-        num_bytes = item.block.right.data.numel() + item.block.left_t.data.numel()
-        return item.repaired_energy / num_bytes
-
-    return sorted(blocks, key=per_byte, reverse=True)
+def in_order(blocks: Sequence[RankRepair]) -> list[RankRepair]:
+    """Falling order of what each removes alone, per byte; ties keep their order."""
+    return sorted(blocks, key=lambda block: block.gain / block.num_bytes, reverse=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from expert_store.compensate import in_order, repair_blocks, truncated_svd
+from expert_store.matrix.paper import in_order, svd_repairs, truncated_svd
 
 
 def residual(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -49,26 +49,25 @@ def test_rank_over_the_matrix(rank: int) -> None:
 
 def test_rank_that_is_no_whole_block() -> None:
     with pytest.raises(ValueError, match="rank: got 24, expected a multiple of 16"):
-        repair_blocks(torch.zeros(64, 64), 24, "up", 3)
+        svd_repairs(torch.zeros(64, 64), 24, 3)
 
 
 @pytest.mark.parametrize("factor_bits", [2, 3, 4])
 def test_blocks_repair_what_they_say(factor_bits: int) -> None:
     matrix = residual(192, 128)
     left_over = matrix.clone()
-    blocks = repair_blocks(matrix, 64, "down", factor_bits)
+    blocks = svd_repairs(matrix, 64, factor_bits)
     assert len(blocks) == 4
     for item in blocks:
-        without = matrix - item.left_NR @ item.right_RK
+        without = matrix - item.dense()
         repaired = float(matrix.square().sum() - without.square().sum())
-        assert item.repaired_energy == pytest.approx(repaired, rel=1e-3)
-        left_over -= item.left_NR @ item.right_RK
-        assert item.block.projection == "down"
-        assert (item.block.right.rows, item.block.right.cols) == (16, 128)
-        assert (item.block.left_t.rows, item.block.left_t.cols) == (16, 192)
-        assert item.block.right.bits == item.block.left_t.bits == factor_bits
+        assert item.gain == pytest.approx(repaired, rel=1e-3)
+        left_over -= item.dense()
+        assert (item.right.rows, item.right.cols) == (16, 128)
+        assert (item.left_t.rows, item.left_t.cols) == (16, 192)
+        assert item.right.bits == item.left_t.bits == factor_bits
     # The first block holds the eight strong directions: most of what rank 64 can win.
-    assert blocks[0].repaired_energy > 2 * blocks[1].repaired_energy
+    assert blocks[0].gain > 2 * blocks[1].gain
     assert left_over.norm() < 0.9 * matrix.norm()
 
 
@@ -76,19 +75,19 @@ def test_three_bits_keep_most_of_the_repair() -> None:
     matrix = residual(128, 192)
     left, right = truncated_svd(matrix, 16)
     exact = float(matrix.square().sum() - (matrix - left @ right).square().sum())
-    quantised = repair_blocks(matrix, 16, "up", 3)[0].repaired_energy
+    quantised = svd_repairs(matrix, 16, 3)[0].gain
     assert 0.85 * exact < quantised <= exact
 
 
 def test_order_is_by_repaired_energy() -> None:
-    weak = repair_blocks(0.5 * residual(64, 128, seed=1), 32, "gate", 3)
-    strong = repair_blocks(residual(64, 128, seed=2), 32, "up", 3)
+    weak = svd_repairs(0.5 * residual(64, 128, seed=1), 32, 3)
+    strong = svd_repairs(residual(64, 128, seed=2), 32, 3)
     ordered = in_order(weak + strong)
-    energies = [item.repaired_energy for item in ordered]
+    energies = [item.gain for item in ordered]
     assert energies == sorted(energies, reverse=True)
     assert ordered[0] is strong[0]
     assert sorted(map(id, ordered)) == sorted(map(id, weak + strong))
 
 
 def test_rank_zero_has_no_blocks() -> None:
-    assert repair_blocks(residual(64, 64), 0, "gate", 3) == []
+    assert svd_repairs(residual(64, 64), 0, 3) == []
