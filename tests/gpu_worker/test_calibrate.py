@@ -20,6 +20,8 @@ from expert_store.compress import compress
 from expert_store.config import CompressionConfig
 from expert_store.errors import CheckpointError
 from expert_store.families import experts_modules
+from expert_store.matrix.loss import weighted_error
+from expert_store.matrix.moments import Moment
 from expert_store.segment import Segment
 from expert_store.statistics import LayerStatistics, MomentForms
 from expert_store.types import ExpertKey, ExpertWeights
@@ -190,6 +192,39 @@ def test_row_weights_are_what_an_error_in_a_row_costs(tmp_path: Path) -> None:
             change_P = change_P - plain_PF[:, row]
             cost = change_P.square().mean() * down_HF[:, row].square().sum() / step**2
             assert float(getattr(found, name)[1, row]) == pytest.approx(float(cost), rel=1e-3)
+
+
+def test_the_error_of_an_expert_is_predicted_without_running_it(tmp_path: Path) -> None:
+    """Random errors in all three matrices: the formula of `ExpertStatistics` against the outputs.
+
+    The formula takes slopes and inputs as independent, so it is good to some 10 per cent.
+    """
+    model = write_tiny_checkpoint("mixtral", tmp_path / "model", hidden=64, ffn=128, vocab=VOCAB)
+    windows_WT = windows(8, 32)
+    seen = watch_plain_model(model, windows_WT)
+    found = calibrated(tmp_path, model, windows_WT)[1].tensors
+    generator = torch.Generator().manual_seed(0)
+    for expert in range(4):
+        plain = Checkpoint(model).expert(ExpertKey(1, expert))
+        x_PH = seen[1].hidden_SH[(seen[1].ids_SK == expert).any(dim=1)]
+        errors = [
+            torch.randn(matrix.shape, generator=generator) * 0.02 * matrix.std()
+            for matrix in (plain.gate, plain.up, plain.down)
+        ]
+        matrices = [
+            (matrix + error).double()
+            for matrix, error in zip((plain.gate, plain.up, plain.down), errors, strict=True)
+        ]
+        exact = middle(plain, "silu", x_PH) @ plain.down.double().T
+        off = apply_gate("silu", x_PH @ matrices[0].T, x_PH @ matrices[1].T) @ matrices[2].T
+        measured = float((off - exact).square().sum(dim=1).mean())
+        moment_in, moment_mid = Moment(found.input_E[expert]), Moment(found.middle_E[expert])
+        predicted = (
+            weighted_error(errors[0], moment_in, found.gate_weight_EF[expert])
+            + weighted_error(errors[1], moment_in, found.up_weight_EF[expert])
+            + weighted_error(errors[2], moment_mid)
+        )
+        assert predicted == pytest.approx(measured, rel=0.25)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"])
