@@ -55,8 +55,8 @@ def conditions(settings: EvalSettings) -> str:
     shares = ", ".join(f"{percent:g}" for percent in settings.cache_percent)
     return (
         f"Quality over {counted(settings.windows, 'window')} of "
-        f"{counted(settings.window_tokens, 'token')}; KB moved per token while {batches} "
-        f"sequences decode {counted(settings.decode_tokens, 'token')} each side by side (counted "
+        f"{counted(settings.window_tokens, 'token')}; KB moved per token while sequences decode "
+        f"{counted(settings.decode_tokens, 'token')} each in batches of {batches} (counted "
         f"after {counted(settings.warm_up, 'step')}), expert cache {shares} % of a line's own "
         'codes; "more nats" is the loss over the first line on the same windows; bits moved are '
         "those of a lone sequence without cache, per weight of the experts it uses."

@@ -208,6 +208,15 @@ def test_policies_make_a_line_each(moetier: Run) -> None:
     assert 0 < benefit < every["restored_share"]
 
 
+def test_a_share_of_the_factors_lies_between_none_and_all(moetier: Run) -> None:
+    out = moetier("eval", *TINY, "--top-n", 1, "--factor-share", 0, 0.5, 1, "--json")[1]
+    none, half, whole = json.loads(out)["rows"]
+    assert half["experts"] == "2-bit + 50% of compensators Top-1"
+    assert none["restored_share"] == none["traffic"][0]["factors_bytes"] == 0
+    bits = [row["bits_per_weight_moved"] for row in (none, half, whole)]
+    assert bits == sorted(set(bits))
+
+
 def test_skipping_moves_less_by_what_is_skipped(moetier: Run) -> None:
     out = moetier("eval", *TINY, "--top-n", 0, "--skip-below", 0, 0.3, "--json")[1]
     none, skipping = json.loads(out)["rows"]
