@@ -25,6 +25,9 @@ from cluster.texts import EvalText
 from expert_store.calibration import Calibration
 from gpu_worker.scoring import cut_windows
 
+LEAST_SHARE = 0.05
+"""Of the mean over layers: no layer's prior is less, before all are scaled to 1 on average."""
+
 
 @dataclass(frozen=True, slots=True)
 class StudyRow:
@@ -135,14 +138,15 @@ def layer_prior(rows: Sequence[StudyRow], layers: Sequence[int]) -> dict[int, fl
 def _shares(kl: Mapping[str, float], groups: Mapping[Any, Sequence[int]]) -> dict[int, float]:
     """One treatment's share of each layer, 1 on average."""
     thirds = {name: groups[name] for name in ("shallow", "middle", "deep") if name in groups}
-    found = {
-        layer: max(kl[name], 0.0) / len(some) for name, some in thirds.items() for layer in some
-    }
+    found = {layer: kl[name] / len(some) for name, some in thirds.items() for layer in some}
     (first,) = groups["first"]
     home, beside = next((name, some) for name, some in thirds.items() if first in some)
     if len(beside) > 1 and kl[home] > kl["first"]:
         rest = (kl[home] - kl["first"]) / (len(beside) - 1)
         found |= {layer: kl["first"] if layer == first else rest for layer in beside}
+    mean = sum(found.values()) / len(found)
+    # What few windows did not see still matters.
+    found = {layer: max(value, LEAST_SHARE * mean) for layer, value in found.items()}
     mean = sum(found.values()) / len(found)
     return {layer: value / mean if mean else 1.0 for layer, value in found.items()}
 

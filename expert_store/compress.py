@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +28,7 @@ from expert_store.files import Disk
 from expert_store.format import content_version, load_manifest
 from expert_store.manifest_json import encode_manifest
 from expert_store.planning import ExpertCurves, ExpertScan, Planned, curves_of, make_plans
+from expert_store.prior import load_prior
 from expert_store.recipe import check_finite, compress_expert, kurtosis_of, weightings
 from expert_store.shards import INDEX_FILE
 from expert_store.space import check_space
@@ -87,13 +88,15 @@ def compress(
     _check_recipe(config.as_recipe(), info)
     calibration = open_calibration(config.calibration, info)
     logger.info("compressing %s into %s: %s", model, store, config)
+    prior = None if config.prior is None else load_prior(config.prior, info)
     source = _source_id(model) + (calibration.id if calibration is not None else "")
+    source += "" if prior is None else f" prior {sorted(prior.items())}"
     fingerprint = config.fingerprint(source)
     check_space(checkpoint, config, store, store / PARTIAL / fingerprint, disk)
     with staging(store, fingerprint, force=force, disk=disk) as work:
         if not work.is_finished:
             with _workers(num_jobs) as pool:
-                run = _Run(work, checkpoint, config, calibration, pool, report)
+                run = _Run(work, checkpoint, config, calibration, prior, pool, report)
                 planned = run.plan(run.scan())
                 experts = run.compress(planned)
             _finish(work, checkpoint, planned.recipe, experts)
@@ -119,6 +122,7 @@ class _Run:
     checkpoint: Checkpoint
     config: CompressionConfig
     calibration: Calibration | None
+    prior: Mapping[int, float] | None
     pool: ThreadPoolExecutor
     report: Callable[[Progress], None]
 
@@ -138,7 +142,9 @@ class _Run:
 
     def plan(self, scans: dict[ExpertKey, ExpertScan]) -> Planned:
         model = self.checkpoint.model_info
-        return make_plans(self.config, model, scans, self.calibration, self._measure)
+        return make_plans(
+            self.config, model, scans, self.calibration, self._measure, prior=self.prior
+        )
 
     def compress(self, planned: Planned) -> list[ExpertInfo]:
         """Stage every expert that is not staged yet; join each layer as soon as it is complete."""

@@ -57,6 +57,8 @@ class CompressionConfig:
       (codes of its top-k experts, compensators of its Top-n).
     - calibration: folder of `moetier calibrate`; "best" needs it, the other recipes of a budget
       use it to know how often an expert is used.
+    - prior: file of `moetier study`, for recipes with a budget: how much each layer matters where
+      the calibration has not measured it.
     - error_bound: of recipes "sz3" and "cuszp", as in `ErrorBound`: "row:0.3".
     - layer_codecs: layers that an error-bounded codec stores, whatever the recipe does elsewhere.
     - methods: the recipe's methods changed, for ablations.
@@ -74,6 +76,7 @@ class CompressionConfig:
     seed: int = 0
     budget: float | None = None
     calibration: Path | None = None
+    prior: Path | None = None
     error_bound: str | None = None
     layer_codecs: tuple[LayerCodec, ...] = ()
     methods: Methods | None = None
@@ -141,10 +144,11 @@ class CompressionConfig:
     def fingerprint(self, source: str) -> str:
         """Hash of the resolved config, the format and `source`: equal means the same store.
 
-        `source` stands for the checkpoint and, where there is one, the calibration's content.
+        `source` stands for the checkpoint and the content of calibration and prior.
         """
         resolved = asdict(self.resolve())
-        del resolved["calibration"]  # a path; its content is in `source`
+        for path in ("calibration", "prior"):
+            del resolved[path]  # its content is in `source`
         value = {"format": FORMAT_VERSION, "source": source, **resolved}
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -188,6 +192,11 @@ class CompressionConfig:
                 raise ValueError(
                     f"budget: got {self.budget}, expected bits per weight up to {MAX_BUDGET:g}"
                 )
+        if self.prior is not None and self.how.allocation != "solver":
+            raise ValueError(
+                f"prior: got {self.prior}, but recipe {self.recipe!r} has no budget to share out; "
+                "use recipe fast, best or mixed"
+            )
         if self.how.needs_calibration and self.calibration is None:
             raise ValueError(
                 f"calibration: recipe {self.recipe!r} needs the folder that `moetier calibrate` "

@@ -58,8 +58,10 @@ def make_plans(
     scans: Mapping[ExpertKey, ExpertScan],
     calibration: Calibration | None,
     measure: MeasureAll,
+    prior: Mapping[int, float] | None = None,
 ) -> Planned:
-    """Plans as the config's recipe makes them. `measure` gives curves of sample experts.
+    """Plans as the config's recipe makes them. `measure` gives curves of sample experts, `prior`
+    says how much layers matter where the calibration has not measured it.
 
     Raises ValueError when the config does not fit the model, or the budget is too small.
     """
@@ -72,7 +74,7 @@ def make_plans(
         assert recipe.error_bound is not None, "error-bounded recipes have a default bound"
         plans = dict.fromkeys(scans, CodecPlan(how.codec, recipe.error_bound))
     elif how.allocation == "solver":
-        plans, recipe = _solved(config, recipe, model, scans, calibration, measure)
+        plans, recipe = _solved(config, recipe, model, scans, calibration, measure, prior)
     else:
         plans = _by_rank(config, recipe, model, scans)
     for layer_codec in config.layer_codecs:
@@ -114,6 +116,7 @@ def _solved(
     scans: Mapping[ExpertKey, ExpertScan],
     calibration: Calibration | None,
     measure: MeasureAll,
+    prior: Mapping[int, float] | None,
 ) -> tuple[dict[ExpertKey, ExpertPlan | CodecPlan], Recipe]:
     uses = {key: _use(key, model, scans, calibration) for key in scans}
     measured = measure(sample_keys(model, uses))
@@ -126,7 +129,7 @@ def _solved(
     chosen = choose_plans(
         model,
         uses,
-        layer_weights(model, calibration),
+        layer_weights(model, calibration, prior),
         curves,
         budget=recipe.budget,
         top_n=config.top_n if config.how.repairs else 0,
@@ -145,19 +148,36 @@ def sample_keys(model: ModelInfo, uses: Mapping[ExpertKey, ExpertUse]) -> list[E
     return [max(of_layer, key=lambda key: (uses[key].use, -key.expert)) for of_layer in keys]
 
 
-def layer_weights(model: ModelInfo, calibration: Calibration | None) -> dict[int, float]:
+def layer_weights(
+    model: ModelInfo,
+    calibration: Calibration | None,
+    prior: Mapping[int, float] | None = None,
+) -> dict[int, float]:
     """Loss per unit of squared error in each layer's MoE output.
 
     With a calibration: measured nats per unit of relative error over the output's energy; where the
-    sensitivity was not measured every layer's relative error counts the same. Without one: 1.
+    sensitivity was not measured a relative error counts as `prior` says, without one the same in
+    every layer. Without a calibration: the prior, or 1.
     """
+    measured = {} if calibration is None else calibration.layer_sensitivity
+    nats = _sensitivity(tuple(model.moe_layers), measured, prior)
     if calibration is None:
-        return dict.fromkeys(model.moe_layers, 1.0)
-    tables, nats = calibration.info.tables, calibration.layer_sensitivity
-    return {
-        layer: nats.get(layer, 1.0) / (tables[layer].output_energy or 1.0)
-        for layer in model.moe_layers
-    }
+        return nats
+    tables = calibration.info.tables
+    return {layer: nats[layer] / (tables[layer].output_energy or 1.0) for layer in nats}
+
+
+def _sensitivity(
+    layers: Sequence[int], measured: Mapping[int, float], prior: Mapping[int, float] | None
+) -> dict[int, float]:
+    """Measured nats; elsewhere the prior, scaled to the layers that have both."""
+    if prior is None:
+        return {layer: measured.get(layer, 1.0) for layer in layers}
+    both = [layer for layer in layers if layer in measured]
+    scale = 1.0
+    if both:
+        scale = sum(measured[layer] for layer in both) / sum(prior[layer] for layer in both)
+    return {layer: measured.get(layer, scale * prior[layer]) for layer in layers}
 
 
 def _use(

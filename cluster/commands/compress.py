@@ -60,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what `moetier calibrate` wrote for this model; best needs it",
     )
     parser.add_argument(
+        "--prior",
+        type=Path,
+        metavar="FILE",
+        help="prior.json of `moetier study`, for best, fast and mixed: how much each layer matters "
+        "where the calibration has not measured it",
+    )
+    parser.add_argument(
         "--error-bound",
         metavar="MODE:VALUE",
         help="of sz3 and cuszp: row:0.1 is 0.1 of the rms of a weight's row; also group, absolute",
@@ -109,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         methods=_methods(args.recipe, args.quantizer),
         budget=args.budget,
         calibration=args.calibration,
+        prior=args.prior,
         error_bound=args.error_bound,
         layer_codecs=tuple(args.layer_codec),
         recipe=args.recipe,
