@@ -154,7 +154,7 @@ class MomentSum:
         """Count the tokens of another sum of the same width too."""
         if other.cols != self.cols:
             raise ValueError(f"other: expected a sum over {self.cols} inputs, got {other.cols}")
-        self._sum += other._sum
+        self._sum = self._sum + other._sum  # either may come from inference mode
         self.count += other.count
 
     def moment(self) -> Moment:

@@ -132,3 +132,13 @@ def test_what_does_not_fit_is_refused() -> None:
         Moment.identity(64).shrunk(Moment.identity(64), -1)
     with pytest.raises(ValueError, match="do not fit 128 inputs"):
         Moment.from_packed(torch.zeros(7), 128)
+
+
+def test_sums_made_while_a_model_runs_can_be_merged_later() -> None:
+    with torch.inference_mode():
+        one, two = MomentSum(64), MomentSum(64)
+        one.add(inputs(10, 64))
+        two.add(inputs(20, 64, seed=1))
+    one.merge(two)
+    assert one.moment().values.isfinite().all()
+    assert one.count == 30

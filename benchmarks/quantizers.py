@@ -1,0 +1,373 @@
+"""The quantisers of expert_store/matrix against each other: error, weighted error, loss, speed.
+
+`python -m benchmarks.quantizers [PART ...]` measures parts (all by default) and replaces their
+sections in the report. Needs what benchmarks/smollm2.py needs.
+
+Legend: N rows, K cols.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from hqq.core.quantize import Quantizer
+
+from benchmarks.record import RESULTS, provenance
+from benchmarks.smollm2 import DOMAINS, PROJECTIONS, Place, SmolLM2
+from expert_store.checkpoint import Checkpoint
+from expert_store.matrix.feedback import quantize_feedback
+from expert_store.matrix.grid import quantize_grid
+from expert_store.matrix.hqq import quantize_hqq
+from expert_store.matrix.loss import relative_error
+from expert_store.matrix.moments import FULL_INPUTS, Moment, MomentSum
+from expert_store.matrix.rtn import quantize_rtn
+from kernels.reference import dequantize
+from kernels.types import GROUP_SIZE, Grid, QuantizedMatrix
+from models import MIXTRAL_MINI
+
+OUT = RESULTS / "quantizers.md"
+LAYERS = (1, 10, 20, 28)
+GRIDS: tuple[Grid, ...] = ("affine", "symmetric")
+BITS = (2, 3, 4)
+FIT_TOKENS = 1024 * len(DOMAINS)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A quantiser: weight, bits and a moment (used or not) in, codes out."""
+
+    name: str
+    grid: Grid
+    run: Callable[[torch.Tensor, int, Moment], QuantizedMatrix]
+
+
+def methods() -> list[Method]:
+    """All quantisers, from the control to the best. Each is called again where it is used."""
+    found = [Method("hqq", "affine", lambda w, bits, m: quantize_hqq(w, bits))]
+    for grid in GRIDS:
+
+        def rtn(w: torch.Tensor, bits: int, m: Moment, grid: Grid = grid) -> QuantizedMatrix:
+            return quantize_rtn(w, bits, grid=grid)
+
+        def plain(w: torch.Tensor, bits: int, m: Moment, grid: Grid = grid) -> QuantizedMatrix:
+            return quantize_grid(w, bits, grid=grid)
+
+        def aware(w: torch.Tensor, bits: int, m: Moment, grid: Grid = grid) -> QuantizedMatrix:
+            return quantize_grid(w, bits, grid=grid, moment=m)
+
+        def groups(w: torch.Tensor, bits: int, m: Moment, grid: Grid = grid) -> QuantizedMatrix:
+            return quantize_feedback(w, bits, grid=grid, moment=m.blocks_only())
+
+        def full(w: torch.Tensor, bits: int, m: Moment, grid: Grid = grid) -> QuantizedMatrix:
+            return quantize_feedback(w, bits, grid=grid, moment=m)
+
+        found += [
+            Method("round to nearest", grid, rtn),
+            Method("grid", grid, plain),
+            Method("grid, moment's diagonal", grid, aware),
+            Method("feedback, blocks of 64", grid, groups),
+            Method("feedback, full moment", grid, full),
+        ]
+    return found
+
+
+UNCALIBRATED = ("hqq", "round to nearest", "grid")
+
+
+@cache
+def smollm2() -> SmolLM2:
+    return SmolLM2()
+
+
+@cache
+def moments(part: str, layers: tuple[int, ...]) -> dict[Place, Moment]:
+    """Second moments over all domains; those to fit with are shrunk by their number of tokens."""
+    places = [Place(layer, name) for layer in layers for name in ("in", "mid")]
+    sums: dict[Place, MomentSum] = {}
+    for domain in DOMAINS:
+        for place, found in smollm2().moment_sums(part, domain, places).items():
+            if place in sums:
+                sums[place].merge(found)
+            else:
+                sums[place] = found
+    if part == "held":
+        return {place: found.moment() for place, found in sums.items()}
+    return {place: each.moment().shrunk_to_diagonal(each.count) for place, each in sums.items()}
+
+
+def weights_of_smollm2() -> dict[str, torch.Tensor]:
+    return {
+        f"{layer} {name}": smollm2().weight(layer, name) for layer in LAYERS for name in PROJECTIONS
+    }
+
+
+def errors() -> str:
+    """Relative squared error of weights, without calibration, on four families of matrices."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(5, 576, 1536, generator=generator)
+    checkpoint = Checkpoint(MIXTRAL_MINI)
+    experts = [checkpoint.expert(checkpoint.keys[i]) for i in (0, len(checkpoint.keys) // 2, -1)]
+    families = {
+        "Gaussian": [normal[0]],
+        "Student t, 4 d.f.": [normal[0] / normal[1:].square().mean(dim=0).sqrt()],
+        "SmolLM2 (12)": list(weights_of_smollm2().values()),
+        "mixtral-mini (9)": [getattr(e, name).float() for e in experts for name in PROJECTIONS],
+    }
+    rows = []
+    hqq: dict[tuple[int, str], list[float]] = {}
+    for bits in BITS:
+        for method in methods():
+            if method.name not in UNCALIBRATED:
+                continue
+            cells = []
+            for name, weights in families.items():
+                found = [_relative(method, w, bits, Moment.identity(w.shape[1])) for w in weights]
+                if method.name == "hqq":
+                    hqq[bits, name] = found
+                elif (method.name, method.grid) == ("grid", "affine"):
+                    pairs = zip(found, hqq[bits, name], strict=True)
+                    assert all(mine <= theirs for mine, theirs in pairs), (
+                        f"grid is worse than hqq on {name} at {bits} bits: no table is written"
+                    )
+                cells.append(f"{fmean(found):.4f}")
+            rows.append(
+                [str(bits), method.name, method.grid, _bits_per_weight(method, bits), *cells]
+            )
+            print(rows[-1], flush=True)
+    return (
+        "Mean over matrices of the squared error over the weight's energy. Gate (passed): on every "
+        "matrix the affine grid is no worse than hqq.\n\n"
+        + _table(["bits", "method", "levels", "bits/weight", *families], rows)
+    )
+
+
+def weighted() -> str:
+    """Weighted error on the tokens that the moment was taken from, and on others."""
+    fit, held = moments("fit", LAYERS), moments("held", LAYERS)
+    rows = []
+    for bits in BITS:
+        for method in methods():
+            plain, seen, unseen = [], {"in": [], "mid": []}, {"in": [], "mid": []}
+            for layer in LAYERS:
+                for name in PROJECTIONS:
+                    place = Place.of(layer, name)
+                    weight = smollm2().weight(layer, name)
+                    found = dequantize(method.run(weight, bits, fit[place]))
+                    plain.append(relative_error(weight, found))
+                    seen[place.name].append(relative_error(weight, found, fit[place]))
+                    unseen[place.name].append(relative_error(weight, found, held[place]))
+            size = float(_bits_per_weight(method, bits))
+            both = fmean(_geometric(unseen[name]) for name in ("in", "in", "mid"))
+            cells = [f"{fmean(plain):.4f}", *(f"{_geometric(seen[n]):.5f}" for n in seen)]
+            cells += [f"{_geometric(unseen[n]):.5f}" for n in unseen] + [f"{both * 4**size:.3f}"]
+            rows.append([str(bits), method.name, method.grid, f"{size:.3f}", *cells])
+            print(rows[-1], flush=True)
+    head = ["bits", "method", "levels", "bits/weight", "D plain"]
+    head += [
+        "D seen, gate+up",
+        "D seen, down",
+        "D unseen, gate+up",
+        "D unseen, down",
+        "unseen x 4^b",
+    ]
+    return (
+        f"SmolLM2, layers {', '.join(map(str, LAYERS))}, gate, up, down. Moments from "
+        f"{FIT_TOKENS} tokens of six domains, shrunk to their diagonal, judged by themselves "
+        f"(seen) and by {FIT_TOKENS} other tokens of these domains (unseen). D plain: mean squared "
+        "error over energy. D seen, unseen: the same of outputs, geometric mean over matrices, "
+        "since layers differ by a hundredfold. Last column: unseen error of gate, up and down times "
+        "4^(bits per weight): the price of an error at equal bytes, lower is better. SmolLM2's "
+        "weights come from 4-bit affine codes, which flatters affine levels at 4 bits.\n\n"
+        + _table(head, rows)
+    )
+
+
+def shrinkage() -> str:
+    """How to trust a moment of few tokens: one domain plays the expert, all domains the pool."""
+    rules: dict[str, Callable[[Moment, Moment, int], Moment]] = {
+        "own alone": lambda own, pool, n: own,
+        "own, to its diagonal": lambda own, pool, n: own.shrunk_to_diagonal(n),
+        "pool alone": lambda own, pool, n: pool,
+        "Ledoit-Wolf": _ledoit_wolf,
+        **{
+            f"pool as {share:g} K tokens": partial(_as_tokens, share)
+            for share in (0.25, 0.5, 1.0, 2.0, 4.0)
+        },
+    }
+    rows = []
+    for layer, projection in ((10, "gate"), (10, "down"), (20, "down")):
+        place, weight = Place.of(layer, projection), smollm2().weight(layer, projection)
+        seen = {domain: smollm2().inputs("fit", domain, place) for domain in DOMAINS}
+        pooled = _moment(torch.cat(list(seen.values())))
+        pooled = pooled.shrunk_to_diagonal(sum(map(len, seen.values())))
+        for domain in ("pydoc", "literature"):
+            unseen = _moment(smollm2().inputs("held", domain, place))
+            shuffled = torch.randperm(len(seen[domain]), generator=torch.Generator().manual_seed(0))
+            for tokens in (64, 256, len(shuffled)):
+                own = _moment(seen[domain][shuffled[:tokens]])
+                cells = []
+                for rule in rules.values():
+                    moment = rule(own, pooled, tokens)
+                    matrix = quantize_feedback(weight, 2, grid="symmetric", moment=moment)
+                    cells.append(f"{relative_error(weight, dequantize(matrix), unseen):.4f}")
+                rows.append([f"{layer} {projection}", domain, str(tokens), *cells])
+                print(rows[-1], flush=True)
+    return (
+        "Weighted error at 2 bits, symmetric, full moment, on unseen text of the domain, by how "
+        "the moment of some of its tokens is drawn toward that of all domains (itself shrunk to "
+        "its diagonal as K tokens). K is the number of inputs. `Moment.shrunk` is the pool as 1 K "
+        "tokens. The first token of a window is left out.\n\n"
+        + _table(["matrix", "domain", "tokens", *rules], rows)
+    )
+
+
+def speed() -> str:
+    """Process CPU seconds of one matrix, one thread."""
+    shapes = {"Mixtral-8x7B gate [14336, 4096]": (14336, 4096), "down [4096, 14336]": (4096, 14336)}
+    shapes["DeepSeek-V2-Lite gate [1408, 2048]"] = (1408, 2048)
+    rows = []
+    for name, (n, k) in shapes.items():
+        weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
+        total = MomentSum(k)
+        total.add(torch.randn(2 * GROUP_SIZE, k, generator=torch.Generator().manual_seed(1)))
+        moment = total.moment().shrunk_to_diagonal(total.count)
+        library = partial(
+            Quantizer.quantize, weight, nbits=2, group_size=GROUP_SIZE, axis=1, bitpack=False
+        )
+        base = _seconds(partial(library, device="cpu"))
+        rows.append([name, "hqq, the library's own call", "affine", f"{base:.2f}", "1.0"])
+        for method in methods():
+            if method.name.endswith("full moment") and k > FULL_INPUTS:
+                continue
+            if method.name == "round to nearest" and method.grid == "symmetric":
+                continue
+            seconds = _seconds(partial(method.run, weight, 2, moment))
+            label = "hqq in our row chunks" if method.name == "hqq" else method.name
+            rows.append([name, label, method.grid, f"{seconds:.2f}", f"{base / seconds:.1f}"])
+            print(rows[-1], flush=True)
+        print(rows[-1], flush=True)
+    return (
+        "2 bits, Gaussian weights, packing included (the library's call packs nothing), one "
+        "thread, one run each, process CPU time. Other processes shared the two cores, which "
+        "slows the caches for all rows alike.\n\n"
+        + _table(["matrix", "method", "levels", "CPU s", "times hqq's speed"], rows)
+    )
+
+
+def loss() -> str:
+    """Nats per token of the dense model with all 90 FFN matrices replaced."""
+    fit = moments("fit", tuple(range(30)))
+    base = smollm2().losses(None)
+    rows = [["16", "original", "", "", f"{fmean(base):.4f}", *(f"{each:.3f}" for each in base)]]
+    for bits in BITS[::-1]:
+        for method in methods():
+
+            def replace(
+                layer: int, name: str, w: torch.Tensor, bits: int = bits, method: Method = method
+            ) -> torch.Tensor:
+                return dequantize(method.run(w, bits, fit[Place.of(layer, name)]))
+
+            more = [a - b for a, b in zip(smollm2().losses(replace), base, strict=True)]
+            error = math.sqrt(
+                sum((x - fmean(more)) ** 2 for x in more) / (len(more) - 1) / len(more)
+            )
+            size = _bits_per_weight(method, bits)
+            cells = [f"+{fmean(more):.3f} ± {error:.3f}", *(f"+{each:.3f}" for each in more)]
+            rows.append([str(bits), method.name, method.grid, size, *cells])
+            print(rows[-1], flush=True)
+    return (
+        "SmolLM2-135M-Instruct, dense, 512 unseen tokens of each domain; ± is the standard error "
+        "over domains. Moments as above, of every layer, from the original model.\n\n"
+        + _table(["bits", "method", "levels", "bits/weight", "nats/token", *DOMAINS], rows)
+    )
+
+
+def _ledoit_wolf(own: Moment, pooled: Moment, tokens: int) -> Moment:
+    """Toward the pool, by the squared noise expected of Gaussian inputs over the distance."""
+    trace = float(pooled.diagonal().sum(dtype=torch.float64))
+    noise = trace**2 + float(pooled.values.double().square().sum())
+    distance = float((own.values - pooled.values).double().square().sum())
+    return Moment(torch.lerp(own.values, pooled.values, min(1.0, noise / tokens / distance)))
+
+
+def _as_tokens(share: float, own: Moment, pooled: Moment, tokens: int) -> Moment:
+    prior = share * own.cols
+    return Moment(torch.lerp(own.values, pooled.values, prior / (prior + tokens)))
+
+
+def _moment(x_TK: torch.Tensor) -> Moment:
+    total = MomentSum(x_TK.shape[1])
+    total.add(x_TK)
+    return total.moment()
+
+
+def _relative(method: Method, weight: torch.Tensor, bits: int, moment: Moment) -> float:
+    return relative_error(weight, dequantize(method.run(weight, bits, moment)))
+
+
+def _bits_per_weight(method: Method, bits: int) -> str:
+    return f"{bits + (32 if method.grid == 'affine' else 8) / GROUP_SIZE:.3f}"
+
+
+def _geometric(values: Iterable[float]) -> float:
+    return math.exp(fmean(math.log(each) for each in values))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start_s = time.process_time()
+    run()
+    return time.process_time() - start_s
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+PARTS = {
+    "errors": ("Without calibration", errors),
+    "weighted": ("With calibration", weighted),
+    "shrinkage": ("Moments of few tokens", shrinkage),
+    "loss": ("Loss", loss),
+    "speed": ("Speed", speed),
+}
+_TITLE = "# Quantisers, matrix by matrix"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", nargs="*", choices=[*PARTS, []], help="default: all")
+    parser.add_argument("--out", type=Path, default=OUT)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    for part in given.part or PARTS:
+        heading, measure = PARTS[part]
+        body = f"{measure()}\n\nBy `python -m benchmarks.quantizers {part}`: {provenance()}"
+        given.out.write_text(with_section(_read(given.out), heading, body))
+        print(f"wrote {part} to {given.out}", flush=True)
+    return 0
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else _TITLE + "\n"
+
+
+def with_section(page: str, heading: str, body: str) -> str:
+    """The page with one section replaced or added, sections in the order of `PARTS`."""
+    title, *sections = page.rstrip("\n").split("\n## ")
+    bodies = dict(section.split("\n\n", 1) for section in sections)
+    bodies[heading] = body
+    order = [name for name, _ in PARTS.values() if name in bodies]
+    return "\n\n## ".join([title.strip(), *(f"{n}\n\n{bodies[n].strip()}" for n in order)]) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
