@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name != "matplotlib":
             raise
         parser.error("matplotlib is not installed; run pip install 'moetier[report]'")
-    from benchmarks.per_byte.experiments import experiments
+    from benchmarks.per_byte.experiments import chosen, experiments
     from benchmarks.per_byte.runner import Runner
     from cluster.report.routing import skew_of_store
     from cluster.report.store_sections import skew_of_tables
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     info = Checkpoint(model).model_info
     wanted = experiments(info.top_k, args.calibration)
     if args.only:
-        wanted = [e for e in wanted if e.label.startswith(("original bf16", *args.only))]
+        wanted = chosen(wanted, args.only)
     rows = args.rows or cache_folder() / "rows" / f"quality-per-byte-{info.name}.jsonl"
     rows.parent.mkdir(parents=True, exist_ok=True)
     minutes = math.inf if args.budget_minutes is None else args.budget_minutes

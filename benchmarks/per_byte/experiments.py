@@ -5,7 +5,7 @@ A list of plain values; what is made and measured of it is `benchmarks/per_byte/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -71,13 +71,30 @@ def experiments(top_k: int, calibration: Path | None) -> list[Experiment]:
     return [item for item in every if calibration is not None or not _needs(item)]
 
 
+def chosen(every: Sequence[Experiment], prefixes: Sequence[str]) -> list[Experiment]:
+    """Those whose labels begin so, the original, and all that they are held against.
+
+    Raises ValueError for a prefix that no label has.
+    """
+    for prefix in prefixes:
+        if not any(item.label.startswith(prefix) for item in every):
+            labels = ", ".join(item.label for item in every)
+            raise ValueError(f"--only: got {prefix!r}, with which none begins of: {labels}")
+    wanted = {ORIGINAL}
+    for item in reversed(every):  # what an experiment needs stands before it
+        if item.label in wanted or item.label.startswith(tuple(prefixes)):
+            needed = (item.label, item.base, item.budget_of, item.equal_bytes_to)
+            wanted |= {label for label in needed if label is not None}
+    return [item for item in every if item.label in wanted]
+
+
 def _needs(item: Experiment) -> bool:
     return item.config.how.needs_calibration
 
 
 def _config(recipe: str, calibration: Path | None = None, **changes: Any) -> CompressionConfig:
-    """Without a calibration the config of a recipe that needs one cannot be: fast stands in, and
-    `experiments` leaves it out by its methods."""
+    """Without a calibration a recipe that needs one gets a folder that is none: no config can be
+    without, and `experiments` leaves it out."""
     if calibration is None and METHODS[recipe].needs_calibration:
         calibration = Path("missing")
     return CompressionConfig(recipe=recipe, calibration=calibration, **changes)
