@@ -134,7 +134,7 @@ def page(rows: Sequence[SpeedRow]) -> str:
         "One matrix of each shape through the code of `moetier compress`, 2-bit codes and rank 32,",
         "process CPU time on one thread, all recipes in one run. Whole models: that figure times",
         "their matrices (768 and 4992), plus the solver's sample curves, over the cores; nothing",
-        "of that size was compressed here. `best` reads input moments of a calibration made before.",
+        "of that size was compressed here. `best` reads moments of a calibration made before.",
         "",
         "| shape | recipe | codes s | whole matrix s | times faster than paper | curves s a sample "
         "| model on 2 cores, min | on 64 cores, min | experts/min on 2 cores |",
