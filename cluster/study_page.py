@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from cluster.study import StudyRow
 from cluster.study_cells import GROUPS, HEATS
@@ -33,6 +34,31 @@ def heat_map(rows: Sequence[StudyRow]) -> str:
                 cells = [_shaded(value, largest) for value in found]
                 lines.append(f"| {group} | {heat} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class HeatGrid:
+    """The heat map as numbers: log10 of KL in nats, NaN where there is none."""
+
+    values: tuple[tuple[float, ...], ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+
+
+def heat_grid(rows: Sequence[StudyRow]) -> HeatGrid:
+    """A line per layer group and heat, a column per treatment, for whoever draws."""
+    kl = {(f"{r.cell.group} {r.cell.heat}", str(r.cell.treatment)): r.row.kl or 0.0 for r in rows}
+    names = tuple(f"{group} {heat}" for group in GROUPS for heat in HEATS)
+    names = tuple(name for name in names if any(place == name for place, _ in kl))
+    columns = tuple(dict.fromkeys(column for _, column in kl))
+    values = tuple(
+        tuple(
+            math.log10(value) if (value := kl.get((name, column), 0.0)) > 0 else math.nan
+            for column in columns
+        )
+        for name in names
+    )
+    return HeatGrid(values, names, columns)
 
 
 def lines_of(rows: Sequence[StudyRow]) -> list[dict[str, object]]:

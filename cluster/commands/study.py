@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from cluster.progress import store_progress
 from cluster.stores import original_store
 from cluster.study import StudyRow, as_plain, layer_prior, study
 from cluster.study_cells import StudySettings, Treatment
-from cluster.study_page import as_text, page
+from cluster.study_page import as_text, heat_grid, page
 from cluster.texts import BUILT_IN, read_texts
 from expert_store.calibration import Calibration
 from expert_store.format import load_manifest
@@ -29,7 +30,8 @@ The experts of each cell are really compressed and decoded by the codec, as a st
 all others stay the original bfloat16. A layer's hot experts are the most used ones that take half
 of its routed tokens. Reports loss, KL divergence from the original and agreement with it, and the
 bits of the cell's experts. With --out, FOLDER gets rows.jsonl (from which a stopped study goes on),
-study.md with a heat map, and prior.json: how much each layer matters."""
+study.md with a heat map, prior.json for `moetier compress --prior`: how much each layer matters,
+and, where matplotlib is installed (moetier[report]), study.svg."""
 
 DEFAULT_BOUNDS = ("row:0.1", "row:0.3", "row:0.6")
 WINDOWS, WINDOW_TOKENS = 16, 256
@@ -131,8 +133,26 @@ def write(
     *,
     notes: list[str],
 ) -> None:
-    """The page and the prior."""
+    """The page, the prior and, where it can be drawn, the heat map."""
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{model.name}: what coarse experts cost by depth, heat and error bound"
     (folder / "study.md").write_text(page(rows, prior, title=title, notes=notes), encoding="utf-8")
     save_prior(folder / "prior.json", model, prior)
+    if find_spec("matplotlib") is not None:
+        (folder / "study.svg").write_text(draw(rows), encoding="utf-8")
+
+
+def draw(rows: list[StudyRow]) -> str:
+    """The heat map as SVG."""
+    # The one import that only some can do: the package is optional and large.
+    from cluster.report.plots import heat_map
+
+    grid = heat_grid(rows)
+    return heat_map(
+        grid.values,
+        rows=grid.rows,
+        columns=grid.columns,
+        x_label="what is done to the experts",
+        y_label="layers, experts",
+        value_label="log10 KL, nats per token",
+    )

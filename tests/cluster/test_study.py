@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from cluster.eval_settings import Variant
 from cluster.references import References
 from cluster.study import StudyRow, layer_prior, study_windows
 from cluster.study_cells import StudySettings, Treatment, cells, hot_experts, layer_groups
-from cluster.study_page import heat_map, page
+from cluster.study_page import heat_grid, heat_map, page
 from cluster.study_source import Encoder
 from cluster.texts import EvalText
 from expert_store.codecs.bound import ErrorBound, largest_error
@@ -182,6 +183,11 @@ def test_the_prior_is_the_groups_kl_per_layer(original: OpenVariant, tmp_path: P
     assert heat_map(rows) in shown
     assert "█" in shown
     assert f"| middle | all | {kl['middle']:.5f}" in shown
+    grid = heat_grid(rows)
+    assert grid.columns == (f"cuszp {COARSE}",)
+    assert len(grid.rows) == len(rows)
+    (drawn,) = grid.values[grid.rows.index("middle all")]
+    assert 10**drawn == pytest.approx(kl["middle"])
 
 
 def test_a_prior_is_read_for_its_model_alone(original: OpenVariant, tmp_path: Path) -> None:
@@ -217,6 +223,8 @@ def test_the_command_writes_rows_page_and_prior(moetier: Run, tmp_path: Path) ->
     prior = json.loads((tmp_path / "prior.json").read_text())["layers"]
     assert sum(prior.values()) == pytest.approx(6)
     assert "█" in (tmp_path / "study.md").read_text()
+    has_plots = find_spec("matplotlib") is not None
+    assert (tmp_path / "study.svg").is_file() == has_plots
     code, out, _ = moetier("study", "mixtral-mini", *arguments, "--json")
     assert code == 0
     assert json.loads(out)["prior"] == pytest.approx(prior)
