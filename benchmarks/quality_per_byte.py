@@ -3,7 +3,8 @@
 `python -m benchmarks.quality_per_byte --model smol-moe --calibration FOLDER` makes the stores it
 needs in the cache folder, measures, keeps rows so that it goes on where it stopped, and writes
 benchmarks/results/quality-per-byte-MODEL.md and .html. With `--budget-minutes` it stops in time
-and writes the page of what there is: the most important variants come first.
+and writes the page of what there is, the most important variants come first; `--budget-minutes 0`
+measures nothing and writes the page of the rows that are kept.
 """
 
 from __future__ import annotations
