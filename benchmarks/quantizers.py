@@ -13,15 +13,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from hqq.core.quantize import Quantizer
 
-from benchmarks.record import RESULTS, provenance
-from benchmarks.smollm2 import DOMAINS, PROJECTIONS, Place, SmolLM2
+from benchmarks import quantizer_choices
+from benchmarks.record import RESULTS, provenance, table
+from benchmarks.smollm2 import DOMAINS, FIT_TOKENS, PROJECTIONS, Place, loaded, moments
 from expert_store.checkpoint import Checkpoint
 from expert_store.matrix.feedback import quantize_feedback
 from expert_store.matrix.grid import quantize_grid
@@ -37,7 +38,7 @@ OUT = RESULTS / "quantizers.md"
 LAYERS = (1, 10, 20, 28)
 GRIDS: tuple[Grid, ...] = ("affine", "symmetric")
 BITS = (2, 3, 4)
-FIT_TOKENS = 1024 * len(DOMAINS)
+LOSS_BITS = (3, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +83,9 @@ def methods() -> list[Method]:
 UNCALIBRATED = ("hqq", "round to nearest", "grid")
 
 
-@cache
-def smollm2() -> SmolLM2:
-    return SmolLM2()
-
-
-@cache
-def moments(part: str, layers: tuple[int, ...]) -> dict[Place, Moment]:
-    """Second moments over all domains; those to fit with are shrunk by their number of tokens."""
-    places = [Place(layer, name) for layer in layers for name in ("in", "mid")]
-    sums: dict[Place, MomentSum] = {}
-    for domain in DOMAINS:
-        for place, found in smollm2().moment_sums(part, domain, places).items():
-            if place in sums:
-                sums[place].merge(found)
-            else:
-                sums[place] = found
-    if part == "held":
-        return {place: found.moment() for place, found in sums.items()}
-    return {place: each.moment().shrunk_to_diagonal(each.count) for place, each in sums.items()}
-
-
-def weights_of_smollm2() -> dict[str, torch.Tensor]:
+def weights_of_loaded() -> dict[str, torch.Tensor]:
     return {
-        f"{layer} {name}": smollm2().weight(layer, name) for layer in LAYERS for name in PROJECTIONS
+        f"{layer} {name}": loaded().weight(layer, name) for layer in LAYERS for name in PROJECTIONS
     }
 
 
@@ -118,7 +98,7 @@ def errors() -> str:
     families = {
         "Gaussian": [normal[0]],
         "Student t, 4 d.f.": [normal[0] / normal[1:].square().mean(dim=0).sqrt()],
-        "SmolLM2 (12)": list(weights_of_smollm2().values()),
+        "SmolLM2 (12)": list(weights_of_loaded().values()),
         "mixtral-mini (9)": [getattr(e, name).float() for e in experts for name in PROJECTIONS],
     }
     rows = []
@@ -145,7 +125,7 @@ def errors() -> str:
     return (
         "Mean over matrices of the squared error over the weight's energy. Gate (passed): on every "
         "matrix the affine grid is no worse than hqq.\n\n"
-        + _table(["bits", "method", "levels", "bits/weight", *families], rows)
+        + table(["bits", "method", "levels", "bits/weight", *families], rows)
     )
 
 
@@ -159,7 +139,7 @@ def weighted() -> str:
             for layer in LAYERS:
                 for name in PROJECTIONS:
                     place = Place.of(layer, name)
-                    weight = smollm2().weight(layer, name)
+                    weight = loaded().weight(layer, name)
                     found = dequantize(method.run(weight, bits, fit[place]))
                     plain.append(relative_error(weight, found))
                     seen[place.name].append(relative_error(weight, found, fit[place]))
@@ -183,49 +163,10 @@ def weighted() -> str:
         f"{FIT_TOKENS} tokens of six domains, shrunk to their diagonal, judged by themselves "
         f"(seen) and by {FIT_TOKENS} other tokens of these domains (unseen). D plain: mean squared "
         "error over energy. D seen, unseen: the same of outputs, geometric mean over matrices, "
-        "since layers differ by a hundredfold. Last column: unseen error of gate, up and down times "
-        "4^(bits per weight): the price of an error at equal bytes, lower is better. SmolLM2's "
-        "weights come from 4-bit affine codes, which flatters affine levels at 4 bits.\n\n"
-        + _table(head, rows)
-    )
-
-
-def shrinkage() -> str:
-    """How to trust a moment of few tokens: one domain plays the expert, all domains the pool."""
-    rules: dict[str, Callable[[Moment, Moment, int], Moment]] = {
-        "own alone": lambda own, pool, n: own,
-        "own, to its diagonal": lambda own, pool, n: own.shrunk_to_diagonal(n),
-        "pool alone": lambda own, pool, n: pool,
-        "Ledoit-Wolf": _ledoit_wolf,
-        **{
-            f"pool as {share:g} K tokens": partial(_as_tokens, share)
-            for share in (0.25, 0.5, 1.0, 2.0, 4.0)
-        },
-    }
-    rows = []
-    for layer, projection in ((10, "gate"), (10, "down"), (20, "down")):
-        place, weight = Place.of(layer, projection), smollm2().weight(layer, projection)
-        seen = {domain: smollm2().inputs("fit", domain, place) for domain in DOMAINS}
-        pooled = _moment(torch.cat(list(seen.values())))
-        pooled = pooled.shrunk_to_diagonal(sum(map(len, seen.values())))
-        for domain in ("pydoc", "literature"):
-            unseen = _moment(smollm2().inputs("held", domain, place))
-            shuffled = torch.randperm(len(seen[domain]), generator=torch.Generator().manual_seed(0))
-            for tokens in (64, 256, len(shuffled)):
-                own = _moment(seen[domain][shuffled[:tokens]])
-                cells = []
-                for rule in rules.values():
-                    moment = rule(own, pooled, tokens)
-                    matrix = quantize_feedback(weight, 2, grid="symmetric", moment=moment)
-                    cells.append(f"{relative_error(weight, dequantize(matrix), unseen):.4f}")
-                rows.append([f"{layer} {projection}", domain, str(tokens), *cells])
-                print(rows[-1], flush=True)
-    return (
-        "Weighted error at 2 bits, symmetric, full moment, on unseen text of the domain, by how "
-        "the moment of some of its tokens is drawn toward that of all domains (itself shrunk to "
-        "its diagonal as K tokens). K is the number of inputs. `Moment.shrunk` is the pool as 1 K "
-        "tokens. The first token of a window is left out.\n\n"
-        + _table(["matrix", "domain", "tokens", *rules], rows)
+        "since layers differ by a hundredfold. Last column: unseen error of gate, up and down "
+        "times 4^(bits per weight): the price of an error at equal bytes, lower is better. "
+        "SmolLM2's weights come from 4-bit affine codes, which flatters affine levels at 4 "
+        "bits.\n\n" + table(head, rows)
     )
 
 
@@ -258,16 +199,16 @@ def speed() -> str:
         "2 bits, Gaussian weights, packing included (the library's call packs nothing), one "
         "thread, one run each, process CPU time. Other processes shared the two cores, which "
         "slows the caches for all rows alike.\n\n"
-        + _table(["matrix", "method", "levels", "CPU s", "times hqq's speed"], rows)
+        + table(["matrix", "method", "levels", "CPU s", "times hqq's speed"], rows)
     )
 
 
 def loss() -> str:
     """Nats per token of the dense model with all 90 FFN matrices replaced."""
     fit = moments("fit", tuple(range(30)))
-    base = smollm2().losses(None)
+    base = loaded().losses(None)
     rows = [["16", "original", "", "", f"{fmean(base):.4f}", *(f"{each:.3f}" for each in base)]]
-    for bits in BITS[::-1]:
+    for bits in LOSS_BITS:
         for method in methods():
 
             def replace(
@@ -275,7 +216,7 @@ def loss() -> str:
             ) -> torch.Tensor:
                 return dequantize(method.run(w, bits, fit[Place.of(layer, name)]))
 
-            more = [a - b for a, b in zip(smollm2().losses(replace), base, strict=True)]
+            more = [a - b for a, b in zip(loaded().losses(replace), base, strict=True)]
             error = math.sqrt(
                 sum((x - fmean(more)) ** 2 for x in more) / (len(more) - 1) / len(more)
             )
@@ -286,27 +227,8 @@ def loss() -> str:
     return (
         "SmolLM2-135M-Instruct, dense, 512 unseen tokens of each domain; ± is the standard error "
         "over domains. Moments as above, of every layer, from the original model.\n\n"
-        + _table(["bits", "method", "levels", "bits/weight", "nats/token", *DOMAINS], rows)
+        + table(["bits", "method", "levels", "bits/weight", "nats/token", *DOMAINS], rows)
     )
-
-
-def _ledoit_wolf(own: Moment, pooled: Moment, tokens: int) -> Moment:
-    """Toward the pool, by the squared noise expected of Gaussian inputs over the distance."""
-    trace = float(pooled.diagonal().sum(dtype=torch.float64))
-    noise = trace**2 + float(pooled.values.double().square().sum())
-    distance = float((own.values - pooled.values).double().square().sum())
-    return Moment(torch.lerp(own.values, pooled.values, min(1.0, noise / tokens / distance)))
-
-
-def _as_tokens(share: float, own: Moment, pooled: Moment, tokens: int) -> Moment:
-    prior = share * own.cols
-    return Moment(torch.lerp(own.values, pooled.values, prior / (prior + tokens)))
-
-
-def _moment(x_TK: torch.Tensor) -> Moment:
-    total = MomentSum(x_TK.shape[1])
-    total.add(x_TK)
-    return total.moment()
 
 
 def _relative(method: Method, weight: torch.Tensor, bits: int, moment: Moment) -> float:
@@ -327,15 +249,11 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start_s
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 PARTS = {
     "errors": ("Without calibration", errors),
     "weighted": ("With calibration", weighted),
-    "shrinkage": ("Moments of few tokens", shrinkage),
+    "choices": ("What pays", quantizer_choices.choices),
+    "shrinkage": ("Moments of few tokens", quantizer_choices.shrinkage),
     "loss": ("Loss", loss),
     "speed": ("Speed", speed),
 }

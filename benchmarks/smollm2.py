@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.environment import cache_folder
-from expert_store.matrix.moments import MomentSum
+from expert_store.matrix.moments import Moment, MomentSum
 from models.smol.recipe import GGUF_FILE, PACKAGE
 
 GGUF = cache_folder() / "packages" / PACKAGE / GGUF_FILE
@@ -25,7 +26,9 @@ TEXTS = Path(__file__).resolve().parents[2] / "shared" / "mini" / "eval"
 DOMAINS = ("desktop", "lexicon", "literature", "politics", "pydoc", "sysdoc")
 PROJECTIONS = ("gate", "up", "down")
 WINDOW = 512
+FIT_TOKENS = 1024 * len(DOMAINS)
 Part = Literal["fit", "held"]
+PLACES: tuple[Literal["in", "mid"], ...] = ("in", "mid")
 _SPANS = {"fit": slice(0, 1024), "held": slice(2048, 3072)}
 
 Replace = Callable[[int, str, torch.Tensor], torch.Tensor]
@@ -120,3 +123,24 @@ class SmolLM2:
             logits = self._model(ids_T[None]).logits[0, :-1]
             found.append(float(cross_entropy(logits, ids_T[1:])))
         return found
+
+
+@cache
+def loaded() -> SmolLM2:
+    return SmolLM2()
+
+
+@cache
+def moments(part: Part, layers: tuple[int, ...], *, shrink: bool = True) -> dict[Place, Moment]:
+    """Second moments over all domains; those to fit with are shrunk by their number of tokens."""
+    places = [Place(layer, name) for layer in layers for name in PLACES]
+    sums: dict[Place, MomentSum] = {}
+    for domain in DOMAINS:
+        for place, found in loaded().moment_sums(part, domain, places).items():
+            if place in sums:
+                sums[place].merge(found)
+            else:
+                sums[place] = found
+    if part == "held" or not shrink:
+        return {place: found.moment() for place, found in sums.items()}
+    return {place: each.moment().shrunk_to_diagonal(each.count) for place, each in sums.items()}
