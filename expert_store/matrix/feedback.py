@@ -11,8 +11,6 @@ that one input of all rows is contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from expert_store.matrix.grid import column_weights, grid_levels, search
@@ -26,8 +24,8 @@ from expert_store.matrix.levels import (
 )
 from expert_store.matrix.loss import row_errors
 from expert_store.matrix.moments import Moment
-from expert_store.matrix.ordering import InputOrder, inputs_of
-from kernels.packing import middle_code
+from expert_store.matrix.ordering import InputOrder, independent, inputs_of
+from expert_store.matrix.refit import refitted
 from kernels.types import GROUP_SIZE, Grid, QuantizedMatrix
 
 SWEEPS = 2
@@ -54,7 +52,7 @@ def quantize_feedback(
     weight_K = column_weights(weight_NK, moment)
     levels = grid_levels(weight_NK, bits, grid=grid, weight_K=weight_K)
     codes_NK = encode(weight_NK, levels, bits)
-    for groups, own in _independent(moment):
+    for groups, own in independent(moment):
         order = InputOrder.of(own)
         if order.is_diagonal:
             continue
@@ -73,15 +71,6 @@ def quantize_feedback(
             codes[better_N] = found.codes_NK()[better_N]
             base.take(found.levels(), better_N)
     return pack_codes(codes_NK, levels, bits)
-
-
-def _independent(moment: Moment) -> Iterator[tuple[slice, Moment]]:
-    """Groups whose inputs go together, and their moment: all, or one group after the other."""
-    if moment.is_full:
-        yield slice(0, moment.cols // GROUP_SIZE), moment
-        return
-    for group, block in enumerate(moment.values):
-        yield slice(group, group + 1), Moment(block)
 
 
 class _Rounding:
@@ -195,27 +184,10 @@ class _Rounding:
         moment_gg: torch.Tensor,
         gradient_gN: torch.Tensor,
     ) -> None:
-        """The least-squares scale (and zero) of a group for its codes, all other groups fixed."""
-        scale_N, zero_scaled_N = self.scale_GN[group], self.zero_scaled_GN[group]
-        if self.grid == "symmetric":
-            codes_gN = codes_gN - middle_code(self.bits)
-        by_code_N = (codes_gN * gradient_gN).sum(dim=0)
-        code_code_N = (moment_gg @ codes_gN).mul_(codes_gN).sum(dim=0)
-        if self.grid == "symmetric":
-            self._store(group, scale_N + by_code_N / code_code_N, zero_scaled_N)
-            return
-        code_one_N = moment_gg.sum(dim=1) @ codes_gN
-        by_one_N, one_one = gradient_gN.sum(dim=0), moment_gg.sum()
-        determinant_N = code_code_N * one_one - code_one_N.square()
-        more_scale_N = (by_code_N * one_one - by_one_N * code_one_N) / determinant_N
-        more_zero_N = (by_code_N * code_one_N - by_one_N * code_code_N) / determinant_N
-        # Not where all codes are about the same, nor where the levels would be turned round.
-        is_fit_N = (determinant_N > 1e-5 * code_code_N * one_one) & (scale_N + more_scale_N > 0)
-        self._store(
-            group,
-            torch.where(is_fit_N, scale_N + more_scale_N, scale_N),
-            torch.where(is_fit_N, zero_scaled_N + more_zero_N, zero_scaled_N),
-        )
+        """The best levels of a group for its codes, as a tile would give them back."""
+        levels = self.scale_GN[group], self.zero_scaled_GN[group]
+        found = refitted(codes_gN, moment_gg, gradient_gN, levels, self.bits, self.grid)
+        self._store(group, *found)
 
     def _store(self, group: int, scale_N: torch.Tensor, zero_scaled_N: torch.Tensor) -> None:
         """Keep levels as a tile would give them back."""

@@ -20,8 +20,9 @@ from expert_store.matrix.feedback import quantize_feedback
 from expert_store.matrix.grid import quantize_grid
 from expert_store.matrix.low_rank import FactorForm, RankRepair
 from expert_store.matrix.planes import PlaneRepair
-from expert_store.matrix.progressive import Use, quantize_progressive
+from expert_store.matrix.progressive import quantize_progressive
 from expert_store.matrix.repair import Repair, repairs_of_kinds
+from expert_store.matrix.uses import Use
 from expert_store.matrix.weighting import Weighting
 from kernels.reference import dequantize
 from kernels.types import Grid, QuantizedMatrix

@@ -8,6 +8,7 @@ Legend: K cols, G groups of 64 cols, g the 64 cols of one group.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +57,6 @@ class InputOrder:
         weight_Gg = diagonal.square().view(-1, GROUP_SIZE).float()
         return cls(groups_G, cols_K, values, shares.float(), weight_Gg, is_diagonal)
 
-    def block(self, values: torch.Tensor, group: int) -> torch.Tensor:
-        """[64, 64] of a group and itself, from `moment` or `shares`."""
-        if values.dim() == 3:
-            return values[group]
-        part = inputs_of(group)
-        return values[part, part]
-
     def inputs_back(self, values_KN: torch.Tensor) -> torch.Tensor:
         """[N, K], the inputs as they lie in the matrix."""
         placed = torch.empty_like(values_KN)
@@ -79,3 +73,12 @@ class InputOrder:
 def inputs_of(group: int) -> slice:
     """The inputs of one group."""
     return slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
+
+
+def independent(moment: Moment) -> Iterator[tuple[slice, Moment]]:
+    """Groups whose inputs go together, and their full moment: all, or one after the other."""
+    if moment.is_full:
+        yield slice(0, moment.cols // GROUP_SIZE), moment
+        return
+    for group, block in enumerate(moment.values):
+        yield slice(group, group + 1), Moment(block)

@@ -5,40 +5,31 @@ a prefix of the planes, with what its rank blocks leave to be coded. The loss of
 is one quadratic form, the moment times a small matrix of the uses' shares, so the best code and
 signs of one input are found exactly, given those of the inputs before. Knows matrices only.
 
-Legend: N rows, K cols, G groups of 64 cols, g the 64 cols of one group, S uses, P planes.
+Legend: N rows, K cols, G groups of 64 cols, g the 64 cols of one group, S uses, P planes, C choices
+of signs.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 
 import torch
 
-from expert_store.matrix.levels import Levels, check_weight, nearest_codes, pack_codes, row_scales
+from expert_store.matrix.grid import column_weights
+from expert_store.matrix.levels import Levels, pack_codes
 from expert_store.matrix.moments import Moment
-from expert_store.matrix.ordering import InputOrder, inputs_of
-from expert_store.matrix.progressive_levels import GroupLevels, search_levels
+from expert_store.matrix.ordering import InputOrder, independent, inputs_of
+from expert_store.matrix.progressive_levels import GroupLevels, first_levels, search_levels
+from expert_store.matrix.uses import Shares, Use, checked_uses
 from kernels.types import GROUP_SIZE, Grid, QuantizedMatrix
 
-LEAST_SHARE = 0.02
-"""A use counts at least this much, so that planes that are never used are still good."""
-MAX_PLANES = 3
 SWEEPS = 2
 """Passes of coordinate descent after the feedback."""
 CHUNK_ROWS = 2048
-"""Rows coded at a time: a group of them is 512 KiB of float32, which stays in the L2 cache."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Use:
-    """One way in which the matrix is used: how often, with how many planes, aiming at what."""
-
-    share: float
-    num_planes: int
-    target_NK: torch.Tensor  # the weight, less what else is added in this use
+"""Rows coded at a time: a group of them for two uses is 1 MiB of float32, as the L2 cache has."""
+_TURNS = 8
+"""Inputs of a group that answer to each other one by one, before the rest of the group hears of
+them all at once, by a matrix product."""
 
 
 def quantize_progressive(
@@ -51,57 +42,33 @@ def quantize_progressive(
     `quantize_feedback`, but for rows that feedback does not improve. Raises ValueError when shapes,
     shares or numbers of planes do not fit.
     """
-    uses = _checked(uses, bits, grid)
+    uses = checked_uses(uses, bits, grid)
     rows, cols = uses[0].target_NK.shape
+    mixed_NK = torch.zeros(rows, cols)
+    for use in uses:
+        mixed_NK.add_(use.target_NK, alpha=use.share)
+    weight_K = column_weights(mixed_NK, moment)
     if moment is None:
         moment = Moment(torch.eye(GROUP_SIZE).repeat(cols // GROUP_SIZE, 1, 1))
-    elif moment.cols != cols:
-        raise ValueError(f"moment: expected {cols} inputs, got {moment.cols}")
-    order = InputOrder.of(moment)
-    codes: list[list[torch.Tensor]] = []
-    levels: list[list[Levels]] = []
-    for start in range(0, rows, CHUNK_ROWS):
-        part = slice(start, start + CHUNK_ROWS)
-        found = _Rounding(
-            [replace(u, target_NK=u.target_NK[part]) for u in uses], order, bits, grid
-        )
-        found.run()
-        codes.append(found.codes_NK())
-        levels.append(found.levels.as_stored(order.groups_G))
+    share = Shares(uses)
+    levels = first_levels(mixed_NK, bits, grid, weight_K, share.with_planes)
+    codes = torch.empty(1 + share.num_planes, rows, cols, dtype=torch.uint8)
+    for groups, own in independent(moment):
+        order = InputOrder.of(own)
+        part = slice(groups.start * GROUP_SIZE, groups.stop * GROUP_SIZE)
+        for start in range(0, rows, CHUNK_ROWS):
+            chunk = slice(start, start + CHUNK_ROWS)
+            base = [each.at(chunk, groups) for each in levels]
+            targets = [use.target_NK[chunk, part] for use in uses]
+            found = _Rounding(targets, share, base, order, bits, search_first=moment.is_full)
+            found.run()
+            found.levels.put_back(base, order.groups_G)
+            codes[:, chunk, part] = found.codes()
     made = [
-        pack_codes(torch.cat(of_all), _joined(of_levels), width)
-        for of_all, of_levels, width in zip(
-            zip(*codes, strict=True),
-            zip(*levels, strict=True),
-            [bits] + [1] * (len(codes[0]) - 1),
-            strict=True,
-        )
+        pack_codes(each, of_all, width)
+        for each, of_all, width in zip(codes, levels, [bits] + [1] * share.num_planes, strict=True)
     ]
     return made[0], tuple(made[1:])
-
-
-def _checked(uses: Sequence[Use], bits: int, grid: Grid) -> list[Use]:
-    if not uses:
-        raise ValueError("uses: expected at least one")
-    for use in uses:
-        check_weight(use.target_NK, bits, grid)
-        if use.target_NK.shape != uses[0].target_NK.shape:
-            raise ValueError(
-                f"uses: targets differ in shape, {tuple(use.target_NK.shape)} and "
-                f"{tuple(uses[0].target_NK.shape)}"
-            )
-        if not 0 <= use.num_planes <= MAX_PLANES:
-            raise ValueError(f"num_planes: got {use.num_planes}, expected 0 to {MAX_PLANES}")
-        if not (math.isfinite(use.share) and use.share >= 0):
-            raise ValueError(f"share: got {use.share}, expected at least 0")
-    total = sum(use.share for use in uses)
-    if total <= 0:
-        raise ValueError("shares: expected one above 0")
-    shares = [max(use.share / total, LEAST_SHARE) for use in uses]
-    return [
-        Use(share / sum(shares), use.num_planes, use.target_NK)
-        for use, share in zip(uses, shares, strict=True)
-    ]
 
 
 class _Rounding:
@@ -111,30 +78,24 @@ class _Rounding:
     rounded, and the error of its weight after.
     """
 
-    def __init__(self, uses: list[Use], order: InputOrder, bits: int, grid: Grid) -> None:
-        self.order, self.bits = order, bits
-        self.shares = [use.share for use in uses]
-        self.planes_of = [use.num_planes for use in uses]
-        num_planes = max(self.planes_of)
-        self.with_planes = [
-            sum(s for s, n in zip(self.shares, self.planes_of, strict=True) if n > i)
-            for i in range(num_planes)
-        ]
-        self.target_KN = [use.target_NK.float().T[order.cols_K] for use in uses]
-        self.left_KN = [each.clone() for each in self.target_KN]
-        self.codes_KN = torch.empty(self.target_KN[0].shape, dtype=torch.uint8)
-        self.signs_PKN = torch.empty(num_planes, *self.codes_KN.shape, dtype=torch.uint8)
-        cols, rows = self.codes_KN.shape
+    def __init__(
+        self,
+        targets: Sequence[torch.Tensor],
+        shares: Shares,
+        base: Sequence[Levels],
+        order: InputOrder,
+        bits: int,
+        *,
+        search_first: bool,
+    ) -> None:
+        self.order, self.shares, self.bits, self.search_first = order, shares, bits, search_first
+        self.levels = GroupLevels(base, bits, order.groups_G)
+        self.target_KSN = torch.stack([each.float().T[order.cols_K] for each in targets], dim=1)
+        self.left_KSN = self.target_KSN.clone()
+        cols, _, rows = self.target_KSN.shape
         self.num_groups = cols // GROUP_SIZE
-        # Scales of a row are fractions of its largest, so a first look at all groups comes first.
-        first = [self._searched(group, grid) for group in range(self.num_groups)]
-        largest = [
-            row_scales(torch.stack([found[i] for found in first], dim=1))
-            for i in (0, *range(2, 2 + num_planes))
-        ]
-        for i in range(1, 1 + num_planes):
-            largest[i] = row_scales(2 * largest[i][:, None])
-        self.levels = GroupLevels(self.num_groups, rows, bits=bits, grid=grid, row_scales=largest)
+        self.codes_KN = torch.empty(cols, rows)
+        self.sign_KPN = torch.empty(cols, shares.num_planes, rows)
 
     def run(self) -> None:
         for group in range(self.num_groups):
@@ -143,151 +104,151 @@ class _Rounding:
             for group in range(self.num_groups):
                 self._sweep(group)
 
-    def codes_NK(self) -> list[torch.Tensor]:
-        """Of the codes and of each plane, uint8."""
-        return [self.order.inputs_back(each) for each in (self.codes_KN, *self.signs_PKN)]
-
-    def _searched(self, group: int, grid: Grid) -> list[torch.Tensor]:
-        mixed_gN = _mix([left_KN[inputs_of(group)] for left_KN in self.left_KN], self.shares)
-        weight_g1 = self.order.weight_Gg[group][:, None]
-        return search_levels(mixed_gN, self.bits, grid, weight_g1, self.with_planes)
+    def codes(self) -> torch.Tensor:
+        """Of the codes and of each plane, [1 + P, N, K] uint8, inputs as they lie."""
+        bits = [(self.sign_KPN[:, i] > 0).float() for i in range(self.shares.num_planes)]
+        found = [self.order.inputs_back(each) for each in (self.codes_KN, *bits)]
+        return torch.stack(found).to(torch.uint8)
 
     def _round(self, group: int) -> None:
         """Levels for a group as feedback left it, then its inputs one by one."""
-        part, shares = inputs_of(group), self.order.block(self.order.shares, group)
-        scale, zero_scaled, *halves = self._searched(group, self.levels.grid)
-        self.levels.store(group, scale, zero_scaled)
-        for plane, half in enumerate(halves):
-            self.levels.store_plane(plane, group, half)
-        open_gN = [left_KN[part] for left_KN in self.left_KN]
-        error_gN = [torch.empty_like(each) for each in open_gN]
-        for j in range(GROUP_SIZE):
-            rest = self._choose(group, j, [each[j] for each in open_gN])
-            for each, error, rest_N in zip(open_gN, error_gN, rest, strict=True):
-                error[j] = rest_N
-                if not self.order.is_diagonal:
-                    each[j + 1 :].addr_(shares[j, j + 1 :], rest_N, alpha=-1)
-        if self.order.shares.dim() == 2 and not self.order.is_diagonal:
-            later = slice(part.stop, None)
-            for left_KN, error in zip(self.left_KN, error_gN, strict=True):
-                left_KN[later].addmm_(self.order.shares[part, later].T, error, alpha=-1)
-        self._set_errors(group)
+        part = inputs_of(group)
+        open_gSN = self.left_KSN[part]
+        if self.search_first:
+            scale, zero_scaled, *halves = search_levels(
+                self.shares.mixed(open_gSN),
+                self.bits,
+                self.levels.grid,
+                self.order.weight_Gg[group][:, None],
+                self.shares.with_planes,
+            )
+            self.levels.store(group, scale, zero_scaled)
+            for plane, half in enumerate(halves):
+                self.levels.store_plane(plane, group, half)
+        shares = self.order.shares[part]
+        passed_gSN = self._in_turn(group, open_gSN, shares[:, part], None)
+        if not self.order.is_diagonal and part.stop < len(self.left_KSN):
+            later = self.left_KSN[part.stop :].flatten(1)
+            later.addmm_(shares[:, part.stop :].T, passed_gSN.flatten(1), alpha=-1)
+        self.left_KSN[part] = self.target_KSN[part] - self._rounded(group)
 
     def _sweep(self, group: int) -> None:
         """Refit the scales of a group, then move each input to the levels that are best given all
         others: where the gradient R E of the errors vanishes, rounded."""
-        part, moment_gg = inputs_of(group), self.order.block(self.order.moment, group)
-        self._refit(group, moment_gg)
-        gradient_gN = self._gradients(group, moment_gg)
-        left_gN = [left_KN[part] for left_KN in self.left_KN]
-        energy_g = moment_gg.diagonal().tolist()
-        for j in range(GROUP_SIZE):
-            # The error that would be left if the input's levels were 0, others making up for it.
-            steps = [gradient[j] / energy_g[j] for gradient in gradient_gN]
-            wanted = [
-                target_KN[part.start + j] - left[j] + step
-                for target_KN, left, step in zip(self.target_KN, left_gN, steps, strict=True)
-            ]
-            rest = self._choose(group, j, wanted)
-            if self.order.is_diagonal:
-                continue
-            for gradient, step, rest_N in zip(gradient_gN, steps, rest, strict=True):
-                gradient.addr_(moment_gg[:, j], step - rest_N, alpha=-1)
-        self._set_errors(group)
-
-    def _refit(self, group: int, moment_gg: torch.Tensor) -> None:
         part = inputs_of(group)
-        mixed_gN = _mix(self._gradients(group, moment_gg), self.shares)
-        self.levels.refit(group, self.codes_KN[part], moment_gg, mixed_gN)
-        self._set_errors(group)
-        for plane, share in enumerate(self.with_planes):
-            shares = [
-                s / share if n > plane else 0.0
-                for s, n in zip(self.shares, self.planes_of, strict=True)
-            ]
-            mixed_gN = _mix(self._gradients(group, moment_gg), shares)
-            sign_gN = self.signs_PKN[plane, part].float().mul_(2).sub_(1)
-            self.levels.refit_plane(plane, group, sign_gN, moment_gg, mixed_gN)
-            self._set_errors(group)
+        moment_gg = self.order.moment[part, part]
+        if self.order.is_diagonal:
+            gradient = moment_gg @ self.left_KSN[part].flatten(1)
+        else:
+            gradient = self.order.moment[part] @ self.left_KSN.flatten(1)
+        gradient_gSN = gradient.view(GROUP_SIZE, *self.left_KSN.shape[1:])
+        before_gSN = self._rounded(group)
+        before_gSN = self._refit(group, moment_gg, gradient_gSN, before_gSN)
+        inverse_g = 1 / moment_gg.diagonal()
+        target_gSN = gradient_gSN.mul_(inverse_g[:, None, None]).add_(before_gSN)
+        self._in_turn(group, target_gSN, moment_gg * inverse_g, before_gSN)
+        self.left_KSN[part] = self.target_KSN[part] - self._rounded(group)
 
-    def _gradients(self, group: int, moment_gg: torch.Tensor) -> list[torch.Tensor]:
-        """R E of a group's inputs for each use, [64, N]."""
+    def _refit(
+        self,
+        group: int,
+        moment_gg: torch.Tensor,
+        gradient_gSN: torch.Tensor,
+        before_gSN: torch.Tensor,
+    ) -> torch.Tensor:
+        """Better scales for the codes and signs there are; the gradient follows, in place. Returns
+        the group's weights as they then are."""
         part = inputs_of(group)
-        if self.order.moment.dim() == 2 and not self.order.is_diagonal:
-            return [self.order.moment[part] @ left_KN for left_KN in self.left_KN]
-        return [moment_gg @ left_KN[part] for left_KN in self.left_KN]
+        for plane in range(-1, self.shares.num_planes):
+            if plane < 0:
+                mixed_gN = self.shares.mixed(gradient_gSN)
+                self.levels.refit(group, self.codes_KN[part], moment_gg, mixed_gN)
+            else:
+                mixed_gN = self.shares.mixed_with(plane, gradient_gSN)
+                sign_gN = self.sign_KPN[part, plane]
+                self.levels.refit_plane(plane, group, sign_gN, moment_gg, mixed_gN)
+            now_gSN = self._rounded(group)
+            step = before_gSN.sub_(now_gSN).flatten(1)
+            gradient_gSN.view(GROUP_SIZE, -1).addmm_(moment_gg, step)
+            before_gSN = now_gSN
+        return before_gSN
 
-    def _choose(self, group: int, j: int, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Set the best code and signs of one input of every row for what each use wants of it, [N];
-        return what they leave of it."""
-        scale_N, zero_scaled_N = self.levels.scale_GN[group], self.levels.zero_scaled_GN[group]
-        num_planes = len(self.with_planes)
-        best: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]] | None = None
-        choice = torch.zeros(len(scale_N), dtype=torch.uint8)
-        for number, signs in enumerate(itertools.product((-1, 1), repeat=num_planes)):
-            rest = list(wanted)
-            for plane, sign in enumerate(signs):
-                half_N = self.levels.half_PGN[plane, group]
-                rest = [
-                    torch.sub(each, half_N, alpha=sign) if num > plane else each
-                    for each, num in zip(rest, self.planes_of, strict=True)
-                ]
-            mixed = _mix(rest, self.shares)
-            codes = nearest_codes(mixed, scale_N, zero_scaled_N, self.bits)
-            value = torch.addcmul(-zero_scaled_N, codes, scale_N)
-            rest = [each - value for each in rest]
-            if num_planes == 0:
-                best = mixed, codes, rest
-                break
-            error = _mix([each.square() for each in rest], self.shares)
-            if best is None:
-                best = error, codes, rest
-                continue
-            better = error < best[0]
-            choice[better] = number
-            best = (
-                torch.where(better, error, best[0]),
-                torch.where(better, codes, best[1]),
-                [torch.where(better, a, b) for a, b in zip(rest, best[2], strict=True)],
-            )
-        assert best is not None, "there is at least one choice of signs"
-        k = group * GROUP_SIZE + j
-        self.codes_KN[k] = best[1]
-        for plane in range(num_planes):
-            self.signs_PKN[plane, k] = choice >> (num_planes - 1 - plane) & 1
-        return best[2]
+    def _in_turn(
+        self,
+        group: int,
+        target_gSN: torch.Tensor,
+        shares_gg: torch.Tensor,
+        before_gSN: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Set codes and signs of a group, one input after the other, to the best for what each use
+        wants of it; each moves the targets of those after it, in place, by what it left (None) or
+        moved itself, which is returned [64, S, N]."""
+        choose = self._chooser(group)
+        first = inputs_of(group).start
+        passed_gSN = torch.empty_like(target_gSN)
+        targets, passed = target_gSN.view(GROUP_SIZE, -1), passed_gSN.view(GROUP_SIZE, -1)
+        for start in range(0, GROUP_SIZE, _TURNS):
+            stop = start + _TURNS
+            for j in range(start, stop):
+                value_SN = choose(first + j, target_gSN[j])
+                if before_gSN is None:
+                    torch.sub(target_gSN[j], value_SN, out=passed_gSN[j])
+                else:
+                    torch.sub(value_SN, before_gSN[j], out=passed_gSN[j])
+                if not self.order.is_diagonal:
+                    targets[j + 1 : stop].addr_(shares_gg[j, j + 1 : stop], passed[j], alpha=-1)
+            if not self.order.is_diagonal:
+                targets[stop:].addmm_(shares_gg[start:stop, stop:].T, passed[start:stop], alpha=-1)
+        return passed_gSN
 
-    def _set_errors(self, group: int) -> None:
-        """What a group's codes and signs leave of its weights, for each use."""
+    def _chooser(self, group: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        """What sets the best code and signs of one input, given what each use wants [S, N] of it,
+        and returns what each use then gets, [S, N]."""
+        levels, shares = self.levels, self.shares
+        scale_N, low_N = levels.scale_GN[group], -levels.zero_scaled_GN[group]
+        inverse_N = 1 / scale_N.clamp_min(torch.finfo(torch.float32).tiny)
+        offset_N, largest = -low_N * inverse_N, 2**self.bits - 1
+        half_PN = levels.half_PGN[:, group]
+        weight_PS = torch.cat((shares.share_S[None], shares.weight_PS))
+        # Of each choice of signs: what the uses' planes add on average, and its mean square.
+        plane_CPN = shares.sign_CP[:, :, None] * half_PN
+        added_CSN = torch.einsum("sp,cpn->csn", shares.has_SP, plane_CPN)
+        mean_CN = torch.einsum("s,csn->cn", shares.share_S, added_CSN)
+        square_CN = torch.einsum("s,csn->cn", shares.share_S, added_CSN.square())
+
+        def choose(k: int, wanted_SN: torch.Tensor) -> torch.Tensor:
+            mixed_QN = weight_PS @ wanted_SN  # over all uses, then over those with each plane
+            rest_CN = mixed_QN[0] - mean_CN
+            codes_CN = torch.addcmul(offset_N, rest_CN, inverse_N).round_().clamp_(0, largest)
+            if not shares.num_planes:
+                self.codes_KN[k] = codes_CN[0]
+                return torch.addcmul(low_N, codes_CN[0], scale_N).expand_as(wanted_SN)
+            value_CN = torch.addcmul(low_N, codes_CN, scale_N)
+            # The error of a choice, less what is the same for all.
+            error_CN = torch.sub(value_CN, rest_CN, alpha=2).mul_(value_CN).add_(square_CN)
+            error_CN.sub_(shares.sign_CP @ (half_PN * mixed_QN[1:]), alpha=2)
+            if len(error_CN) == 2:
+                second = error_CN[1] < error_CN[0]
+                code_N = torch.where(second, codes_CN[1], codes_CN[0])
+                sign_PN = torch.where(second, 1.0, -1.0)[None]
+                added_SN = torch.where(second, added_CSN[1], added_CSN[0])
+            else:
+                best_N = error_CN.argmin(dim=0)
+                code_N = codes_CN.gather(0, best_N[None])[0]
+                sign_PN = shares.sign_CP.T[:, best_N]
+                added_SN = shares.has_SP @ (sign_PN * half_PN)
+            self.codes_KN[k], self.sign_KPN[k] = code_N, sign_PN
+            return torch.addcmul(low_N, code_N, scale_N) + added_SN
+
+        return choose
+
+    def _rounded(self, group: int) -> torch.Tensor:
+        """A group's weights as its codes and signs give them to each use, [64, S, N]."""
         part, levels = inputs_of(group), self.levels
-        value_gN = self.codes_KN[part].float()
-        value_gN.mul_(levels.scale_GN[group]).sub_(levels.zero_scaled_GN[group])
-        for num in range(len(self.with_planes) + 1):
-            if num:
-                sign_gN = self.signs_PKN[num - 1, part].float().mul_(2).sub_(1)
-                value_gN = value_gN + sign_gN * levels.half_PGN[num - 1, group]
-            for i, of_use in enumerate(self.planes_of):
-                if of_use == num:
-                    self.left_KN[i][part] = self.target_KN[i][part] - value_gN
-
-
-def _mix(values: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
-    mixed = values[0] * shares[0]
-    for value, share in zip(values[1:], shares[1:], strict=True):
-        mixed = torch.add(mixed, value, alpha=share)
-    return mixed
-
-
-def _joined(levels: Sequence[Levels]) -> Levels:
-    """Levels of parts of the rows as one."""
-
-    def cat(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-        present = [part for part in parts if part is not None]
-        return torch.cat(present) if present else None
-
-    return Levels(
-        torch.cat([each.scale_NG for each in levels]),
-        torch.cat([each.zero_scaled_NG for each in levels]),
-        cat([each.scale8_NG for each in levels]),
-        cat([each.row_scale_N for each in levels]),
-    )
+        value_gN = self.codes_KN[part] * levels.scale_GN[group]
+        value_gN.sub_(levels.zero_scaled_GN[group])
+        rounded_gSN = value_gN[:, None].repeat(1, len(self.shares.share_S), 1)
+        for plane in range(self.shares.num_planes):
+            added_gN = self.sign_KPN[part, plane] * levels.half_PGN[plane, group]
+            rounded_gSN.addcmul_(self.shares.has_SP[:, plane, None], added_gN[:, None])
+        return rounded_gSN

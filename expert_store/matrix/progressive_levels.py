@@ -13,43 +13,59 @@ from collections.abc import Sequence
 import torch
 
 from expert_store.matrix.grid import search
-from expert_store.matrix.levels import Levels, affine_levels, nearest_codes, symmetric_levels
+from expert_store.matrix.levels import (
+    Levels,
+    affine_levels,
+    nearest_codes,
+    row_scales,
+    symmetric_levels,
+)
+from expert_store.matrix.refit import refitted
 from kernels.packing import middle_code
 from kernels.types import GROUP_SIZE, Grid
 
 # The codes' scale when planes follow, in shares of the best one when none do.
-_STRETCHES = (0.95, 1.0, 1.06, 1.12, 1.2, 1.3)
+_STRETCHES = (0.97, 1.06, 1.14, 1.25)
 
 
 class GroupLevels:
-    """Scale and scaled zero of the codes, and half the scale of each plane, for all groups."""
+    """Scale and scaled zero of the codes, and half the scale of each plane, by group as ordered."""
 
-    def __init__(
-        self, groups: int, rows: int, *, bits: int, grid: Grid, row_scales: Sequence[torch.Tensor]
-    ) -> None:
-        """`row_scales` are the largest scales of each row, of the codes and of each plane, [N]."""
-        self.bits, self.grid, self._row_scales = bits, grid, row_scales
-        self.scale_GN, self.zero_scaled_GN = torch.zeros(2, groups, rows)
-        self.half_PGN = torch.zeros(len(row_scales) - 1, groups, rows)
-        self.scale8 = torch.zeros(len(row_scales), groups, rows, dtype=torch.uint8)
+    def __init__(self, base: Sequence[Levels], bits: int, groups_G: torch.Tensor) -> None:
+        """`base` are levels of the codes and of each plane; group i here is `groups_G[i]` there."""
+        self.bits, self.grid = bits, _grid_of(base[0])
+        self._row_scales = [levels.row_scale_N for levels in base]
+        self.scale_GN = base[0].scale_NG.T[groups_G]
+        self.zero_scaled_GN = base[0].zero_scaled_NG.T[groups_G]
+        self.half_PGN = torch.zeros(len(base) - 1, *self.scale_GN.shape)
+        self._scale8 = torch.zeros(len(base), *self.scale_GN.shape, dtype=torch.uint8)
+        for i, levels in enumerate(base):
+            if levels.scale8_NG is not None:
+                self._scale8[i] = levels.scale8_NG.T[groups_G]
+            if i:
+                self.half_PGN[i - 1] = levels.zero_scaled_NG.T[groups_G]
 
     def store(self, group: int, scale_N: torch.Tensor, zero_scaled_N: torch.Tensor) -> None:
         """Keep levels of the codes as a tile would give them back."""
         if self.grid == "affine":
             levels = affine_levels(scale_N[:, None], zero_scaled_N[:, None])
         else:
-            levels = symmetric_levels(scale_N[:, None], self._row_scales[0], self.bits)
-            assert levels.scale8_NG is not None, "symmetric levels have whole scales"
-            self.scale8[0, group] = levels.scale8_NG[:, 0]
+            levels = self._symmetric(0, group, scale_N, self.bits)
         self.scale_GN[group] = levels.scale_NG[:, 0]
         self.zero_scaled_GN[group] = levels.zero_scaled_NG[:, 0]
 
     def store_plane(self, plane: int, group: int, half_N: torch.Tensor) -> None:
         """Keep half the scale of a plane as a tile would give it back."""
-        levels = symmetric_levels(2 * half_N[:, None], self._row_scales[plane + 1], 1)
-        assert levels.scale8_NG is not None, "symmetric levels have whole scales"
-        self.scale8[plane + 1, group] = levels.scale8_NG[:, 0]
+        levels = self._symmetric(plane + 1, group, 2 * half_N, 1)
         self.half_PGN[plane, group] = levels.zero_scaled_NG[:, 0]
+
+    def _symmetric(self, which: int, group: int, scale_N: torch.Tensor, bits: int) -> Levels:
+        row_scale_N = self._row_scales[which]
+        assert row_scale_N is not None, "symmetric levels have a scale of the row"
+        levels = symmetric_levels(scale_N[:, None], row_scale_N, bits)
+        assert levels.scale8_NG is not None, "symmetric levels have whole scales"
+        self._scale8[which, group] = levels.scale8_NG[:, 0]
+        return levels
 
     def refit(
         self,
@@ -58,29 +74,11 @@ class GroupLevels:
         moment_gg: torch.Tensor,
         gradient_gN: torch.Tensor,
     ) -> None:
-        """The least-squares scale (and zero) of a group's codes, all else fixed; `gradient` is R E,
-        the mean of all uses by share."""
-        scale_N, zero_scaled_N = self.scale_GN[group], self.zero_scaled_GN[group]
-        levels_gN = codes_gN.float()
-        if self.grid == "symmetric":
-            levels_gN = levels_gN - middle_code(self.bits)
-        by_level_N = (levels_gN * gradient_gN).sum(dim=0)
-        square_N = (levels_gN * (moment_gg @ levels_gN)).sum(dim=0)
-        if self.grid == "symmetric":
-            self.store(group, scale_N + by_level_N / square_N, zero_scaled_N)
-            return
-        level_one_N = (levels_gN * moment_gg.sum(dim=1)[:, None]).sum(dim=0)
-        by_one_N, one_one = gradient_gN.sum(dim=0), moment_gg.sum()
-        determinant_N = square_N * one_one - level_one_N.square()
-        more_scale_N = (by_level_N * one_one - by_one_N * level_one_N) / determinant_N
-        more_zero_N = (by_level_N * level_one_N - by_one_N * square_N) / determinant_N
-        # Not where all codes are about the same, nor where the levels would be turned round.
-        is_fit_N = (determinant_N > 1e-5 * square_N * one_one) & (scale_N + more_scale_N > 0)
-        self.store(
-            group,
-            torch.where(is_fit_N, scale_N + more_scale_N, scale_N),
-            torch.where(is_fit_N, zero_scaled_N + more_zero_N, zero_scaled_N),
-        )
+        """The best levels of a group's codes, all else fixed; `gradient` is R E, the mean of all
+        uses by share."""
+        levels = self.scale_GN[group], self.zero_scaled_GN[group]
+        found = refitted(codes_gN, moment_gg, gradient_gN, levels, self.bits, self.grid)
+        self.store(group, *found)
 
     def refit_plane(
         self,
@@ -90,30 +88,50 @@ class GroupLevels:
         moment_gg: torch.Tensor,
         gradient_gN: torch.Tensor,
     ) -> None:
-        """Likewise of a plane with signs of +-1; `gradient` is the mean of uses that have it."""
+        """Likewise of a plane, its signs +-1; `gradient` is the mean of the uses that have it."""
         by_sign_N = (sign_gN * gradient_gN).sum(dim=0)
         square_N = (sign_gN * (moment_gg @ sign_gN)).sum(dim=0)
         self.store_plane(plane, group, self.half_PGN[plane, group] + by_sign_N / square_N)
 
-    def as_stored(self, groups_G: torch.Tensor) -> list[Levels]:
-        """Levels of codes and of each plane, [N, G]; group i here is `groups_G[i]` there."""
+    def put_back(self, base: Sequence[Levels], groups_G: torch.Tensor) -> None:
+        """Write the levels over those that they came from."""
+        base[0].scale_NG[:, groups_G] = self.scale_GN.T
+        base[0].zero_scaled_NG[:, groups_G] = self.zero_scaled_GN.T
+        for i, levels in enumerate(base):
+            if i:
+                levels.scale_NG[:, groups_G] = 2 * self.half_PGN[i - 1].T
+                levels.zero_scaled_NG[:, groups_G] = self.half_PGN[i - 1].T
+            if levels.scale8_NG is not None:
+                levels.scale8_NG[:, groups_G] = self._scale8[i].T
 
-        def back(values_GN: torch.Tensor) -> torch.Tensor:
-            placed = torch.empty_like(values_GN)
-            placed[groups_G] = values_GN
-            return placed.T.contiguous()
 
-        scale8, row_scales = [back(each) for each in self.scale8], self._row_scales
-        scale, zero_scaled = back(self.scale_GN), back(self.zero_scaled_GN)
-        if self.grid == "affine":
-            codes = Levels(scale, zero_scaled)
-        else:
-            codes = Levels(scale, zero_scaled, scale8[0], row_scales[0])
-        planes = [
-            Levels(2 * back(half), back(half), scale8[i + 1], row_scales[i + 1])
-            for i, half in enumerate(self.half_PGN)
-        ]
-        return [codes, *planes]
+def _grid_of(levels: Levels) -> Grid:
+    return "affine" if levels.row_scale_N is None else "symmetric"
+
+
+def first_levels(
+    weight_NK: torch.Tensor,
+    bits: int,
+    grid: Grid,
+    weight_K: torch.Tensor | None,
+    with_planes: Sequence[float],
+) -> list[Levels]:
+    """Searched levels of the codes and of each plane, for every row and group, as stored."""
+    rows, cols = weight_NK.shape
+    found = torch.empty(2 + len(with_planes), cols // GROUP_SIZE, rows)
+    for group in range(cols // GROUP_SIZE):
+        part = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
+        weight_g1 = None if weight_K is None else weight_K[part, None]
+        x_gN = weight_NK[:, part].float().T.contiguous()
+        for i, values_N in enumerate(search_levels(x_gN, bits, grid, weight_g1, with_planes)):
+            found[i, group] = values_N
+    scale_NG, zero_scaled_NG, *halves = (each.T.contiguous() for each in found)
+    if grid == "affine":
+        codes = affine_levels(scale_NG, zero_scaled_NG)
+    else:
+        codes = symmetric_levels(scale_NG, row_scales(scale_NG), bits)
+    planes = [symmetric_levels(2 * half, row_scales(2 * half), 1) for half in halves]
+    return [codes, *planes]
 
 
 def search_levels(
@@ -134,23 +152,32 @@ def search_levels(
         weight_g1 = torch.ones(GROUP_SIZE, 1)
     weight_g1 = weight_g1 / weight_g1.sum()
     center = scale * middle_code(bits) - zero_scaled
+    alone = [
+        share - (with_planes[i + 1] if i + 1 < len(with_planes) else 0.0)
+        for i, share in enumerate(with_planes)
+    ]
     best: list[torch.Tensor] | None = None
+    rest, sign = torch.empty_like(x_gN), torch.empty_like(x_gN)
     for stretch in _STRETCHES:
         wide = scale * stretch
         zero = wide * middle_code(bits) - center
         wanted = x_gN
         for _ in range(2):
-            value = wide * nearest_codes(wanted, wide, zero, bits) - zero
+            codes = nearest_codes(wanted, wide, zero, bits)
+            torch.sub(x_gN, torch.addcmul(-zero, codes, wide), out=rest)
+            error = torch.zeros_like(scale)
             halves: list[torch.Tensor] = []
-            rest, wanted = x_gN - value, x_gN
-            error = (1 - with_planes[0]) * (weight_g1 * rest.square()).sum(dim=0)
+            wanted = x_gN
             for i, share in enumerate(with_planes):
-                half = (weight_g1 * rest.abs()).sum(dim=0)
-                plane = half * torch.where(rest < 0, -1.0, 1.0)
-                rest = rest - plane
-                wanted = torch.sub(wanted, plane, alpha=share)
-                alone = share - (with_planes[i + 1] if i + 1 < len(with_planes) else 0.0)
-                error = error + alone * (weight_g1 * rest.square()).sum(dim=0)
+                size = rest.abs().mul_(weight_g1)
+                half = size.sum(dim=0)
+                if i == 0:
+                    error += (1 - share) * size.mul_(rest.abs()).sum(dim=0)
+                torch.sign(rest, out=sign).mul_(half)
+                rest.sub_(sign)
+                wanted = torch.sub(wanted, sign, alpha=share)
+                if alone[i]:
+                    error += alone[i] * rest.square().mul_(weight_g1).sum(dim=0)
                 halves.append(half)
         found = [error, wide, zero, *halves]
         if best is None:

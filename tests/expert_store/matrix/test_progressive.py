@@ -15,7 +15,8 @@ from expert_store.matrix.feedback import quantize_feedback
 from expert_store.matrix.loss import weighted_error
 from expert_store.matrix.moments import Moment
 from expert_store.matrix.planes import plane_repair
-from expert_store.matrix.progressive import Use, quantize_progressive
+from expert_store.matrix.progressive import quantize_progressive
+from expert_store.matrix.uses import Use
 from expert_store.matrix.weighting import Weighting
 from kernels.packing import unpack
 from kernels.reference import dequantize
