@@ -65,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts=texts,
         settings=settings,
         rows=RowFile(rows),
-        calibration=args.calibration,
         deadline=time.monotonic() + 60 * minutes,
         remake=args.remake,
         jobs=args.jobs,

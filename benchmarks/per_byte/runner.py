@@ -25,7 +25,7 @@ from cluster.report.lines import Line
 from cluster.stores import original_store
 from cluster.texts import EvalText
 from expert_store.calibration import Calibration, is_calibration, save_calibration
-from expert_store.calibration_file import load_layer
+from expert_store.calibration_file import load_info, load_layer
 from expert_store.compress import compress
 from expert_store.config import CompressionConfig
 from expert_store.format import is_store, load_manifest
@@ -56,7 +56,6 @@ class Runner:
     texts: Sequence[EvalText]
     settings: EvalSettings
     rows: RowFile
-    calibration: Path | None = None
     deadline: float = math.inf  # of time.monotonic()
     remake: str | None = None
     jobs: int | None = None
@@ -191,10 +190,9 @@ class Runner:
 
 def without_sensitivity(folder: Path) -> Path:
     """The calibration with every layer's relative error counting the same, in the cache folder."""
-    whole = Calibration(folder)
-    target = cache_folder() / "calibrations" / f"{folder.name}-flat-{whole.id[:12]}"
+    info, checksums, identity = load_info(folder)
+    target = cache_folder() / "calibrations" / f"{folder.name}-flat-{identity[:12]}"
     if not is_calibration(target):
-        info, checksums = whole.info, whole._checksums
         target.mkdir(parents=True, exist_ok=True)
         tensors = {
             layer: load_layer(folder, layer, info.model, info.forms, checksums[layer])
