@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cluster.eval_model import OpenVariant, opened
-from cluster.eval_rows import measures
+from cluster.eval_rows import measures, paired_difference
 from cluster.eval_settings import Variant
 from cluster.judge import Judge, Judged
 from cluster.references import References
@@ -72,6 +72,11 @@ class Recalibration:
     before: Quality
     after: Quality
     manifest: Manifest | None
+
+    def change(self, name: str) -> tuple[float, float | None]:
+        """Of a measure by window ("window_nats", "window_kl", "window_agreement"): mean of after
+        less before, and the standard error of that paired difference."""
+        return paired_difference(self.after.measures[name], self.before.measures[name])
 
 
 def recalibrate_store(

@@ -66,19 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prior.json of `moetier study`, for best, fast and mixed: how much each layer matters "
         "where the calibration has not measured it",
     )
-    parser.add_argument(
-        "--error-bound",
-        metavar="MODE:VALUE",
-        help="of sz3 and cuszp: row:0.1 is 0.1 of the rms of a weight's row; also group, absolute",
-    )
-    parser.add_argument(
-        "--layer-codec",
-        action="append",
-        default=[],
-        type=LayerCodec.parse,
-        metavar="LAYERS:CODEC:MODE:VALUE",
-        help="store these layers error-bounded, such as 0-3:cuszp:row:0.1; may be repeated",
-    )
+    _add_codecs(parser)
     parser.add_argument(
         "--quantizer",
         metavar="|".join(QUANTIZERS),
@@ -107,6 +95,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace a finished store")
     parser.add_argument(
         "--json", action="store_true", help="print what `moetier inspect --json` prints"
+    )
+
+
+def _add_codecs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--error-bound",
+        metavar="MODE:VALUE",
+        help="of sz3 and cuszp: row:0.1 is 0.1 of the rms of a weight's row; also group, absolute",
+    )
+    parser.add_argument(
+        "--layer-codec",
+        action="append",
+        default=[],
+        type=LayerCodec.parse,
+        metavar="LAYERS:CODEC:MODE:VALUE",
+        help="store these layers error-bounded, such as 0-3:cuszp:row:0.1; may be repeated",
     )
 
 

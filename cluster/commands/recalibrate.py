@@ -122,7 +122,12 @@ def as_text(found: Recalibration, dry_run: bool) -> str:
         end = f"written: version {found.manifest.version[:12]}, recipe {found.manifest.recipe.name}"
     else:
         end = "nothing was written" + ("" if dry_run else ": no router got better")
-    return "\n".join([format_table(lines), "", format_table(layers), "", end])
+    changes = "; ".join(
+        f"{name} {_signed(*found.change(key))}"
+        for name, key in (("nats", "window_nats"), ("KL", "window_kl"))
+    )
+    change = f"change, with the standard error over windows: {changes}"
+    return "\n".join([format_table(lines), change, "", format_table(layers), "", end])
 
 
 def as_json(found: Recalibration) -> dict[str, Any]:
@@ -142,6 +147,10 @@ def as_json(found: Recalibration) -> dict[str, Any]:
         ],
         "version": None if found.manifest is None else found.manifest.version,
     }
+
+
+def _signed(mean: float, error: float | None) -> str:
+    return f"{mean:+.5f}" + ("" if error is None else f" ± {error:.5f}")
 
 
 def _line(name: str, quality: Quality) -> dict[str, object]:
