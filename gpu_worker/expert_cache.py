@@ -1,4 +1,4 @@
-"""The experts kept on the device between steps: records under a byte budget, LRU.
+"""The experts kept on the device between steps: the records used most lately, under a budget.
 
 Codes and factors are separate records, and a record is there in one length: a longer prefix of
 factors takes a shorter one's place. Knows no file, no wire and not what a record is for.
@@ -6,12 +6,16 @@ factors takes a shorter one's place. Knows no file, no wire and not what a recor
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
-from expert_store.types import ExpertKey, RecordKind, RecordRequest
+from expert_store.types import RecordRequest
 from gpu_worker.expert_math import Record
+from gpu_worker.use_heat import Name, UseHeat
+
+ADMIT_OVER = 1.2
+"""How much hotter than those it would evict a record must be to be kept."""
 
 
 @dataclass(slots=True)
@@ -22,15 +26,16 @@ class _Slot:
     num_pins: int
 
 
-_Name = tuple[ExpertKey, RecordKind]
-
-
-def _name(request: RecordRequest) -> _Name:
+def _name(request: RecordRequest) -> Name:
     return request.key, request.kind
 
 
 class ExpertCache:
     """At most `budget_bytes` of records on the device. Not thread-safe: the step's thread owns it.
+
+    A record that came is kept only in the place of colder ones (`gpu_worker/use_heat.py`). Least
+    recently used would be the worst choice: a step goes through the layers in a circle, and what it
+    needs next is always what was used longest ago, so that a cache a little too small has no hit.
 
     A pinned record is in use and is not evicted. A budget of 0 keeps nothing; the step then holds
     its records itself and drops them.
@@ -41,7 +46,8 @@ class ExpertCache:
             raise ValueError(f"budget_bytes: got {budget_bytes}, expected 0 or more")
         self._budget_bytes = budget_bytes
         self._used_bytes = 0
-        self._slots: OrderedDict[_Name, _Slot] = OrderedDict()
+        self._slots: dict[Name, _Slot] = {}
+        self._heat = UseHeat()
         self._by_layer: dict[int, set[RecordRequest]] = {}
 
     def __len__(self) -> int:
@@ -59,20 +65,21 @@ class ExpertCache:
     def used_bytes(self) -> int:
         return self._used_bytes
 
+    def begin_turn(self, layer: int) -> None:
+        """A step has come to this layer; uses of its records in earlier steps count less now."""
+        self._heat.begin_turn(layer)
+
     def of_layer(self, layer: int) -> frozenset[RecordRequest]:
         """What is on the device for one layer, for planning."""
         return frozenset(self._by_layer.get(layer, ()))
 
     def pin(self, request: RecordRequest) -> Record:
-        """The record, most recently used from now on, and kept until `unpin`.
-
-        Of factors it may have more blocks than asked for.
-        """
+        """The record, kept until `unpin`; a use of it. Of factors it may have more blocks."""
         slot = self._slots.get(_name(request))
         assert slot is not None, f"{request} was planned as on the device, but is not"
         assert slot.request.covers(request), f"{request} was planned, only {slot.request} is there"
         slot.num_pins += 1
-        self._slots.move_to_end(_name(request))
+        self._heat.use(_name(request))
         return slot.record
 
     def unpin(self, requests: Iterable[RecordRequest]) -> None:
@@ -83,31 +90,26 @@ class ExpertCache:
             assert slot.num_pins >= 0, f"{request} was unpinned once more than it was pinned"
 
     def put_pinned(self, request: RecordRequest, record: Record, num_bytes: int) -> bool:
-        """Keep a record that just came and pin it; False when it does not fit beside those in use.
+        """Keep a record that just came and pin it; False when there is no place for it.
 
-        Evicts the record's own shorter prefix, and then the least recently used records that are
-        not pinned; none when that is not enough.
+        Takes the place of its own shorter prefix, and then of records that are not pinned and
+        colder; evicts none when that is not enough.
         """
         assert request not in self, f"{request} was copied although it is on the device"
-        victims, free_bytes = [], self._budget_bytes - self._used_bytes
-        shorter = self._slots.get(_name(request))
+        name = _name(request)
+        self._heat.use(name)
+        shorter = self._slots.get(name)
         if shorter is not None:
             assert shorter.num_pins == 0, f"{request} was copied while {shorter.request} is in use"
-            victims.append(_name(request))
-            free_bytes += shorter.num_bytes
-        for name, slot in self._slots.items():
-            if free_bytes >= num_bytes:
-                break
-            if slot.num_pins == 0 and slot is not shorter:
-                victims.append(name)
-                free_bytes += slot.num_bytes
-        if free_bytes < num_bytes:
+        victims = self._victims(name, num_bytes)
+        if victims is None:
             return False
-        for name in victims:
-            self._evict(name)
-        self._slots[_name(request)] = _Slot(request, record, num_bytes, num_pins=1)
+        for victim in victims:
+            self._evict(victim)
+        self._slots[name] = _Slot(request, record, num_bytes, num_pins=1)
         self._by_layer.setdefault(request.key.layer, set()).add(request)
         self._used_bytes += num_bytes
+        self._heat.keep(name)
         return True
 
     def check_integrity(self, *, idle: bool = False) -> None:
@@ -127,7 +129,29 @@ class ExpertCache:
         assert all(slot.num_pins >= 0 for slot in self._slots.values()), "negative pins"
         assert not idle or num_pins == 0, f"expert cache: {num_pins} pins while nothing runs"
 
-    def _evict(self, name: _Name) -> None:
+    def _victims(self, name: Name, num_bytes: int) -> list[Name] | None:
+        """What has to go for this record; None when it is not worth that, or does not fit."""
+        victims, free_bytes = [], self._budget_bytes - self._used_bytes
+        if name in self._slots:
+            victims.append(name)
+            free_bytes += self._slots[name].num_bytes
+        if free_bytes >= num_bytes:
+            return victims
+        limit = self._heat.of(name) / ADMIT_OVER
+        with closing(self._heat.coldest()) as coldest:
+            for other in coldest:
+                slot = self._slots[other]
+                if self._heat.of(other) >= limit:
+                    return None
+                if slot.num_pins == 0 and other != name:
+                    victims.append(other)
+                    free_bytes += slot.num_bytes
+                if free_bytes >= num_bytes:
+                    return victims
+        return None
+
+    def _evict(self, name: Name) -> None:
         slot = self._slots.pop(name)
+        self._heat.drop(name)
         self._by_layer[slot.request.key.layer].remove(slot.request)
         self._used_bytes -= slot.num_bytes

@@ -138,6 +138,7 @@ class StoreExperts:
             token_tags_T=self._token_tags_S,
         )
         self._tally.skipped_pairs += routing.num_skipped
+        self.cache.begin_turn(layer)
         dispatch = plan(
             layer,
             routing,
