@@ -214,7 +214,7 @@ def rank_forms(subject: Subject, codes: QuantizedMatrix) -> Iterator[Made]:
 
 
 def joints(subject: Subject) -> Iterator[Made]:
-    """Labels are codes|kinds|share|rounds; the plain order, rounds 0, is the same for all shares."""
+    """Labels are codes|kinds|share|rounds; the plain order, rounds 0, is one for all shares."""
     kinds_of: dict[tuple[int, Grid], list[list[BlockKind]]] = {
         (2, "symmetric"): [
             ["rank"] * 2,

@@ -7,15 +7,16 @@ Legend: N rows, K cols.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from expert_store.allocate import BITS_PER_FACTOR_WEIGHT
 from expert_store.budget import Choice
+from expert_store.matrix.joint import quantize_with_planes
 from expert_store.matrix.planes import PlaneRepair
-from expert_store.matrix.repair import Repair, RepairLimits, repair_blocks
+from expert_store.matrix.repair import Repair, repairs_of_kinds
 from expert_store.matrix.weighting import Weighting
 from expert_store.matrix_recipe import factor_form, quantize
 from expert_store.methods import Methods
@@ -25,6 +26,10 @@ from kernels.reference import dequantize
 from kernels.types import GRID_BITS, TILE_ROWS
 
 MAX_PLANES = 2
+MAX_BITS = 5
+"""Of codes and planes together."""
+SAMPLE_SHARE = 2 / 3
+"""Of a matrix' uses, each counted by its squared router weight, in which a sample is restored."""
 MAX_RANK_BLOCKS = 4
 """Of one matrix. The rule that no rank may cost more than one more bit is kept besides."""
 
@@ -32,10 +37,11 @@ MAX_RANK_BLOCKS = 4
 def measure_choices(
     weight_NK: torch.Tensor, how: Methods, weighting: Weighting, *, factor_bits: int
 ) -> tuple[Choice, ...]:
-    """Every width and grid that `how` allows, each with every prefix of its best repairs.
+    """Every width and grid that `how` allows, each with planes and, after them, rank blocks.
 
-    Repairs are found greedily: the next block is of the kind that removes the most weighted error
-    per byte. Errors are relative to the weight's own weighted energy.
+    Errors are relative to the weight's own weighted energy. Planes come first: rank then repairs
+    what they cannot (benchmarks/results/repairs.md). Recipes that alternate choose planes with the
+    codes, for a matrix restored in two thirds of what its uses count.
     """
     energy = weighting.error(weight_NK) or 1.0
     plans = [
@@ -57,23 +63,35 @@ def _of_codes(
     factor_bits: int,
 ) -> Iterator[Choice]:
     rows, cols = weight_NK.shape
-    residual_NK = weight_NK - dequantize(quantize(weight_NK, bare, how, weighting))
-    lost = weighting.error(residual_NK)
-    limits = RepairLimits(
-        max_ranks=max_rank(rows, cols, factor_bits) // TILE_ROWS if "rank" in how.repairs else 0,
-        max_planes=MAX_PLANES if "plane" in how.repairs else 0,
-    )
     form = factor_form(how, factor_bits)
-    repairs = repair_blocks(residual_NK, weighting, limits, factors=form)
-    kinds = [repair_kind(repair) for repair in repairs]
-    left = lost
-    for count in range(len(repairs) + 1):
-        plan = MatrixPlan(bare.bits, bare.grid, tuple(kinds[:count]))
-        repair_bytes = sum(repair.num_bytes for repair in repairs[:count])
-        if count:
-            left = max(0.0, left - repairs[count - 1].gain)
-        code_bytes = plan.code_bytes(rows, cols)
-        yield Choice(plan, code_bytes, repair_bytes, lost / energy, left / energy)
+    max_ranks = max_rank(rows, cols, factor_bits) // TILE_ROWS if "rank" in how.repairs else 0
+    max_planes = min(MAX_PLANES, MAX_BITS - bare.bits) if "plane" in how.repairs else 0
+    residual_NK = weight_NK - dequantize(quantize(weight_NK, bare, how, weighting))
+    for num_planes in range(max_planes + 1):
+        kinds: list[BlockKind] = ["plane"] * num_planes
+        kinds += ["rank"] * max_ranks
+        repairs: Sequence[Repair]
+        if num_planes and how.alternations and not how.milo:
+            joint = quantize_with_planes(
+                weight_NK,
+                bare.bits,
+                kinds,
+                grid=bare.grid,
+                weighting=weighting,
+                share=SAMPLE_SHARE,
+                factors=form,
+            )
+            lost, repairs = joint.error, joint.blocks
+        else:
+            lost = weighting.error(residual_NK)
+            repairs = repairs_of_kinds(residual_NK, weighting, kinds, factors=form)
+        # Fewer blocks than there are planes is a choice of fewer planes.
+        for count in range(num_planes, len(repairs) + 1):
+            plan = MatrixPlan(bare.bits, bare.grid, tuple(map(repair_kind, repairs[:count])))
+            repair_bytes = sum(repair.num_bytes for repair in repairs[:count])
+            left = max(0.0, lost - sum(repair.gain for repair in repairs[:count]))
+            code_bytes = plan.code_bytes(rows, cols)
+            yield Choice(plan, code_bytes, repair_bytes, lost / energy, left / energy)
 
 
 def repair_kind(repair: Repair) -> BlockKind:

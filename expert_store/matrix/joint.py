@@ -61,44 +61,75 @@ def quantize_jointly(
     """Codes by error feedback and these blocks, for a matrix that is repaired in `share` of uses.
 
     Never a larger loss than in the plain order, codes first and then what repairs them, which is
-    tried too; each round more alternates once, and the best is kept. A block that would remove
+    tried too; each round more alternates once, and the best is kept. Planes come before rank blocks
+    whatever the order asked for: rank then repairs what planes cannot. A block that would remove
     nothing is left out. Raises ValueError when shapes do not fit or the share is not in 0..1.
     """
     _check_share(share)
-    moment = weighting.moment
-    num_planes = kinds.count("plane")
-    rank_kinds = [kind for kind in kinds if kind == "rank"]
-
-    def plain() -> tuple[QuantizedMatrix, list[Repair]]:
-        if moment is None:
-            codes = quantize_grid(weight_NK, bits, grid=grid)
-        else:
-            codes = quantize_feedback(weight_NK, bits, grid=grid, moment=moment)
-        residual_NK = weight_NK - dequantize(codes)
-        return codes, repairs_of_kinds(residual_NK, weighting, kinds, factors=factors)
-
-    def together(ranks_NK: torch.Tensor) -> tuple[QuantizedMatrix, tuple[QuantizedMatrix, ...]]:
-        uses = [Use(1 - share, 0, weight_NK), Use(share, num_planes, weight_NK - ranks_NK)]
-        return quantize_progressive(uses, bits, grid=grid, moment=moment)
-
-    best = _judged(weight_NK, *plain(), weighting, rounds=0)
+    kinds = sorted(kinds, key=lambda kind: kind != "plane")
+    codes = _codes_alone(weight_NK, bits, grid, weighting)
+    blocks = repairs_of_kinds(weight_NK - dequantize(codes), weighting, kinds, factors=factors)
+    best = _judged(weight_NK, codes, blocks, weighting, rounds=0)
     if not kinds or share == 0:
         return best
     ranks: list[Repair] = [block for block in best.blocks if isinstance(block, RankRepair)]
     for done in range(1, rounds + 1):
-        codes, planes = together(_sum(ranks, weight_NK))
-        left_NK = weight_NK - dequantize(codes)
-        blocks: list[Repair] = [PlaneRepair(plane, 0.0) for plane in planes]
-        left_NK -= _sum(blocks, weight_NK)
-        ranks = repairs_of_kinds(left_NK, weighting, rank_kinds, factors=factors)
-        found = _judged(weight_NK, codes, [*blocks, *ranks], weighting, rounds=done)
+        found = _round(weight_NK, bits, kinds, grid, weighting, share, factors, ranks)
         if found.loss(share) >= best.loss(share):
             break
         settled = found.loss(share) >= (1 - LEAST_GAIN) * best.loss(share)
-        best = found
-        if settled or not rank_kinds:
+        best = replace(found, rounds=done)
+        ranks = [block for block in found.blocks if isinstance(block, RankRepair)]
+        if settled or not ranks:
             break
     return best
+
+
+def quantize_with_planes(
+    weight_NK: torch.Tensor,
+    bits: int,
+    kinds: Sequence[BlockKind],
+    *,
+    grid: Grid,
+    weighting: Weighting,
+    share: float,
+    factors: FactorForm | None = None,
+) -> Joint:
+    """One round of `quantize_jointly` and no look at the plain order: a third of the time."""
+    _check_share(share)
+    kinds = sorted(kinds, key=lambda kind: kind != "plane")
+    return _round(weight_NK, bits, kinds, grid, weighting, share, factors, [])
+
+
+def _codes_alone(
+    weight_NK: torch.Tensor, bits: int, grid: Grid, weighting: Weighting
+) -> QuantizedMatrix:
+    if weighting.moment is None:
+        return quantize_grid(weight_NK, bits, grid=grid)
+    return quantize_feedback(weight_NK, bits, grid=grid, moment=weighting.moment)
+
+
+def _round(
+    weight_NK: torch.Tensor,
+    bits: int,
+    kinds: Sequence[BlockKind],
+    grid: Grid,
+    weighting: Weighting,
+    share: float,
+    factors: FactorForm | None,
+    ranks: Sequence[Repair],
+) -> Joint:
+    """Codes and planes made for the rank blocks there are, then new rank blocks for those."""
+    uses = [
+        Use(1 - share, 0, weight_NK),
+        Use(share, kinds.count("plane"), weight_NK - _sum(ranks, weight_NK)),
+    ]
+    codes, planes = quantize_progressive(uses, bits, grid=grid, moment=weighting.moment)
+    blocks: list[Repair] = [PlaneRepair(plane, 0.0) for plane in planes]
+    left_NK = weight_NK - dequantize(codes) - _sum(blocks, weight_NK)
+    rank_kinds = [kind for kind in kinds if kind == "rank"]
+    blocks += repairs_of_kinds(left_NK, weighting, rank_kinds, factors=factors)
+    return _judged(weight_NK, codes, blocks, weighting, rounds=1)
 
 
 def quantize_milo(

@@ -13,7 +13,12 @@ import torch
 
 from expert_store.forms import BlockKind
 from expert_store.matrix.grid import quantize_grid
-from expert_store.matrix.joint import Joint, quantize_jointly, quantize_milo
+from expert_store.matrix.joint import (
+    Joint,
+    quantize_jointly,
+    quantize_milo,
+    quantize_with_planes,
+)
 from expert_store.matrix.loss import weighted_error
 from expert_store.matrix.low_rank import FactorForm, RankRepair
 from expert_store.matrix.moments import Moment
@@ -75,6 +80,23 @@ def test_planes_are_worth_choosing_with_the_codes() -> None:
     assert joint.rounds > 0
     assert joint.loss(0.5) < 0.97 * plain.loss(0.5)
     assert joint.restored_error < 0.75 * plain.restored_error
+
+
+def test_one_round_alone_is_that_round() -> None:
+    kinds: tuple[BlockKind, ...] = ("plane", "plane")
+    weighting = Weighting.of(moment(128), row_weights(64))
+    alone = quantize_with_planes(
+        weight(64, 128), 2, kinds, grid="symmetric", weighting=weighting, share=0.5
+    )
+    check_says_what_is(weight(64, 128), alone, moment(128))
+    joint = jointly(0.5, kinds, rounds=1)
+    assert joint.rounds == 1
+    assert torch.equal(alone.codes.data, joint.codes.data)
+
+
+def test_planes_come_first_whatever_is_asked() -> None:
+    made = jointly(0.5, ("rank", "plane", "rank")).blocks
+    assert [isinstance(block, PlaneRepair) for block in made] == [True, False, False]
 
 
 def test_it_is_deterministic() -> None:
