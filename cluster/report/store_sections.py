@@ -50,7 +50,7 @@ def allocation_section(label: str, name: str, manifest: Manifest) -> Section:
     for key, (unit, what, values) in maps.items():
         if len(set(values.values())) == 1:
             parts.append(
-                f"{what}: {next(iter(values.values())):.3f} for every expert.".capitalize()
+                f"{unit.capitalize()}, {what}: {next(iter(values.values())):.3f} for every expert."
             )
             continue
         svg = heat_map(
