@@ -28,7 +28,7 @@ from expert_store.format import load_manifest
 from expert_store.types import Manifest
 from gpu_worker.scoring import Score, cut_windows
 
-ROW_VERSION = 1
+ROW_VERSION = 2
 """Of what is measured and how: rows that another version kept are measured again."""
 
 
