@@ -6,7 +6,7 @@ Knows no bytes and no budget. A layer has its turns, one a step, and time is cou
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from expert_store.types import ExpertKey, RecordKind
 
@@ -60,7 +60,7 @@ class UseHeat:
         """It is kept no more; its heat stays known."""
         self._kept[name[0].layer].remove(name)
 
-    def coldest(self) -> Iterator[Name]:
+    def coldest(self) -> Generator[Name, None, None]:
         """The kept records by rising heat; of equal ones the first by layer, expert and kind.
 
         To be closed, or run to its end, before anything else is called.
