@@ -77,5 +77,6 @@ def _ensure(model: Path, store: Path, config: CompressionConfig, report: Report 
     from expert_store.compress import compress
 
     store.parent.mkdir(parents=True, exist_ok=True)
-    compress(model, store, config, progress=report, force=True)
+    curves = cache_folder() / "curves"
+    compress(model, store, config, progress=report, force=True, curves=curves)
     return store

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +26,7 @@ from expert_store.curves import choice_json, read_choice
 from expert_store.expert_json import form_json, repair_json
 from expert_store.files import Disk
 from expert_store.format import content_version, load_manifest
+from expert_store.kept_curves import KeptCurves
 from expert_store.manifest_json import encode_manifest
 from expert_store.planning import ExpertCurves, ExpertScan, Planned, curves_of, make_plans
 from expert_store.prior import load_prior
@@ -67,11 +68,13 @@ def compress(
     jobs: int | None = None,
     force: bool = False,
     disk: Disk | None = None,
+    curves: Path | None = None,
 ) -> Manifest:
     """Compress the checkpoint in `model` (see `resolve_model`) into the folder `store`.
 
     `jobs` is the number of experts at a time, by default one per core. The same arguments give the
     same bytes, whatever `jobs` and however often interrupted. Peak memory is a few experts per job.
+    In the folder `curves` a solver's measurements are kept for another budget.
 
     Raises ValueError for a wrong argument or a target that is not free, CheckpointError for an
     unusable checkpoint, StoreWriteError when the disk is or would be full. After an error the
@@ -89,14 +92,16 @@ def compress(
     calibration = open_calibration(config.calibration, info)
     logger.info("compressing %s into %s: %s", model, store, config)
     prior = None if config.prior is None else load_prior(config.prior, info)
-    source = _source_id(model) + (calibration.id if calibration is not None else "")
+    checkpoint_id = _source_id(model)
+    kept = KeptCurves.of(curves, checkpoint_id, config, calibration, disk)
+    source = checkpoint_id + (calibration.id if calibration is not None else "")
     source += "" if prior is None else f" prior {sorted(prior.items())}"
     fingerprint = config.fingerprint(source)
     check_space(checkpoint, config, store, store / PARTIAL / fingerprint, disk)
     with staging(store, fingerprint, force=force, disk=disk) as work:
         if not work.is_finished:
             with _workers(num_jobs) as pool:
-                run = _Run(work, checkpoint, config, calibration, prior, pool, report)
+                run = _Run(work, checkpoint, config, calibration, prior, kept, pool, report)
                 planned = run.plan(run.scan())
                 experts = run.compress(planned)
             _finish(work, checkpoint, planned.recipe, experts)
@@ -123,6 +128,7 @@ class _Run:
     config: CompressionConfig
     calibration: Calibration | None
     prior: Mapping[int, float] | None
+    kept_curves: KeptCurves
     pool: ThreadPoolExecutor
     report: Callable[[Progress], None]
 
@@ -174,15 +180,19 @@ class _Run:
         keys = list(keys)
         known = self.work.read_json(_CURVES)
         if known is None:
-            known = []
-            for done, value in enumerate(self.pool.map(self._measure_expert, keys), start=1):
-                known.append(value)
-                self.report(Progress("plan", done, len(keys)))
+            known = self.kept_curves.get(keys, self._measure_all)
             self.work.write_json(_CURVES, known)
         return {
             key: {name: tuple(map(read_choice, value[name])) for name in PROJECTIONS}
             for key, value in zip(keys, known, strict=True)
         }
+
+    def _measure_all(self, keys: Sequence[ExpertKey]) -> list[Any]:
+        measured = []
+        for done, value in enumerate(self.pool.map(self._measure_expert, keys), start=1):
+            measured.append(value)
+            self.report(Progress("plan", done, len(keys)))
+        return measured
 
     def _measure_expert(self, key: ExpertKey) -> dict[str, list[Any]]:
         curves = curves_of(self.checkpoint.expert(key), self.config, self.calibration)

@@ -119,7 +119,14 @@ class Runner:
         path.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         try:
-            compress(self.model, path, config, jobs=self.jobs, force=True)
+            compress(
+                self.model,
+                path,
+                config,
+                jobs=self.jobs,
+                force=True,
+                curves=cache_folder() / "curves",
+            )
         except ValueError as error:
             if not str(error).startswith("budget:"):
                 raise

@@ -13,6 +13,7 @@ from typing import get_args
 from tqdm import tqdm
 
 from cluster.commands.inspect import as_json, as_text
+from cluster.environment import cache_folder
 from cluster.models import find_model
 from cluster.stores import folder
 from expert_store.compress import Progress, compress
@@ -133,7 +134,15 @@ def run(args: argparse.Namespace) -> int:
     model = find_model(args.model)
     started = time.monotonic()
     with _Bar() as bar:
-        compress(model, store, config, progress=bar.show, jobs=args.jobs, force=args.force)
+        compress(
+            model,
+            store,
+            config,
+            progress=bar.show,
+            jobs=args.jobs,
+            force=args.force,
+            curves=cache_folder() / "curves",
+        )
     summary = summarize(store)
     if args.json:
         print(json.dumps(as_json(summary), indent=2))

@@ -289,15 +289,27 @@ def test_a_client_that_leaves_frees_its_slot(command: Command, stream: bool) -> 
     assert spent < 900, "it would have gone on to its end"
 
 
-def test_too_much_work_is_429_and_the_rest_is_served(http: httpx2.Client) -> None:
+def test_too_much_work_is_429_and_the_rest_is_served(command: Command, http: httpx2.Client) -> None:
     answers: list[httpx2.Response] = []
-    body = {**BODY, "max_tokens": 60, "ignore_eos": True}
-    threads = [
-        threading.Thread(target=lambda: answers.append(http.post("/v1/completions", json=body)))
-        for _ in range(10)
-    ]
-    for thread in threads:
+
+    def ask(max_tokens: int) -> threading.Thread:
+        body = {**BODY, "max_tokens": max_tokens, "ignore_eos": True}
+        thread = threading.Thread(
+            target=lambda: answers.append(http.post("/v1/completions", json=body))
+        )
         thread.start()
+        return thread
+
+    def taken() -> float:
+        now = command.metrics()
+        return now["moetier_running_sequences"] + now["moetier_waiting_sequences"]
+
+    # One at a time, since Serve counts a request as queued until a replica has taken it.
+    threads: list[threading.Thread] = []
+    for _ in range(4):
+        threads.append(ask(400))
+        wait_until(lambda: taken() == len(threads), "the worker has taken it")
+    threads += [ask(5) for _ in range(6)]
     for thread in threads:
         thread.join()
     refused = [answer for answer in answers if answer.status_code != 200]

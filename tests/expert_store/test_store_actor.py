@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.exceptions import ActorUnavailableError
 
 from expert_store.actor import ObjectStoreSource, OwnedObjects, StoreActor, StoreHandle
 from expert_store.errors import CorruptRecordError, ExpertUnavailableError
@@ -70,6 +71,19 @@ def kill(handle: StoreHandle, **options: bool) -> None:
 
 def status_of(actor: object) -> HolderStatus:
     return ray.get(actor.describe.remote(), timeout=WAIT_S)
+
+
+def wait_for_another(actor: object, pid: int) -> None:
+    """Until the process that answers for the actor is not `pid`: Ray kills in its own time."""
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end:
+        try:
+            if status_of(actor).pid != pid:
+                return
+        except ActorUnavailableError:
+            pass
+        time.sleep(0.05)
+    pytest.fail(f"process {pid} was not replaced within {WAIT_S:g} s")
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +227,13 @@ def test_a_restarted_actor_is_asked_again(cluster: None, store: Path) -> None:
     restarted = start(store, max_restarts=1)
     source = ObjectStoreSource(Segment(store).manifest, [restarted], deadline_s=WAIT_S)
     source.fetch([CODES])
+    first = status_of(restarted.actor).pid
     kill(restarted, no_restart=False)
-    requests = all_requests(store)
-    for found, truth in zip(source.fetch(requests), Segment(store).fetch(requests), strict=True):
+    requests, segment = all_requests(store), Segment(store)
+    for found, truth in zip(source.fetch(requests), segment.fetch(requests), strict=True):
+        assert torch.equal(found, truth), "from whichever process, or the two in turn"
+    wait_for_another(restarted.actor, first)
+    for found, truth in zip(source.fetch(requests), segment.fetch(requests), strict=True):
         assert torch.equal(found, truth)
     ray.get(restarted.actor.stop.remote(), timeout=WAIT_S)
     ray.kill(restarted.actor)
