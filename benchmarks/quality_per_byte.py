@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("matplotlib is not installed; run pip install 'moetier[report]'")
     from benchmarks.per_byte.experiments import chosen, experiments
     from benchmarks.per_byte.runner import Runner
+    from benchmarks.study import measured as study_rows
+    from benchmarks.study import settings_of as study_settings
     from cluster.report.routing import skew_of_store
     from cluster.report.store_sections import skew_of_tables
     from cluster.stores import original_store
@@ -80,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     about.append(f"Texts: {', '.join(text.name for text in texts)}.")
     if any(text.name == BUILT_IN for text in texts):
         about.append(BUILT_IN_NOTE)
-    made = pages.sections(results, runner.left, skews, origin, about)
+    study = []
+    if args.study_windows:
+        cut = study_settings(args.study_windows, args.window_tokens)
+        study = study_rows(original_store(model), texts, cut)
+    made = pages.sections(results, runner.left, skews, origin, about, study)
     title = f"{info.name}: quality per byte moved"
     for path in write_page(args.out, f"quality-per-byte-{info.name}", title, made):
         print(f"wrote {path}")
@@ -99,6 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--only", "labels that begin so; repeatable", action="append", default=[])
     option("--remake", "make the stores of labels that begin so again", metavar="PREFIX")
     option("--budget-minutes", "begin no new measurement after so many", type=float)
+    option(
+        "--study-windows",
+        "of each text for the study by depth and heat (0: none)",
+        type=int,
+        default=0,
+    )
     option("--rows", "JSON-lines file of rows (default: in the cache folder)", type=Path)
     option("--out", "folder of the page", type=Path, default=RESULTS)
     option("--jobs", "experts compressed at a time (default: one per core)", type=int)

@@ -17,10 +17,10 @@ from cluster.environment import cache_folder
 from cluster.eval_rows import RowFile
 from cluster.models import find_model
 from cluster.stores import original_store
-from cluster.study import layer_prior, study
+from cluster.study import StudyRow, layer_prior, study
 from cluster.study_cells import StudySettings, Treatment
 from cluster.study_page import page
-from cluster.texts import BUILT_IN_NOTE, read_texts
+from cluster.texts import BUILT_IN_NOTE, EvalText, read_texts
 from expert_store.format import load_manifest
 from expert_store.sources import DEFAULT_MODEL
 
@@ -37,16 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     held_out = not args.text and HELD_OUT.is_dir()
     texts = read_texts([HELD_OUT] if held_out else args.text)
-    treatments = [Treatment("cuszp", bound) for bound in DEFAULT_BOUNDS]
-    treatments += [Treatment("noise", energy) for energy in NOISE]
-    settings = StudySettings(tuple(treatments), args.windows, args.window_tokens)
+    settings = settings_of(args.windows, args.window_tokens)
     store = original_store(find_model(args.model))
     model = load_manifest(store).model
-    kept = RowFile(cache_folder() / "studies" / f"{model.name}.jsonl")
-    rows = []
-    for row in study(store, texts, settings, rows=kept):
-        rows.append(row)
-        print(f"{row.cell}: KL {row.row.kl:.5f}, {row.row.seconds:.1f} s", flush=True)
+    rows = measured(store, texts, settings)
     told = [provenance(), *notes(settings, [text.name for text in texts])]
     if not held_out and not args.text:
         told.append(BUILT_IN_NOTE)
@@ -56,6 +50,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.write_text(page(rows, prior, title=title, notes=told), encoding="utf-8")
     print(f"wrote {report}")
     return 0
+
+
+def settings_of(windows: int, window_tokens: int) -> StudySettings:
+    """The treatments of this benchmark, on so many windows of each text."""
+    treatments = [Treatment("cuszp", bound) for bound in DEFAULT_BOUNDS]
+    treatments += [Treatment("noise", energy) for energy in NOISE]
+    return StudySettings(tuple(treatments), windows, window_tokens)
+
+
+def measured(store: Path, texts: Sequence[EvalText], settings: StudySettings) -> list[StudyRow]:
+    """Every cell; what is kept in the cache folder is not measured again."""
+    name = load_manifest(store).model.name
+    rows = []
+    for row in study(
+        store, texts, settings, rows=RowFile(cache_folder() / "studies" / f"{name}.jsonl")
+    ):
+        rows.append(row)
+        print(f"{row.cell}: KL {row.row.kl:.5f}, {row.row.seconds:.1f} s", flush=True)
+    return rows
 
 
 if __name__ == "__main__":

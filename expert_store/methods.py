@@ -91,12 +91,11 @@ METHODS: Mapping[str, Methods] = {
     "best": Methods(
         "feedback",
         "solver",
-        grids=("symmetric", "affine"),
+        grids=("symmetric",),
         bits=(2, 3, 4),
         repairs=("rank", "plane"),
         factor_grid="symmetric",
         weighted=True,
-        alternations=1,
     ),
     # arXiv 2509.07727: error-bounded lossy compression, decoded on the host or on the device.
     "sz3": Methods("none", "uniform", codec="sz3"),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from expert_store.config import CompressionConfig
 from expert_store.methods import METHODS, Methods
 
-BUDGETS = (2.5, 3.0, 2.25, 2.75, 3.5, 4.0)
+BUDGETS = (2.5, 3.0, 2.25, 4.0, 3.5, 2.75)
 """Bits per expert weight moved, most important first."""
 ABLATED = (2.5, 3.0)
 BOUNDS = ("row:0.6", "row:0.3", "row:0.15")
@@ -21,6 +21,9 @@ PAPER = "paper 2-bit, rank 16, Top-1"
 PAPER_3 = "paper 3-bit, rank 16, Top-1"
 PAPER_64 = "paper 2-bit, rank 64, Top-1"
 ORIGINAL = "original bf16"
+
+CACHED = (ORIGINAL, PAPER, PAPER_3, "best 2.5", "best 3", "mixed hqq 2.5", "fast 3")
+"""Whose bytes are counted at every cache size and batch; of the others without, one sequence."""
 
 Place = Literal["front", "ablation", "policy", "prefix", "skip"]
 """The section of the page that a variant belongs to."""
@@ -31,6 +34,8 @@ class Experiment:
     """One variant.
 
     - base: what it is held against, by label, in sections other than the front;
+    - item: what it lacks, or with `adds` has more, than its base: a line of the table of items;
+    - recalibrated: its store is base's with its routers fitted again;
     - budget_of: the label of a measured variant whose bits moved become the budget;
     - equal_bytes_to: likewise, for the threshold of a restore policy;
     - no_sensitivity: its calibration without the layers' measured sensitivities.
@@ -45,6 +50,9 @@ class Experiment:
     budget_of: str | None = None
     equal_bytes_to: str | None = None
     no_sensitivity: bool = False
+    item: str | None = None
+    adds: bool = False
+    recalibrated: bool = False
 
 
 def best(budget: float) -> str:
@@ -60,6 +68,7 @@ def experiments(top_k: int, calibration: Path | None) -> list[Experiment]:
         *_budgets(calibration),
         *_matched(calibration),
         *_ablations(ABLATED[0], calibration),
+        *_recalibrated(calibration),
         *_static(calibration),
         *_policies(calibration),
         *_prefixes(calibration),
@@ -119,7 +128,7 @@ def _paper(top_k: int) -> Iterator[Experiment]:
 
 def _budgets(calibration: Path | None) -> Iterator[Experiment]:
     """At equal bytes: ours, ours with its bytes in wider codes alone, and both simpler ones."""
-    codes_only = replace(METHODS["best"], repairs=(), alternations=0)
+    codes_only = replace(METHODS["best"], repairs=())
     for budget in BUDGETS:
         yield Experiment(best(budget), "best", _config("best", calibration, budget=budget))
         yield Experiment(
@@ -130,8 +139,15 @@ def _budgets(calibration: Path | None) -> Iterator[Experiment]:
         yield Experiment(
             f"mixed hqq {budget:g}", "mixed hqq", _config("mixed", calibration, budget=budget)
         )
-        # Calibration-free is what fast is for: it is measured as such.
         yield Experiment(f"fast {budget:g}", "fast", _config("fast", budget=budget))
+        if calibration is not None:
+            # Its solver knows how often experts are used and what layers cost; its quantiser
+            # still knows nothing of the inputs.
+            yield Experiment(
+                f"fast with a calibration {budget:g}",
+                "fast with a calibration",
+                _config("fast", calibration, budget=budget),
+            )
 
 
 def _matched(calibration: Path | None) -> Iterator[Experiment]:
@@ -146,34 +162,54 @@ def _matched(calibration: Path | None) -> Iterator[Experiment]:
 
 
 def _ablations(budget: float, calibration: Path | None) -> Iterator[Experiment]:
-    """Best without one item each."""
+    """Best without one item each, and with what it does not do."""
     whole = METHODS["best"]
     without: dict[str, Methods] = {
+        "the searched grid and error feedback (HQQ instead)": replace(
+            whole, quantizer="hqq", grids=("affine",)
+        ),
         "error feedback (clip search instead)": replace(whole, quantizer="grid"),
-        "activation weighting": replace(whole, weighted=False),
-        "alternations": replace(whole, alternations=0),
+        "activation weighting and error feedback": replace(whole, quantizer="grid", weighted=False),
         "refinement planes": replace(whole, repairs=("rank",)),
         "rank blocks": replace(whole, repairs=("plane",)),
-        "compensators": replace(whole, repairs=(), alternations=0),
-        "the symmetric grid": replace(whole, grids=("affine",)),
-        "the affine grid": replace(whole, grids=("symmetric",)),
+        "compensators": replace(whole, repairs=()),
+        "the symmetric grid (affine instead)": replace(whole, grids=("affine",)),
         "symmetric factors": replace(whole, factor_grid="affine"),
         "a choice of widths (2 bits, repairs only)": replace(whole, bits=(2,)),
     }
 
-    def one(item: str, **changes: Any) -> Experiment:
+    def one(words: str, item: str, methods: Methods | None, **changes: Any) -> Experiment:
         return Experiment(
-            f"{best(budget)} without {item}",
+            f"{best(budget)} {words} {item}",
             "ablation",
-            _config("best", calibration, budget=budget, methods=without.get(item)),
+            _config("best", calibration, budget=budget, methods=methods),
             place="ablation",
             base=best(budget),
+            item=item,
             **changes,
         )
 
-    for item in without:
-        yield one(item)
-    yield one("layer sensitivity", no_sensitivity=True)
+    for item, methods in without.items():
+        yield one("without", item, methods)
+    yield one("without", "layer sensitivity", None, no_sensitivity=True)
+    yield one("with", "an alternation", replace(whole, alternations=1), adds=True)
+
+
+def _recalibrated(calibration: Path | None) -> Iterator[Experiment]:
+    for label, config in (
+        (best(ABLATED[0]), _config("best", calibration, budget=ABLATED[0])),
+        (PAPER_3, _config("paper", bits=3)),
+    ):
+        yield Experiment(
+            f"{label}, routers recalibrated",
+            "ablation",
+            config,
+            place="ablation",
+            base=label,
+            item="recalibrated routers",
+            adds=True,
+            recalibrated=True,
+        )
 
 
 def _static(calibration: Path | None) -> Iterator[Experiment]:
@@ -212,6 +248,8 @@ def _policies(calibration: Path | None) -> Iterator[Experiment]:
                 policies={"restore": rule},
                 base=label,
                 equal_bytes_to=label,
+                item=f"restoring by {rule}",
+                adds=True,
             )
 
 

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.per_byte.experiments import BUDGETS, ORIGINAL, PAPER, PAPER_3, PAPER_64, best
+from benchmarks.per_byte.experiments import (
+    BUDGETS,
+    CACHED,
+    ORIGINAL,
+    PAPER,
+    PAPER_3,
+    PAPER_64,
+    best,
+)
+from benchmarks.per_byte.more_sections import study_section, wire_section
 from benchmarks.per_byte.runner import Result
 from cluster.report.lines import Duel, Line, duel
 from cluster.report.page import Part, Picture, Section, Table
@@ -15,12 +24,13 @@ from cluster.report.plots import Dot, scatter
 from cluster.report.sections import (
     BITS_AXIS,
     MEASURES,
-    ablation_section,
+    Item,
     claims_section,
     comparison_section,
     domain_section,
     duel_section,
     front_section,
+    items_section,
     measured,
     shown,
     traffic_section,
@@ -31,10 +41,22 @@ from cluster.report.store_sections import (
     kurtosis_section,
     skew_section,
 )
+from cluster.study import StudyRow
 from expert_store.format import load_manifest
 
-DRAWN = ("original", "paper", "best", "mixed, best's quantiser", "mixed hqq", "fast", "milo")
+DRAWN = (
+    "original",
+    "paper",
+    "best",
+    "mixed, best's quantiser",
+    "mixed hqq",
+    "fast",
+    "fast with a calibration",
+    "milo",
+)
 """Families of the main plot, with the error-bounded codecs and static HQQ."""
+WIRED = (best(2.5), PAPER, "static 2-bit, round to nearest", "static 2-bit, clip search")
+"""Stores whose wire form is measured."""
 MORE_DRAWN = ("sz3", "cuszp", "static, HQQ", "static, error feedback")
 
 
@@ -44,8 +66,10 @@ def sections(
     skews: Sequence[LayerSkew],
     origin: str,
     about: Sequence[str],
+    study: Sequence[StudyRow] = (),
 ) -> list[Section]:
-    """The whole page. `results` by label, the original among them."""
+    """The whole page. `results` by label, the original among them; `study` are rows of
+    `benchmarks.study` on the same model."""
     lines = {label: result.line for label, result in results.items()}
     front = _of(results, "front")
     drawn = [line for line in front if line.family in (*DRAWN, *MORE_DRAWN)]
@@ -58,15 +82,17 @@ def sections(
         duel_section(ours, controls, "Best against every control that moves as much"),
         _claims(lines),
         _experts_restored(results),
-        ablation_section(_ablated(results), lines),
+        items_section(items(results)),
         _curves(results),
         _against_base(results, "policy", "Which pairs to restore, at equal mean bytes"),
         _against_base(results, "skip", "Skipping experts of little router weight"),
         domain_section([line for line in drawn if line.family in ("original", "paper", "best")]),
-        traffic_section(drawn),
+        traffic_section([lines[label] for label in CACHED if label in lines]),
         *_allocations(results),
         _kurtosis(results),
         skew_section(skews, origin),
+        wire_section({label: results[label].store for label in WIRED if label in results}),
+        study_section(study),
         _times(results, left),
     ]
     return [section for section in found if section is not None]
@@ -88,6 +114,7 @@ def budget_section(lines: Mapping[str, Line]) -> Section:
             f"mixed by best's quantiser {budget:g}",
             f"mixed hqq {budget:g}",
             f"fast {budget:g}",
+            f"fast with a calibration {budget:g}",
         )
         here = [duel(mine, lines[name]) for name in names if name in lines]
         duels += here
@@ -159,12 +186,15 @@ def _change(item: Duel) -> dict[str, str | None]:
     return _itself(item.theirs) | over
 
 
-def _ablated(results: Mapping[str, Result]) -> dict[str, list[Line]]:
-    by_base: dict[str, list[Line]] = {}
+def items(results: Mapping[str, Result]) -> list[Item]:
+    """Every experiment that differs from its base by an item."""
+    found = []
     for result in results.values():
-        if result.experiment.place == "ablation" and result.experiment.base is not None:
-            by_base.setdefault(result.experiment.base, []).append(result.line)
-    return by_base
+        name, base = result.experiment.item, result.experiment.base
+        if name is not None and base is not None:
+            pair = results[base].line, result.line
+            found.append(Item(name, *(reversed(pair) if result.experiment.adds else pair)))
+    return found
 
 
 def _against_base(results: Mapping[str, Result], place: str, title: str) -> Section | None:

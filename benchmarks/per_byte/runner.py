@@ -8,22 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.per_byte.experiments import ORIGINAL, Experiment
+from benchmarks.per_byte.experiments import CACHED, ORIGINAL, Experiment
+from cluster.docstrings import built_in_calibration_text
 from cluster.environment import cache_folder
 from cluster.eval_model import opened
 from cluster.eval_rows import EvalRow, RowFile
 from cluster.eval_settings import EvalSettings, Variant
 from cluster.evaluate import evaluate, row_key
 from cluster.judge import Judge
+from cluster.recalibrate import RecalibrationSettings, recalibrate_store
 from cluster.report.lines import Line
 from cluster.stores import original_store
-from cluster.texts import EvalText
+from cluster.texts import EvalText, built_in_text
 from expert_store.calibration import Calibration, is_calibration, save_calibration
 from expert_store.calibration_file import load_info, load_layer
 from expert_store.compress import compress
@@ -35,6 +38,7 @@ from gpu_worker.scoring import cut_windows, score_windows
 
 BISECTIONS = 24
 TRACE_WINDOWS = 8
+RECALIBRATION_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +53,8 @@ class Result:
 
 @dataclass(slots=True)
 class Runner:
-    """Measures experiments of one model. `light` are the settings of all but the front: quality is
-    measured on the same windows, bytes with one sequence and no cache only."""
+    """Measures experiments of one model. Quality is measured on the same windows for all, bytes at
+    every cache size and batch for those in `CACHED`."""
 
     model: Path
     texts: Sequence[EvalText]
@@ -80,13 +84,16 @@ class Runner:
         late = time.monotonic() > self.deadline
         started = time.monotonic()
         store, refusal = self._store(item, original, make=not late)
+        if store is not None and item.recalibrated:
+            store = self._recalibrated(store, original, make=not late)
+            refusal = "no time was left"
         if store is None:
             return self._leave(item, refusal)
         policies = self._policies(item, store)
         if policies is None:
             return self._leave(item, "its base restores no pair, or all of them")
         variant = Variant(item.label, store, **policies)
-        settings = self.settings if item.place == "front" else _light(self.settings)
+        settings = self.settings if item.label in CACHED else _light(self.settings)
         if late and not self._is_kept(variant, settings, original):
             return self._leave(item, "no time was left")
         made = time.monotonic()
@@ -133,6 +140,21 @@ class Runner:
             return None, str(error)
         _seconds_file(path).write_text(json.dumps(time.monotonic() - started))
         return path, ""
+
+    def _recalibrated(self, store: Path, original: Path, *, make: bool) -> Path | None:
+        """A copy of the store, its routers fitted on the built-in calibration text."""
+        target = store.with_name(f"{store.name}-recalibrated")
+        if not is_store(target) and make:
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(store, target)
+            recalibrate_store(
+                target,
+                original,
+                [built_in_calibration_text()],
+                [built_in_text()],
+                RecalibrationSettings(tokens=RECALIBRATION_TOKENS, eval_windows=1),
+            )
+        return target if is_store(target) else None
 
     def _config(self, item: Experiment) -> CompressionConfig:
         config = item.config

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from cluster.report.figures import Interval, Point, interval, on_front, student_quantile
@@ -186,30 +187,37 @@ def _won(item: Duel) -> str:
     return "lost" if item.loss.is_certain and item.loss.mean < 0 else "not won: no difference seen"
 
 
-def ablation_section(
-    ablations: Mapping[str, Sequence[Line]], bases: Mapping[str, Line], title: str = "Ablations"
-) -> Section | None:
-    """By base's label, the lines that lack one item of it each; see `verdict`."""
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing that can be done or left out, and the two lines that differ by it alone."""
+
+    name: str
+    with_it: Line
+    without: Line
+
+
+def items_section(items: Sequence[Item], title: str = "What each item is worth") -> Section | None:
+    """Every item with and without, and whether it is kept; see `verdict`."""
     cells: list[dict[str, str | None]] = []
-    for label, lines in ablations.items():
-        for line in lines:
-            found = duel(bases[label], line)
-            cells.append(
-                {
-                    "without": line.label,
-                    "of": label,
-                    "KL without - KL with": shown(found.loss, "+.5f"),
-                    "bits/weight without - with": f"{found.bits:+.4f}",
-                    "texts better with": f"{found.texts_won} of {found.num_texts}",
-                    "verdict on the item": verdict(found),
-                }
-            )
+    for item in items:
+        found = duel(item.with_it, item.without)
+        cells.append(
+            {
+                "item": item.name,
+                "with": item.with_it.label,
+                "without": item.without.label,
+                "KL without - with": shown(found.loss, "+.5f"),
+                "bits/weight without - with": f"{found.bits:+.4f}",
+                "texts better with": f"{found.texts_won} of {found.num_texts}",
+                "verdict": verdict(found),
+            }
+        )
     if not cells:
         return None
     note = (
-        "Each line lacks one item of its base, at the same budget. The difference is paired over "
-        "all windows, with its 95 % interval; an item is kept when the interval excludes 0 and it "
-        "takes no more bytes (up to 1 %)."
+        "The two lines of a row differ by the item alone, at the same budget or the same mean "
+        "bytes. The difference is paired over all windows, with its 95 % interval; an item is kept "
+        "when the interval excludes 0 and it takes no more bytes (up to 1 %)."
     )
     return Section(title, (Table.of(cells), note))
 

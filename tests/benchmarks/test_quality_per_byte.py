@@ -60,8 +60,8 @@ def test_every_item_of_the_issue_is_there() -> None:
 
 def test_choosing_takes_what_is_needed_along() -> None:
     every = experiments(2, CALIBRATION)
-    labels = [item.label for item in chosen(every, ["best 2.5 without alternations"])]
-    assert labels == [ORIGINAL, best(2.5), "best 2.5 without alternations"]
+    labels = [item.label for item in chosen(every, ["best 2.5 without rank blocks"])]
+    assert labels == [ORIGINAL, best(2.5), "best 2.5 without rank blocks"]
     labels = [item.label for item in chosen(every, [f"best at the bytes of {PAPER}"])]
     assert labels == [ORIGINAL, PAPER, f"best at the bytes of {PAPER}"]
     with pytest.raises(ValueError, match="--only: got 'nothing'"):
@@ -109,16 +109,21 @@ def test_the_first_section_says_where_best_did_not_win() -> None:
     assert "not measured" in str(pages.budget_section({}).parts[0])
 
 
-def test_ablations_reach_their_table() -> None:
+def test_items_reach_their_table() -> None:
     base = result(best(2.5), "best", 0.01, 2.5)
-    worse = result("best 2.5 without x", "ablation", 0.02, 2.5, place="ablation", base=best(2.5))
-    made = {best(2.5): base, worse.experiment.label: worse}
-    found = pages.ablation_section(pages._ablated(made), {k: v.line for k, v in made.items()})
+    fields = {"place": "ablation", "base": best(2.5)}
+    worse = result("best 2.5 without x", "ablation", 0.02, 2.5, item="x", **fields)
+    more = result("best 2.5 with y", "ablation", 0.02, 2.5, item="y", adds=True, **fields)
+    made = {item.experiment.label: item for item in (base, worse, more)}
+    found = pages.items_section(pages.items(made))
     assert found is not None
-    (row,) = tables(found)[0].rows
-    assert row[0] == "best 2.5 without x"
-    assert row[2].startswith("+0.01000 ± ")
-    assert row[-1] == "kept"
+    without, with_more = tables(found)[0].rows
+    assert without[:3] == ("x", "best 2.5", "best 2.5 without x")
+    assert without[3].startswith("+0.01000 ± ")
+    assert without[-1] == "kept"
+    assert with_more[:3] == ("y", "best 2.5 with y", "best 2.5")
+    assert with_more[3].startswith("-0.01000 ± ")
+    assert with_more[-1] == "not kept: better without"
 
 
 def test_a_tiny_run_end_to_end_and_again_without_time(
