@@ -53,7 +53,7 @@ def test_every_item_of_the_issue_is_there() -> None:
             assert f"{name} {budget:g} |" in labels
     for words in ("random 1", "milo", "sz3", "cuszp", "round to nearest", "skip < 0.1"):
         assert words in labels
-    for item in ("layer sensitivity", "refinement planes", "rank blocks", "alternations"):
+    for item in ("layer sensitivity", "refinement planes", "rank blocks", "compensators"):
         assert f"best 2.5 without {item}" in labels
         assert f"best 3 without {item}" in labels
 

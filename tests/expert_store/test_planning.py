@@ -136,6 +136,6 @@ def test_methods_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(ValueError, match="hqq makes affine codes only"):
         replace(METHODS["paper"], grids=("symmetric",))
     with pytest.raises(ValueError, match="there is no compensator to alternate with"):
-        replace(METHODS["best"], repairs=())
+        replace(METHODS["best"], repairs=(), alternations=1)
     with pytest.raises(ValueError, match="grids: got"):
         replace(METHODS["best"], grids=())
