@@ -30,7 +30,7 @@ from expert_store.kept_curves import KeptCurves
 from expert_store.manifest_json import encode_manifest
 from expert_store.planning import ExpertCurves, ExpertScan, Planned, curves_of, make_plans
 from expert_store.prior import load_prior
-from expert_store.recipe import check_finite, compress_expert, kurtosis_of, weightings
+from expert_store.recipe import check_finite, compress_expert, energies, kurtosis_of
 from expert_store.shards import INDEX_FILE
 from expert_store.space import check_space
 from expert_store.staging import PARTIAL, Staging, check_target, staging
@@ -171,9 +171,7 @@ class _Run:
     def _scan_expert(self, key: ExpertKey) -> ExpertScan:
         weights = self.checkpoint.expert(key)
         check_finite(weights)
-        heard = weightings(self._statistics(key), weighted=True)
-        gate, up, down = (heard[name].error(getattr(weights, name)) for name in PROJECTIONS)
-        return ExpertScan(kurtosis_of(weights), (gate, up, down))
+        return ExpertScan(kurtosis_of(weights), energies(weights, self._statistics(key)))
 
     def _measure(self, keys: Iterable[ExpertKey]) -> dict[ExpertKey, ExpertCurves]:
         """Curves of sample experts, for the solver."""

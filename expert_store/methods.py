@@ -27,7 +27,8 @@ class Methods:
 
     - grids, bits: what codes may be stored as; without the solver the first of each is taken.
     - repairs: kinds of blocks a compensator may hold; empty for none.
-    - weighted: errors are weighed by second moments of the expert's inputs (needs a calibration).
+    - weighted: errors are weighed by second moments of the expert's inputs, where a calibration is
+      given: by all of the moment if the quantiser is feedback, else by its diagonal.
     - alternations: rounds of quantising for what the compensator leaves; 0 quantises once, first.
     - milo: the alternation is MiLo's (the codes alone do not matter), else by how often the codes
       are used with and without their compensator.
@@ -65,7 +66,7 @@ class Methods:
 
     @property
     def needs_calibration(self) -> bool:
-        return self.weighted or self.quantizer == "feedback"
+        return self.quantizer == "feedback"
 
 
 METHODS: Mapping[str, Methods] = {
@@ -78,7 +79,7 @@ METHODS: Mapping[str, Methods] = {
     "mixed": Methods("hqq", "solver", bits=(2, 3, 4)),
     # arXiv 2504.02658: codes and low-rank factors optimised in turn, one rank for all.
     "milo": Methods("hqq", "uniform", repairs=("rank",), alternations=8, milo=True),
-    # Needs no calibration text: grid codes and both kinds of blocks under the budget.
+    # Needs no calibration, and uses one: grid codes and both kinds of blocks under the budget.
     "fast": Methods(
         "grid",
         "solver",
@@ -86,6 +87,7 @@ METHODS: Mapping[str, Methods] = {
         bits=(2, 3, 4),
         repairs=("rank", "plane"),
         factor_grid="symmetric",
+        weighted=True,
     ),
     # The best answers for the bytes moved that we know how to make; needs a calibration.
     "best": Methods(

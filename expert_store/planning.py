@@ -204,7 +204,7 @@ def curves_of(
     """The curves of one expert's three matrices."""
     how = config.how
     statistics = calibration.expert(weights.key) if calibration is not None else None
-    heard = weightings(statistics, how.weighted)
+    heard = weightings(statistics, how)
     return {
         name: measure_choices(
             getattr(weights, name),

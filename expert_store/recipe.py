@@ -15,6 +15,8 @@ from expert_store.codecs import cuszp, sz3
 from expert_store.codecs.bound import ErrorBound
 from expert_store.errors import CheckpointError
 from expert_store.factor_records import encode_factors
+from expert_store.matrix.loss import weighted_error
+from expert_store.matrix.moments import Moment
 from expert_store.matrix.weighting import Weighting
 from expert_store.matrix_recipe import CompressedMatrix, Repair, compress_matrix
 from expert_store.methods import Methods
@@ -90,16 +92,38 @@ def _kurtosis(weight_NK: torch.Tensor) -> float:
     return fourth * flat.numel() / second**2
 
 
-def weightings(statistics: ExpertStatistics | None, weighted: bool) -> dict[Projection, Weighting]:
+def weightings(statistics: ExpertStatistics | None, how: Methods) -> dict[Projection, Weighting]:
     """How loudly an error in each matrix is heard in the expert's output; all alike without
     statistics."""
-    if statistics is None or not weighted:
+    if statistics is None or not how.weighted:
         return {name: Weighting.of() for name in PROJECTIONS}
+    moment_in = heard(statistics.moment_in, how)
     return {
-        "gate": Weighting.of(statistics.moment_in, statistics.gate_weight_F),
-        "up": Weighting.of(statistics.moment_in, statistics.up_weight_F),
-        "down": Weighting.of(statistics.moment_mid),
+        "gate": Weighting.of(moment_in, statistics.gate_weight_F),
+        "up": Weighting.of(moment_in, statistics.up_weight_F),
+        "down": Weighting.of(heard(statistics.moment_mid, how)),
     }
+
+
+def heard(moment: Moment, how: Methods) -> Moment:
+    """What a weighted recipe uses of a moment. Error feedback needs all of it; other quantisers
+    look at each input alone, and so do the repairs after them: no large root is taken then."""
+    return moment if how.quantizer == "feedback" else moment.diagonal_only()
+
+
+def energies(
+    weights: ExpertWeights, statistics: ExpertStatistics | None
+) -> tuple[float, float, float]:
+    """Of gate, up and down: what a relative error of 1 in each would move the expert's output by,
+    in mean squared norm; without statistics the weights' own."""
+    if statistics is None:
+        gate, up, down = (weighted_error(getattr(weights, name)) for name in PROJECTIONS)
+        return gate, up, down
+    return (
+        weighted_error(weights.gate, statistics.moment_in, statistics.gate_weight_F),
+        weighted_error(weights.up, statistics.moment_in, statistics.up_weight_F),
+        weighted_error(weights.down, statistics.moment_mid),
+    )
 
 
 def compress_expert(
@@ -112,7 +136,7 @@ def compress_expert(
     statistics: ExpertStatistics | None = None,
 ) -> CompressedExpert:
     """Codes and compensator of one expert, as planned."""
-    heard = weightings(statistics, how.weighted)
+    heard = weightings(statistics, how)
     if isinstance(plan, CodecPlan):
         return _through_codec(weights, plan, how, heard, factor_bits)
     made = {

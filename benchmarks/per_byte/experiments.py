@@ -141,8 +141,6 @@ def _budgets(calibration: Path | None) -> Iterator[Experiment]:
         )
         yield Experiment(f"fast {budget:g}", "fast", _config("fast", budget=budget))
         if calibration is not None:
-            # Its solver knows how often experts are used and what layers cost; its quantiser
-            # still knows nothing of the inputs.
             yield Experiment(
                 f"fast with a calibration {budget:g}",
                 "fast with a calibration",

@@ -71,6 +71,10 @@ class Moment:
         """This moment without the pairs of inputs from different groups."""
         return Moment(self.block_diagonal())
 
+    def diagonal_only(self) -> Moment:
+        """The same without products of different inputs."""
+        return Moment(torch.diag_embed(self.diagonal().view(-1, GROUP_SIZE)))
+
     def shrunk(self, pooled: Moment, count: float) -> Moment:
         """This mean over `count` tokens, with `pooled` counting as K tokens more.
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from expert_store.calibration import save_calibration
 from expert_store.config import CompressionConfig
 from expert_store.errors import CheckpointError
 from expert_store.format import factors_bytes, parse_codes, parse_factors
+from expert_store.matrix.loss import weighted_error
+from expert_store.methods import METHODS
 from expert_store.plan import ExpertPlan
-from expert_store.recipe import check_finite, compress_expert, kurtosis_of
+from expert_store.recipe import (
+    check_finite,
+    compress_expert,
+    energies,
+    kurtosis_of,
+    weightings,
+)
 from expert_store.types import PROJECTIONS, CodesForm, ExpertKey, ExpertShape, ExpertWeights
 from kernels.reference import dequantize, dequantize_low_rank
+from tests.expert_store.calibrations import calibration_parts
 
 KEY = ExpertKey(4, 11)
 SHAPE = ExpertShape(hidden=128, ffn=192, activation="silu", has_bias=False)
@@ -135,3 +146,49 @@ def test_weights_that_are_not_finite(name: str, values: list[float], counts: str
     where = f"layer 4 expert 11, {name.replace('_', ' ')}: expected finite"
     with pytest.raises(CheckpointError, match=f"{where}.*{counts} of "):
         check_finite(weights)
+
+
+def test_only_feedback_reads_products_of_inputs(tmp_path: Path) -> None:
+    parts = calibration_parts(layers=(4,), experts=12, ffn=192, tokens=(900,) * 12)
+    statistics = save_calibration(tmp_path, *parts).expert(KEY)
+    whole, single = (weightings(statistics, METHODS[name]) for name in ("best", "fast"))
+    for name in PROJECTIONS:
+        truth, seen = whole[name].moment, single[name].moment
+        assert truth is not None
+        assert seen is not None
+        assert (truth.is_full, seen.is_full) == (True, False)
+        assert torch.equal(seen.diagonal(), truth.diagonal())
+        assert seen.values.count_nonzero() == seen.cols
+    assert all(each.moment is None for each in weightings(None, METHODS["fast"]).values())
+    assert all(each.moment is None for each in weightings(statistics, METHODS["mixed"]).values())
+
+
+def test_fast_with_a_calibration_repairs_what_is_heard(tmp_path: Path) -> None:
+    parts = calibration_parts(layers=(4,), experts=12, ffn=192, tokens=(900,) * 12)
+    order_K = torch.randperm(SHAPE.hidden, generator=torch.Generator().manual_seed(0))
+    scale_K = torch.logspace(-1.5, 1, SHAPE.hidden)[order_K]
+    for tensors in parts[1].values():
+        for moment in (tensors.input_E, tensors.pooled):
+            moment.mul_(scale_K).mul_(scale_K[:, None])
+    statistics = save_calibration(tmp_path, *parts).expert(KEY)
+    weights, lost = random_expert(), []
+    plan = ExpertPlan.uniform(2, "symmetric", ("rank", "plane"))
+    for known in (None, statistics):
+        made = compress_expert(
+            weights, SHAPE, plan, METHODS["fast"], factor_bits=3, statistics=known
+        )
+        codes = parse_codes(KEY, made.codes, SHAPE, made.form)
+        left_NK = weights.gate - dequantize(codes.mlp.gate)
+        lost.append(weighted_error(left_NK, statistics.moment_in, statistics.gate_weight_F))
+    assert lost[1] < 0.9 * lost[0]
+
+
+def test_energies_are_those_of_the_weights_as_heard(tmp_path: Path) -> None:
+    weights = random_expert()
+    squares = [float(getattr(weights, name).square().sum()) for name in PROJECTIONS]
+    assert energies(weights, None) == pytest.approx(squares, rel=1e-5)
+    parts = calibration_parts(layers=(4,), experts=12, ffn=192, tokens=(900,) * 12)
+    statistics = save_calibration(tmp_path, *parts).expert(KEY)
+    heard = weightings(statistics, METHODS["best"])
+    errors = [heard[name].error(getattr(weights, name)) for name in PROJECTIONS]
+    assert energies(weights, statistics) == pytest.approx(errors, rel=1e-6)
