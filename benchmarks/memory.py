@@ -35,7 +35,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 tiny, large, target, recipe = sys.argv[1:]
-compress(Path(tiny), Path(target) / "tiny", CompressionConfig(), jobs=2)
+compress(Path(tiny), Path(target) / "tiny", CompressionConfig(recipe="paper"), jobs=2)
 before = peak()
 compress(Path(large), Path(target) / "large", CompressionConfig(recipe=recipe), jobs=2)
 print(peak() - before)

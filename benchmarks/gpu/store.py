@@ -26,7 +26,7 @@ def prepare(store: Path) -> None:
     from expert_store.config import CompressionConfig
 
     store.parent.mkdir(parents=True, exist_ok=True)
-    manifest = compress(MIXTRAL_MINI, store, CompressionConfig(), force=True)
+    manifest = compress(MIXTRAL_MINI, store, CompressionConfig(recipe="paper"), force=True)
     for name in manifest.dense_files:
         (store / name).unlink()
 

@@ -19,6 +19,7 @@ ABLATED = (2.5, 3.0)
 BOUNDS = ("row:0.6", "row:0.3", "row:0.15")
 PAPER = "paper 2-bit, rank 16, Top-1"
 PAPER_3 = "paper 3-bit, rank 16, Top-1"
+PAPER_4 = "paper 4-bit, rank 16, Top-1"
 PAPER_64 = "paper 2-bit, rank 64, Top-1"
 ORIGINAL = "original bf16"
 
@@ -124,6 +125,7 @@ def _paper(top_k: int) -> Iterator[Experiment]:
     three = _config("paper", bits=3)
     yield Experiment(PAPER_3, "paper", three)
     yield Experiment("paper 3-bit, rank 16, Top-0", "paper, other n", three, policies={"top_n": 0})
+    yield Experiment(PAPER_4, "paper", _config("paper", bits=4))
 
 
 def _budgets(calibration: Path | None) -> Iterator[Experiment]:
@@ -149,14 +151,14 @@ def _budgets(calibration: Path | None) -> Iterator[Experiment]:
 
 
 def _matched(calibration: Path | None) -> Iterator[Experiment]:
-    """Best at the very bytes of the paper's recipe."""
-    for label in (PAPER, PAPER_3):
-        yield Experiment(
-            f"best at the bytes of {label}",
-            "best",
-            _config("best", calibration, budget=2.5),
-            budget_of=label,
-        )
+    """Ours at the very bytes of the paper's recipe: best, and without any calibration fast."""
+    recipes = {
+        "best": _config("best", calibration, budget=2.5),
+        "fast": _config("fast", budget=2.5),
+    }
+    for label in (PAPER_3, PAPER, PAPER_4):
+        for recipe, config in recipes.items():
+            yield Experiment(f"{recipe} at the bytes of {label}", recipe, config, budget_of=label)
 
 
 def _ablations(budget: float, calibration: Path | None) -> Iterator[Experiment]:

@@ -13,6 +13,7 @@ from benchmarks.per_byte.experiments import (
     ORIGINAL,
     PAPER,
     PAPER_3,
+    PAPER_4,
     PAPER_64,
     best,
 )
@@ -119,7 +120,7 @@ def budget_section(lines: Mapping[str, Line]) -> Section:
         here = [duel(mine, lines[name]) for name in names if name in lines]
         duels += here
         lost += [f"{budget:g}: {item.theirs.label}" for item in here if not item.wins]
-    for paper in (PAPER, PAPER_3):
+    for paper in (PAPER, PAPER_3, PAPER_4):
         matched = f"best at the bytes of {paper}"
         if paper in lines and matched in lines:
             duels.append(duel(lines[matched], lines[paper]))

@@ -17,7 +17,7 @@ from cluster.environment import cache_folder
 from cluster.models import find_model
 from cluster.stores import folder
 from expert_store.compress import Progress, compress
-from expert_store.config import RECIPES, CompressionConfig
+from expert_store.config import DEFAULT_RECIPE, RECIPES, CompressionConfig
 from expert_store.inspect import summarize
 from expert_store.layer_codecs import LayerCodec
 from expert_store.methods import METHODS, Methods, Quantizer
@@ -41,18 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="folder to write, new or empty")
     parser.add_argument(
         "--recipe",
-        default="paper",
+        default=DEFAULT_RECIPE,
         metavar="|".join(RECIPES),
-        help="best, fast: codes and compensators under --budget, with and without calibration; "
+        help="fast: codes and compensators under --budget, better with --calibration; best: the "
+        "same with error feedback, slower, only with --calibration; "
         "paper: as in arXiv 2512.17073; static, mixed: codes only, of one width or several; milo: "
-        "codes and factors in turn; sz3, cuszp: error-bounded; original: bf16 (default: paper)",
+        "codes and factors in turn; sz3, cuszp: error-bounded; original: bf16 "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--budget",
         type=float,
         metavar="B",
         help="bits per expert weight that a token moves, compensators of its Top-n included, for "
-        "best, fast (default: 2.5) and mixed (default: 3)",
+        "fast (default: 4), best and mixed (default: 3)",
     )
     parser.add_argument(
         "--calibration",

@@ -25,7 +25,7 @@ from cluster.evaluate import DEMO_SETTINGS, demo_rows
 from cluster.models import ensure_smol, has_smol
 from cluster.progress import store_progress
 from cluster.settings import HttpSettings
-from cluster.stores import bundled_store, compressed_store, original_store
+from cluster.stores import BUNDLED, bundled_store, compressed_store, original_store
 from cluster.table import format_table
 from cluster.texts import BUILT_IN_NOTE
 from expert_store.config import CompressionConfig
@@ -138,14 +138,12 @@ def run(args: argparse.Namespace) -> int:
 def choose(name: str | None, teller: Teller) -> Subject:
     """The model to show: smol-moe when it is there or asked for, else mixtral-mini."""
     if name == "mini" or (name is None and not has_smol()):
-        return Subject(
-            MIXTRAL_MINI, "The return statement", False, CompressionConfig(), DEMO_SETTINGS
-        )
+        return Subject(MIXTRAL_MINI, "The return statement", False, BUNDLED, DEMO_SETTINGS)
     folder = ensure_smol(teller.say)
     # Sixteen times the model, with real weights: fewer windows tell the variants apart as well.
     settings = replace(DEMO_SETTINGS, windows=8, decode_tokens=24)
     # At 2 bits these weights babble, at 3 they stammer; at 4 they answer in English.
-    config = CompressionConfig(bits=4)
+    config = CompressionConfig(recipe="paper", bits=4)
     return Subject(folder, "What is the capital of France?", True, config, settings)
 
 

@@ -35,7 +35,8 @@ def store(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_compress_prints_a_summary(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["compress", str(model), str(tmp_path / "s"), "--bits", "3", "--jobs", "1"]) == 0
+    arguments = ["--recipe", "paper", "--bits", "3", "--jobs", "1"]
+    assert main(["compress", str(model), str(tmp_path / "s"), *arguments]) == 0
     out = capsys.readouterr().out
     assert "paper, 3 bits, average rank 16, 3-bit factors, Top-1 restored" in out
     assert "3.5 bits per weight" in out
@@ -140,7 +141,10 @@ def test_verify_of_a_whole_and_of_a_damaged_store(
         (["--bits", "8"], "bits: got 8"),
         (["--group-size", "48"], "group_size: got 48, expected 64"),
         (["--recipe", "finest"], "recipe: got 'finest', expected one of paper, static, mixed"),
-        (["--avg-rank", "1000"], "avg_rank: got 1000, over the rank of this model's experts"),
+        (
+            ["--recipe", "paper", "--avg-rank", "1000"],
+            "avg_rank: got 1000, over the rank of this model's experts",
+        ),
         (["--avg-rank", "-1"], "avg_rank: got -1"),
         (["--top-n", "9"], "top_n: got 9, expected at most 2"),
         (["--jobs", "0"], "jobs: got 0"),

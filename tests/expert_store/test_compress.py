@@ -25,7 +25,7 @@ from expert_store.types import PROJECTIONS, CodesForm, ExpertKey, RecordRequest
 from kernels.reference import dequantize, dequantize_low_rank
 from tests.tiny_checkpoints import FAMILIES, write_tiny_checkpoint
 
-PAPER = CompressionConfig(avg_rank=8)
+PAPER = CompressionConfig(recipe="paper", avg_rank=8)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -68,7 +68,9 @@ def test_original_holds_the_checkpoint_exactly(family: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_paper_restores_every_family(family: str, tmp_path: Path) -> None:
     model = write_tiny_checkpoint(family, tmp_path / "model", hidden=128, ffn=192, experts=3)
-    manifest = compress(model, tmp_path / "store", CompressionConfig(avg_rank=16), jobs=2)
+    manifest = compress(
+        model, tmp_path / "store", CompressionConfig(recipe="paper", avg_rank=16), jobs=2
+    )
     checkpoint, segment = Checkpoint(model), Segment(tmp_path / "store")
     shape = manifest.model.expert
     for key, info in manifest.experts.items():
@@ -225,7 +227,7 @@ def test_a_finished_store_is_not_overwritten(store: Path, model: Path, tmp_path:
     target = tmp_path / "store"
     shutil.copytree(store, target)
     with pytest.raises(ValueError, match="holds a finished store; .* --force"):
-        compress(model, target, CompressionConfig(bits=3))
+        compress(model, target, CompressionConfig(recipe="paper", bits=3))
     assert tree(target) == tree(store)
 
 
@@ -278,8 +280,11 @@ def test_a_store_is_no_checkpoint(store: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (CompressionConfig(avg_rank=129), "avg_rank: got 129, over the rank .* at most 128"),
-        (CompressionConfig(top_n=3), "top_n: got 3, expected at most 2"),
+        (
+            CompressionConfig(recipe="paper", avg_rank=129),
+            "avg_rank: got 129, over the rank .* at most 128",
+        ),
+        (CompressionConfig(recipe="paper", top_n=3), "top_n: got 3, expected at most 2"),
     ],
 )
 def test_recipes_that_the_model_cannot_have(

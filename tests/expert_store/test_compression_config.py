@@ -20,8 +20,14 @@ FIRST = LayerCodec((0,), "cuszp", "row:0.1")
         ({"recipe": "best"}, "calibration: recipe 'best' needs the folder that `moetier calibrate"),
         ({"recipe": "sz3", "bits": 2}, "bits: got 2, but recipe 'sz3' has an error bound instead"),
         ({"recipe": "sz3", "error_bound": "row"}, "error bound: got 'row', expected MODE:VALUE"),
-        ({"error_bound": "row:0.1"}, "error_bound: got 'row:0.1', but recipe 'paper' is not"),
-        ({"budget": 3.0}, "budget: got 3.0, but recipe 'paper' has none; use recipe fast"),
+        (
+            {"recipe": "paper", "error_bound": "row:0.1"},
+            "error_bound: got 'row:0.1', but recipe 'paper' is not",
+        ),
+        (
+            {"recipe": "paper", "budget": 3.0},
+            "budget: got 3.0, but recipe 'paper' has none; use recipe fast",
+        ),
         ({"recipe": "fast", "budget": 0.0}, "budget: got 0.0, expected bits per weight up to 16"),
         ({"recipe": "fast", "budget": math.nan}, "budget: got nan, expected bits per weight"),
         ({"recipe": "fast", "avg_rank": 16}, "avg_rank: got 16, but recipe 'fast' chooses ranks"),
@@ -29,7 +35,10 @@ FIRST = LayerCodec((0,), "cuszp", "row:0.1")
         ({"bits": 1}, r"bits: got 1, expected one of \(2, 3, 4\)"),
         ({"bits": 5}, r"bits: got 5, expected one of \(2, 3, 4\)"),
         ({"bits": 8}, r"bits: got 8"),
-        ({"bits": 16}, r"bits: got 16, expected one of \(2, 3, 4\) for recipe 'paper'"),
+        (
+            {"recipe": "paper", "bits": 16},
+            r"bits: got 16, expected one of \(2, 3, 4\) for recipe 'paper'",
+        ),
         ({"bits": 0}, "bits: got 0"),
         ({"bits": -2}, "bits: got -2"),
         ({"recipe": "original", "bits": 2}, r"bits: got 2, expected one of \(16,\)"),
@@ -63,13 +72,14 @@ def test_defaults_of_the_recipes(recipe: str, bits: int, avg_rank: int, top_n: i
 
 
 def test_fingerprint_is_of_what_it_resolves_to() -> None:
-    default = CompressionConfig().fingerprint("source")
-    assert default == CompressionConfig(bits=2, avg_rank=16, top_n=1).fingerprint("source")
+    default = CompressionConfig(recipe="paper").fingerprint("source")
+    told = CompressionConfig(recipe="paper", bits=2, avg_rank=16, top_n=1)
+    assert default == told.fingerprint("source")
     others = [
-        CompressionConfig(bits=3).fingerprint("source"),
+        CompressionConfig(recipe="paper", bits=3).fingerprint("source"),
         CompressionConfig(recipe="static").fingerprint("source"),
-        CompressionConfig(top_n=2).fingerprint("source"),
-        CompressionConfig().fingerprint("another source"),
+        CompressionConfig(recipe="paper", top_n=2).fingerprint("source"),
+        CompressionConfig(recipe="paper").fingerprint("another source"),
     ]
     assert len({default, *others}) == 5
 

@@ -14,7 +14,7 @@ from expert_store.calibration import Calibration, save_calibration
 from expert_store.checkpoint import Checkpoint
 from expert_store.compress import compress
 from expert_store.config import CompressionConfig
-from expert_store.planning import layer_weights
+from expert_store.planning import depth_prior, layer_weights
 from expert_store.prior import save_prior
 from expert_store.types import ExpertShape, Manifest, ModelInfo
 from tests.expert_store.calibrations import calibration_parts
@@ -41,8 +41,25 @@ def calibration(folder: Path, *, measured: dict[int, float]) -> Calibration:
 
 
 def test_without_a_calibration_the_prior_is_the_weight() -> None:
-    assert layer_weights(MODEL, None) == {0: 1.0, 2: 1.0}
+    assert layer_weights(MODEL, None) == depth_prior((0, 2))
     assert layer_weights(MODEL, None, {0: 1.6, 2: 0.4}) == {0: 1.6, 2: 0.4}
+
+
+def test_the_prior_of_depth_favours_both_ends() -> None:
+    assert depth_prior((3,)) == {3: 4.0}
+    assert depth_prior((0, 2)) == {0: 4.0, 2: 2.0}
+    weights = depth_prior(tuple(range(1, 33)))
+    assert [layer for layer, weight in weights.items() if weight == 4.0] == [1, 2, 3, 4]
+    assert [layer for layer, weight in weights.items() if weight == 2.0] == [29, 30, 31, 32]
+    assert all(weights[layer] == 1.0 for layer in range(5, 29))
+
+
+def test_without_a_calibration_no_matrix_is_left_far_behind(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint("mixtral", tmp_path / "model", layers=3, hidden=128, ffn=192)
+    config = CompressionConfig(recipe="fast", budget=3.5)
+    manifest = compress(model, tmp_path / "store", config, jobs=2)
+    found = {width for expert in manifest.experts.values() for width in expert.form.bits}
+    assert min(found) >= 3, "one of 2 bits would pay for another of 4"
 
 
 def test_what_was_measured_overrules_the_prior(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def random_expert(seed: int = 0, bias: bool = False) -> ExpertWeights:
 @pytest.mark.parametrize(("bits", "rank"), [(2, 0), (2, 32), (3, 16), (4, 128)])
 def test_figures_are_those_of_the_records(bits: int, rank: int) -> None:
     weights = random_expert()
-    result = compressed(weights, SHAPE, CompressionConfig(bits=bits), rank)
+    result = compressed(weights, SHAPE, CompressionConfig(recipe="paper", bits=bits), rank)
     assert result.form == CodesForm.uniform(bits)
     codes = parse_codes(KEY, result.codes, SHAPE, result.form)
     factors = parse_factors(KEY, result.factors, SHAPE, result.repair)
@@ -73,7 +73,7 @@ def test_figures_are_those_of_the_records(bits: int, rank: int) -> None:
 
 def test_every_longer_prefix_repairs_more() -> None:
     weights = random_expert()
-    result = compressed(weights, SHAPE, CompressionConfig(), 32)
+    result = compressed(weights, SHAPE, CompressionConfig(recipe="paper"), 32)
     codes = parse_codes(KEY, result.codes, SHAPE, result.form)
     errors = []
     for count in range(len(result.repair.blocks) + 1):
@@ -125,7 +125,7 @@ def test_kurtosis() -> None:
 
 def test_an_expert_of_zeros_has_no_error() -> None:
     zeros = ExpertWeights(KEY, *(torch.zeros(SHAPE.projection(name)) for name in PROJECTIONS))
-    result = compressed(zeros, SHAPE, CompressionConfig(), 16)
+    result = compressed(zeros, SHAPE, CompressionConfig(recipe="paper"), 16)
     assert (result.error, result.restored_error) == (0.0, 0.0)
     assert result.block_gains == (0.0, 0.0, 0.0)
 

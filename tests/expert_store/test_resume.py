@@ -30,7 +30,7 @@ from expert_store.format import is_store, load_manifest
 from expert_store.verify import verify
 from tests.tiny_checkpoints import write_tiny_checkpoint
 
-CONFIG = CompressionConfig(avg_rank=8)
+CONFIG = CompressionConfig(recipe="paper", avg_rank=8)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_a_changed_recipe_does_not_mix(model: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         compress(model, store, CONFIG, progress=interrupt, jobs=1)
-    other = CompressionConfig(bits=4, avg_rank=8)
+    other = CompressionConfig(recipe="paper", bits=4, avg_rank=8)
     compress(model, store, other)
     compress(model, tmp_path / "fresh", other)
     assert tree(store) == tree(tmp_path / "fresh")

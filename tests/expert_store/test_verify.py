@@ -29,7 +29,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_tiny_checkpoint("qwen2_moe", folder / "model", hidden=128, ffn=192, experts=3)
     (model / "tokenizer.json").write_text("{}")
     (model / "chat_template.jinja").write_text("{{ messages }}")
-    compress(model, folder / "store", CompressionConfig(avg_rank=8))
+    compress(model, folder / "store", CompressionConfig(recipe="paper", avg_rank=8))
     return folder / "store"
 
 

@@ -36,7 +36,7 @@ CONFIG = WorkerConfig(device="cpu", dtype="float32", cache_bytes=100_000, prefil
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engine")
     model = write_tiny_checkpoint("mixtral", folder / "model", hidden=128, ffn=128)
-    compress(model, folder / "store", CompressionConfig(avg_rank=16), jobs=1)
+    compress(model, folder / "store", CompressionConfig(recipe="paper", avg_rank=16), jobs=1)
     return folder / "store"
 
 

@@ -45,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     # deepseek_v2: its first layer is dense, so layer numbers are not those of the experts modules.
     model = write_tiny_checkpoint("deepseek_v2", folder / "model", hidden=128, ffn=128, layers=3)
-    compress(model, folder / "store", CompressionConfig(), jobs=1)
+    compress(model, folder / "store", CompressionConfig(recipe="paper"), jobs=1)
     return folder / "store"
 
 
@@ -53,7 +53,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     model = write_tiny_checkpoint("mixtral", folder / "model", hidden=128, ffn=128)
-    compress(model, folder / "store", CompressionConfig(), jobs=1)
+    compress(model, folder / "store", CompressionConfig(recipe="paper"), jobs=1)
     return folder / "store"
 
 

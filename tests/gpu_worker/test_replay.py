@@ -51,7 +51,7 @@ STEPS, SEQUENCES = 14, 3
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("replay")
     model = write_tiny_checkpoint("mixtral", folder / "model", hidden=128, ffn=128)
-    compress(model, folder / "store", CompressionConfig(avg_rank=16), jobs=1)
+    compress(model, folder / "store", CompressionConfig(recipe="paper", avg_rank=16), jobs=1)
     return folder / "store"
 
 
