@@ -104,8 +104,9 @@ def _head(summary: StoreSummary) -> list[tuple[str, str]]:
         ),
         (
             "recipe",
-            f"{recipe.name}, {recipe.bits:g} bits, average rank {recipe.avg_rank}, "
-            f"{recipe.factor_bits}-bit factors, Top-{recipe.top_n} restored",
+            f"{recipe.name}, {recipe.bits:.3g} bits, "
+            + (f"average rank {recipe.avg_rank}, " if recipe.avg_rank else "")
+            + f"{recipe.factor_bits}-bit factors, Top-{recipe.top_n} restored",
         ),
         *_told(recipe),
         (
