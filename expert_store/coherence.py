@@ -8,61 +8,35 @@ Knows weights, no file and no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from expert_store.choose import ExpertUse
-from expert_store.matrix.weighting import Weighting
-from expert_store.matrix_recipe import quantize
-from expert_store.methods import Methods
-from expert_store.plan import MatrixPlan
-from expert_store.recipe import weightings
-from expert_store.statistics import ExpertStatistics
+from expert_store.matrix.grid import quantize_grid
 from expert_store.types import PROJECTIONS, ExpertKey, ExpertWeights
 from kernels.reference import dequantize
 
+BITS = 2
+"""Of the codes whose errors are compared: the coarsest, where errors matter."""
 
-def coherence(
-    first: ExpertWeights,
-    second: ExpertWeights,
-    how: Methods,
-    statistics: tuple[ExpertStatistics | None, ExpertStatistics | None] = (None, None),
-) -> float:
-    """Mean cosine, over gate, up and down, of the errors of two experts' coarsest codes, as the
-    recipe makes and weighs them; 0 to 1.
 
-    About 0 for experts trained apart. Those of smol-moe, which share their base, have 0.93 by
-    search alone and 0.55 by error feedback, which each expert's own inputs lead elsewhere.
+def coherence(first: ExpertWeights, second: ExpertWeights) -> float:
+    """Mean cosine, over gate, up and down, of the errors of two experts' 2-bit codes; 0 to 1.
+
+    About 0 for experts trained apart; 0.93 for those of smol-moe, which share their base.
     """
-    experts = (first, second)
-    heard = [weightings(own, how) for own in statistics]
-    bare = MatrixPlan(how.bits[0], how.grids[0])
     cosines = []
     for name in PROJECTIONS:
-        one, other = (
-            _error(getattr(weights, name), bare, how, own[name])
-            for weights, own in zip(experts, heard, strict=True)
-        )
-        both = [own[name] for own in heard]
-        norms = math.sqrt(_inner(one, one, both) * _inner(other, other, both))
-        cosines.append(_inner(one, other, both) / norms if norms else 0.0)
+        errors = [_error(getattr(weights, name)) for weights in (first, second)]
+        norms = float(errors[0].norm() * errors[1].norm())
+        cosines.append(float((errors[0] * errors[1]).sum()) / norms if norms else 0.0)
     return min(1.0, max(0.0, sum(cosines) / len(cosines)))
 
 
-def _error(
-    weight_NK: torch.Tensor, plan: MatrixPlan, how: Methods, weighting: Weighting
-) -> torch.Tensor:
-    return weight_NK - dequantize(quantize(weight_NK, plan, how, weighting))
-
-
-def _inner(one_NK: torch.Tensor, other_NK: torch.Tensor, both: Sequence[Weighting]) -> float:
-    """Under the sum of both experts' weightings."""
-    return sum(
-        float((own.scale_rows(own.times_moment(one_NK)) * own.scale_rows(other_NK)).sum())
-        for own in both
-    )
+def _error(weight_NK: torch.Tensor) -> torch.Tensor:
+    return weight_NK - dequantize(quantize_grid(weight_NK, BITS, grid="symmetric"))
 
 
 def heard_together(

@@ -210,9 +210,7 @@ class _Run:
         if num_experts == 1:
             return 0.0
         beside = ExpertKey(key.layer, (key.expert + 1) % num_experts)
-        first, second = self.checkpoint.expert(key), self.checkpoint.expert(beside)
-        statistics = self._statistics(key), self._statistics(beside)
-        return coherence(first, second, self.config.how, statistics)
+        return coherence(self.checkpoint.expert(key), self.checkpoint.expert(beside))
 
     def _measure_expert(self, key: ExpertKey) -> dict[str, list[Any]]:
         curves = curves_of(self.checkpoint.expert(key), self.config, self.calibration)
