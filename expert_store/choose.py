@@ -22,11 +22,7 @@ MANY_POSITIONS = 4
 @dataclass(frozen=True, slots=True)
 class ExpertUse:
     """How often an expert is used, by position in the token's order of router weights, and what a
-    relative error of 1 in each of its matrices would move its output by (mean squared norm).
-
-    `weight2_at_K` are mean squared router weights, or what they count when the experts of a token
-    err together: see `expert_store/coherence.py`.
-    """
+    relative error of 1 in each of its matrices would move its output by (mean squared norm)."""
 
     use_at_K: tuple[float, ...]
     weight2_at_K: tuple[float, ...]
@@ -55,12 +51,15 @@ class Choosing:
 
 def prior_use(num_experts: int, top_k: int) -> ExpertUse:
     """What to assume of an expert without calibration: used as often as every other, router weights
-    falling as 1, 1/2, 1/3, ... (0.67 and 0.33 for top-2), every matrix equally important."""
+    falling as 1, 1/2, 1/3, ... (0.67 and 0.33 for top-2), every matrix equally important.
+
+    A router weight counts by itself, not by its square: the squares hold when the errors of a
+    token's experts are independent, which those of experts grown from one layer are not.
+    """
     shares = [1 / (i + 1) for i in range(top_k)]
-    total = sum(shares)
     return ExpertUse(
         use_at_K=(1 / num_experts,) * top_k,
-        weight2_at_K=tuple((share / total) ** 2 for share in shares),
+        weight2_at_K=tuple(share / sum(shares) for share in shares),
         energy=dict.fromkeys(PROJECTIONS, 1.0),
     )
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from expert_store.assemble import write_configuration, write_dense, write_layer
 from expert_store.calibration import Calibration
 from expert_store.checkpoint import Checkpoint
-from expert_store.coherence import coherence
 from expert_store.config import CompressionConfig
 from expert_store.curves import choice_json, read_choice
 from expert_store.expert_json import form_json, repair_json
@@ -41,13 +44,11 @@ from expert_store.types import (
     ModelInfo,
     Recipe,
 )
-from expert_store.workers import usable_cores, workers
 
 logger = logging.getLogger(__name__)
 
 _SCAN = "scan.json"
 _CURVES = "curves.json"
-_COHERENCE = "coherence.json"
 
 
 class Progress(NamedTuple):
@@ -99,7 +100,7 @@ def compress(
     check_space(checkpoint, config, store, store / PARTIAL / fingerprint, disk)
     with staging(store, fingerprint, force=force, disk=disk) as work:
         if not work.is_finished:
-            with workers(num_jobs) as pool:
+            with _workers(num_jobs) as pool:
                 run = _Run(work, checkpoint, config, calibration, prior, kept, pool, report)
                 planned = run.plan(run.scan())
                 experts = run.compress(planned)
@@ -148,13 +149,7 @@ class _Run:
     def plan(self, scans: dict[ExpertKey, ExpertScan]) -> Planned:
         model = self.checkpoint.model_info
         return make_plans(
-            self.config,
-            model,
-            scans,
-            self.calibration,
-            self._measure,
-            prior=self.prior,
-            coherence=self._coherence,
+            self.config, model, scans, self.calibration, self._measure, prior=self.prior
         )
 
     def compress(self, planned: Planned) -> list[ExpertInfo]:
@@ -196,21 +191,6 @@ class _Run:
             measured.append(value)
             self.report(Progress("plan", done, len(keys)))
         return measured
-
-    def _coherence(self, keys: Iterable[ExpertKey]) -> float:
-        """Mean over sample experts, each held against the next one of its layer."""
-        known = self.work.read_json(_COHERENCE)
-        if known is None:
-            known = list(self.pool.map(self._coherence_beside, keys))
-            self.work.write_json(_COHERENCE, known)
-        return sum(known) / len(known)
-
-    def _coherence_beside(self, key: ExpertKey) -> float:
-        num_experts = self.checkpoint.model_info.num_experts[key.layer]
-        if num_experts == 1:
-            return 0.0
-        beside = ExpertKey(key.layer, (key.expert + 1) % num_experts)
-        return coherence(self.checkpoint.expert(key), self.checkpoint.expert(beside))
 
     def _measure_expert(self, key: ExpertKey) -> dict[str, list[Any]]:
         curves = curves_of(self.checkpoint.expert(key), self.config, self.calibration)
@@ -260,6 +240,27 @@ def _finish(
     manifest = replace(manifest, version=content_version(manifest))
     records = {record.file for info in experts for record in (info.codes, info.factors) if record}
     work.finish([*dense_files, *side_files, *records], encode_manifest(manifest))
+
+
+@contextmanager
+def _workers(num_jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads of one torch thread each; after an error what has not begun is dropped."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        num_jobs, thread_name_prefix="compress", initializer=torch.set_num_threads, initargs=(1,)
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _check_recipe(recipe: Recipe, info: ModelInfo) -> None:

@@ -13,7 +13,6 @@ from expert_store.allocate import allocate_ranks, rank_cap
 from expert_store.budget import Choice
 from expert_store.calibration import Calibration
 from expert_store.choose import ExpertUse, choose_plans, prior_use
-from expert_store.coherence import heard_together
 from expert_store.config import CompressionConfig
 from expert_store.curves import measure_choices
 from expert_store.plan import CodecPlan, ExpertPlan
@@ -37,7 +36,6 @@ MAX_SAMPLES = 6
 
 ExpertCurves = Mapping[Projection, Sequence[Choice]]
 MeasureAll = Callable[[Iterable[ExpertKey]], Mapping[ExpertKey, ExpertCurves]]
-MeasureCoherence = Callable[[Iterable[ExpertKey]], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +62,9 @@ def make_plans(
     calibration: Calibration | None,
     measure: MeasureAll,
     prior: Mapping[int, float] | None = None,
-    coherence: MeasureCoherence = lambda keys: 0.0,
 ) -> Planned:
-    """Plans as the config's recipe makes them. `measure` gives curves of sample experts, and
-    `coherence` says how much experts of their layers err alike; `prior` says how much layers
-    matter where the calibration has not measured it.
+    """Plans as the config's recipe makes them. `measure` gives curves of sample experts, `prior`
+    says how much layers matter where the calibration has not measured it.
 
     Raises ValueError when the config does not fit the model, or the budget is too small.
     """
@@ -81,9 +77,7 @@ def make_plans(
         assert recipe.error_bound is not None, "error-bounded recipes have a default bound"
         plans = dict.fromkeys(scans, CodecPlan(how.codec, recipe.error_bound))
     elif how.allocation == "solver":
-        plans, recipe = _solved(
-            config, recipe, model, scans, calibration, measure, prior, coherence
-        )
+        plans, recipe = _solved(config, recipe, model, scans, calibration, measure, prior)
     else:
         plans = _by_rank(config, recipe, model, scans)
     for layer_codec in config.layer_codecs:
@@ -126,11 +120,9 @@ def _solved(
     calibration: Calibration | None,
     measure: MeasureAll,
     prior: Mapping[int, float] | None,
-    coherence: MeasureCoherence,
 ) -> tuple[dict[ExpertKey, ExpertPlan | CodecPlan], Recipe]:
     uses = {key: _use(key, model, scans, calibration) for key in scans}
-    samples = sample_keys(model, uses)
-    measured = measure(samples)
+    measured = measure(sample_keys(model, uses))
     nearest = {key.layer: curves for key, curves in measured.items()}
     curves = {
         layer: nearest[min(nearest, key=lambda known: (abs(known - layer), known))]
@@ -141,7 +133,7 @@ def _solved(
     assert recipe.budget is not None, "recipes with a solver have a default budget"
     chosen = choose_plans(
         model,
-        heard_together(uses, coherence(samples)),
+        uses,
         layer_weights(model, calibration, prior),
         curves,
         budget=recipe.budget,

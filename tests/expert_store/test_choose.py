@@ -47,7 +47,7 @@ def test_a_prior_use_sums_to_top_k_experts_per_token():
     uses = {key: prior_use(4, 2) for key in KEYS}
     assert sum(use.use for use in uses.values()) == pytest.approx(2 * 2)
     assert moved_weights(MODEL, uses) == pytest.approx(4 * 3 * WEIGHTS)
-    assert prior_use(8, 2).weight2_at_K == pytest.approx((4 / 9, 1 / 9))
+    assert prior_use(8, 2).weight2_at_K == pytest.approx((2 / 3, 1 / 3))
 
 
 @pytest.mark.parametrize("budget", [2.0, 2.25, 2.5, 3.0, 3.7, 4.0])
