@@ -5,7 +5,11 @@ Counted by replaying, as sequences that decode, where the tokens of a scoring pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+
+import torch
 
 from cluster.eval_model import OpenVariant, cache_bytes
 from cluster.eval_rows import Traffic
@@ -21,11 +25,24 @@ def measure_traffic(
     trace: RoutingTrace, variant: OpenVariant, settings: EvalSettings
 ) -> tuple[Traffic, ...]:
     """One Traffic for each cache size and batch of the settings."""
-    return tuple(
-        _traffic(trace, variant, settings, percent, batch)
-        for percent in settings.cache_percent
-        for batch in settings.batch
-    )
+    with _one_thread():
+        return tuple(
+            _traffic(trace, variant, settings, percent, batch)
+            for percent in settings.cache_percent
+            for batch in settings.batch
+        )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A replay adds tiny tensors: on a busy machine waiting for a second thread took ten times as
+    long as all else."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def bits_per_weight_moved(
