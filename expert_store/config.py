@@ -45,7 +45,7 @@ RECIPES: Mapping[str, _Defaults] = {
 }
 """What a recipe's numbers are unless told otherwise; what it does is in `METHODS`."""
 DEFAULT_RECIPE = "fast"
-"""Ten times the speed of the paper's, and right without a calibration as well as with one."""
+"""Five times the speed of the paper's, and usable without a calibration as well as with one."""
 
 
 @dataclass(frozen=True, slots=True)
