@@ -35,8 +35,8 @@ def measure_traffic(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A replay adds tiny tensors, which gain nothing by a second thread and, when the cores are busy,
-    wait for it."""
+    """A replay adds tiny tensors, which gain nothing by a second thread and wait for it when the
+    cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
