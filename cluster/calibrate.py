@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -31,28 +30,27 @@ from gpu_worker.build import load_tokenizer, open_model
 from gpu_worker.calibrate import collect
 from gpu_worker.config import WorkerConfig
 from gpu_worker.scoring import cut_windows
-from gpu_worker.sensitivity import ENERGIES, layer_sensitivity
 
-Stage = Literal["statistics", "sensitivity"]
-Progress = Callable[[Stage, int, int], None]
-"""Told the stage, the tokens of it that are done since the last call, and all of its tokens."""
+Progress = Callable[[int, int], None]
+"""Told the tokens that are done since the last call, and all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
     """How much is read. Raises ValueError naming field, value and what is allowed.
 
-    tokens are shared among the texts, in windows; sensitivity_tokens of the same windows are read
-    again for every MoE layer (0 measures no sensitivity); seed places windows and draws noise.
+    tokens are shared among the texts, in windows; seed places windows and draws the words whose
+    gradients are taken. With `alike` every token counts the same in what an expert sees; without,
+    by what an error there costs.
     """
 
     tokens: int = 16_384
     window_tokens: int = 256
-    sensitivity_tokens: int = 512
     seed: int = 0
+    alike: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("window_tokens", 2), ("sensitivity_tokens", 0)):
+        for name, least in (("tokens", 1), ("window_tokens", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
 
@@ -72,7 +70,7 @@ def calibrate(
     settings: CalibrationSettings | None = None,
     *,
     report: Report | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Calibration:
     """Read the texts with the checkpoint in `model` and write a calibration into `folder`.
 
@@ -88,8 +86,8 @@ def calibrate(
     store = original_store(model, report)
     source = Segment(store)
     try:
-        statistics, sensitivity = _measure(store, source, windows.ids_WT, settings, progress)
-        info = _info(source.manifest, windows, settings, statistics, sensitivity)
+        statistics = _collected(store, source, windows.ids_WT, settings, progress)
+        info = _info(source.manifest, windows, settings, statistics)
     finally:
         source.close()
     return save_calibration(folder, info, {layer: one.tensors for layer, one in statistics.items()})
@@ -103,45 +101,25 @@ def check_new(folder: Path) -> None:
         )
 
 
-def _measure(
+def _collected(
     store: Path,
     source: Segment,
     windows_WT: torch.Tensor,
     settings: CalibrationSettings,
     progress: Progress,
-) -> tuple[dict[int, LayerStatistics], Sensitivity | None]:
+) -> dict[int, LayerStatistics]:
     opened = open_model(store, source, None, WorkerConfig())
     try:
-        total = windows_WT.numel()
-        statistics = collect(
+        return collect(
             opened.runner,
             source,
             windows_WT,
             seed=settings.seed,
-            progress=lambda done: progress("statistics", done, total),
+            alike=settings.alike,
+            progress=lambda done: progress(done, windows_WT.numel()),
         )
-        num_windows = -(-settings.sensitivity_tokens // windows_WT.shape[1])
-        if not num_windows:
-            return statistics, None
-        some_WT = _spread(windows_WT, num_windows)
-        each = some_WT.numel() * len(statistics) * len(ENERGIES)
-        sensitivity = layer_sensitivity(
-            opened.runner,
-            some_WT,
-            sorted(statistics),
-            seed=settings.seed,
-            progress=lambda done: progress("sensitivity", done, each),
-        )
-        return statistics, sensitivity
     finally:
         opened.close()
-
-
-def _spread(windows_WT: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` windows at equal distances, so that they are of all texts."""
-    total = windows_WT.shape[0]
-    count = min(count, total)
-    return windows_WT[[(2 * i + 1) * total // (2 * count) for i in range(count)]]
 
 
 def _windows(
@@ -188,7 +166,6 @@ def _info(
     windows: _Windows,
     settings: CalibrationSettings,
     statistics: dict[int, LayerStatistics],
-    sensitivity: Sensitivity | None,
 ) -> CalibrationInfo:
     return CalibrationInfo(
         model=CalibratedModel.of(manifest.model),
@@ -198,6 +175,9 @@ def _info(
         window_tokens=windows.ids_WT.shape[1],
         seed=settings.seed,
         forms=MomentForms.of(manifest.model),
+        alike=settings.alike,
         tables={layer: one.table for layer, one in statistics.items()},
-        sensitivity=sensitivity,
+        sensitivity=Sensitivity(
+            windows.ids_WT.numel(), {layer: one.nats for layer, one in statistics.items()}
+        ),
     )

@@ -61,7 +61,7 @@ class Calibration:
 
     @property
     def layer_sensitivity(self) -> Mapping[int, float]:
-        """Nats of KL per unit of relative energy of a layer's MoE output; empty if not measured."""
+        """Nats of KL per unit of relative energy of a layer's MoE output; empty if not known."""
         return {} if self.info.sensitivity is None else self.info.sensitivity.layers
 
     def check_model(self, model: ModelInfo) -> None:
@@ -104,13 +104,9 @@ class Calibration:
     def nats_per_error(self, key: ExpertKey) -> float:
         """Nats of KL per unit of mean squared error (norm) of an expert's own output.
 
-        The layer's sensitivity (1 where not measured) times the expert's mean squared router weight
-        over the layer's mean squared output. Good to a factor of two between layers: rounding all
-        experts of one layer of smol-moe to 3 bits cost 0.8 to 2.3 times the nats that its measured
-        error says (KL 0.007 to 0.24), of mixtral-mini to 2 bits 1.6 to 1.8 times. Energies are sums
-        over tokens there: mean ratios of single tokens predict far worse where few tokens have most
-        of the energy. Experts count as independent; those of smol-moe share a base, so their errors
-        add up: the energy of the sum was 1.8 times the sum of energies.
+        The layer's sensitivity (1 where not known) times the expert's mean squared router weight
+        over the layer's mean squared output. Experts count as independent; those of smol-moe share
+        a base, so their errors add up: the energy of the sum was 1.8 times the sum of energies.
         """
         table = self.info.tables[key.layer]
         pairs = zip(table.use_at_EK[key.expert], table.weight2_at_EK[key.expert], strict=True)

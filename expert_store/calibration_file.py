@@ -12,14 +12,14 @@ Files:
 A moment is its upper triangle row by row: of form "full" [size (size + 1) / 2], of form "blocks"
 those of its diagonal blocks of 64, [size/64, 2080]. calibration.json: one object,
 
-    format "moetier-calibration"; format_version 1; id: sha256 of the canonical JSON of the rest
+    format "moetier-calibration"; format_version 2; id: sha256 of the canonical JSON of the rest
     model {name, model_type, top_k, expert {hidden, ffn, activation, has_bias},
            num_experts {"L": E}}
     texts [{name, num_tokens, sha256}]; asked_tokens; num_tokens; window_tokens; seed
-    forms {pooled, input, middle}: "full" or "blocks"
+    forms {pooled, input, middle}: "full" or "blocks"; alike: all tokens count the same
     layers [{layer, sha256 of its file, num_tokens, output_energy, skew [K], tokens [E],
              expert_energy [E], use_at [E][K], weight2_at [E][K]}]
-    sensitivity null or {num_tokens, layers {"L": nats}, rows [[layer, energy, nats, error]]}
+    sensitivity null or {num_tokens, layers {"L": nats}}
 
 Checksums are in what the id covers, so the id names every number. Sizes, 10^6 bytes: pooled +
 inputs + middles + five row vectors per expert = file; and in memory while collecting, where moments

@@ -22,14 +22,13 @@ from expert_store.statistics import (
     MomentForm,
     MomentForms,
     Sensitivity,
-    SensitivityRow,
     TextInfo,
 )
 from expert_store.types import ExpertShape
 from kernels.types import Activation
 
 FORMAT = "moetier-calibration"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_LAYERS = 4096
 MAX_EXPERTS = 65536
 MAX_TOP_K = 1024
@@ -81,6 +80,7 @@ def decode(text: bytes, where: str) -> tuple[CalibrationInfo, dict[int, str], st
         window_tokens=fields.integer("window_tokens", 1, MAX_TOKENS),
         seed=fields.integer("seed", -MAX_TOKENS, MAX_TOKENS),
         forms=forms,
+        alike=fields.boolean("alike"),
         tables=dict(sorted(tables.items())),
         sensitivity=_sensitivity(fields, set(tables)),
     )
@@ -126,6 +126,7 @@ def _plain(info: CalibrationInfo, checksums: Mapping[int, str]) -> dict[str, Any
         "window_tokens": info.window_tokens,
         "seed": info.seed,
         "forms": {"pooled": forms.pooled, "input": forms.input, "middle": forms.middle},
+        "alike": info.alike,
         "layers": [
             {"layer": layer, "sha256": checksums[layer], **_plain_table(table)}
             for layer, table in sorted(info.tables.items())
@@ -135,10 +136,6 @@ def _plain(info: CalibrationInfo, checksums: Mapping[int, str]) -> dict[str, Any
         else {
             "num_tokens": sensitivity.num_tokens,
             "layers": {str(layer): value for layer, value in sensitivity.layers.items()},
-            "rows": [
-                [row.layer, float(row.energy), float(row.nats), float(row.nats_error)]
-                for row in sensitivity.rows
-            ],
         },
     }
 
@@ -245,16 +242,9 @@ def _sensitivity(fields: Fields, layers: set[int]) -> Sensitivity | None:
     by_layer = inner.fields("layers")
     if set(by_layer.names()) != {str(layer) for layer in layers}:
         raise inner.bad("layers", f"each of {sorted(layers)}", by_layer.names())
-    rows = []
-    for item in inner.items("rows", 1_000_000):
-        layer, energy, nats, error = _checked(inner, "rows", item, 4)
-        if layer not in layers:
-            raise inner.bad("rows", f"layers of {sorted(layers)}", layer)
-        rows.append(SensitivityRow(int(layer), energy, nats, error))
     found = Sensitivity(
         num_tokens=inner.integer("num_tokens", 1, MAX_TOKENS),
         layers={layer: by_layer.number(str(layer)) for layer in sorted(layers)},
-        rows=tuple(rows),
     )
     inner.close()
     return found

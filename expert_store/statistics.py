@@ -58,7 +58,10 @@ def moment_bytes(size: int, form: MomentForm) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerTable:
-    """One MoE layer's routing and energies. Position 0 is a token's largest router weight."""
+    """One MoE layer's routing and energies. Position 0 is a token's largest router weight.
+
+    Means of squares are over tokens by importance: by what an error there costs, 1 on average.
+    """
 
     num_tokens: int
     tokens_E: tuple[int, ...]  # tokens that the router sent to each expert
@@ -75,7 +78,7 @@ class LayerTable:
 
 @dataclass(frozen=True, slots=True)
 class LayerTensors:
-    """One MoE layer's moments and row weights: means over tokens, float32 on CPU.
+    """One MoE layer's moments and row weights: means over tokens by importance, float32 on CPU.
 
     `sample_*` are over a sample of the layer's tokens that every expert was shown, routed to it or
     not: what an expert that saw few tokens of its own leans on. An expert without tokens has zeros
@@ -94,10 +97,12 @@ class LayerTensors:
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """One MoE layer, whole."""
+    """One MoE layer, whole; `nats` of KL per token that an error with as much energy as its output
+    would cost at every token, if errors were small."""
 
     table: LayerTable
     tensors: LayerTensors
+    nats: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,40 +162,15 @@ class TextInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class SensitivityRow:
-    """Noise in one layer's MoE output, and what it does to the next-token distribution."""
-
-    layer: int
-    energy: float  # squared norm of the noise over that of the output, the same for every token
-    nats: float  # mean KL(original || perturbed) per token
-    nats_error: float  # standard error over windows; 0 for a single window
-
-
-@dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """Nats of KL per unit of relative energy of each layer's MoE output, and what was measured.
+    """What a small error in each layer's MoE output costs, from gradients (`gpu_worker/calibrate`).
 
-    `layers` are mean slopes over the energies measured. Most layers are straight lines; those that
-    make the few tokens of huge norm are not: noise of 0.1 in layer 9 of smol-moe costs 0.05 nats,
-    of 0.6 1.1. `nats_at` follows the rows.
+    `layers` are nats of KL per token, per unit of relative energy: of an error with as much energy
+    as the output has, at every token.
     """
 
     num_tokens: int
     layers: Mapping[int, float]
-    rows: tuple[SensitivityRow, ...]
-
-    def nats_at(self, layer: int, energy: float) -> float:
-        """Nats that an error of this relative energy costs: lines from 0 through the layer's rows,
-        the last one going on. KeyError for a layer that was not measured."""
-        points = sorted((row.energy, row.nats) for row in self.rows if row.layer == layer)
-        if not points:
-            raise KeyError(f"layer {layer}")
-        (low, nats), (high, more) = (0.0, 0.0), points[0]
-        for point in points[1:]:
-            if energy <= high:
-                break
-            (low, nats), (high, more) = (high, more), point
-        return nats + (more - nats) * (energy - low) / (high - low)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,5 +184,6 @@ class CalibrationInfo:
     window_tokens: int
     seed: int
     forms: MomentForms
+    alike: bool  # every token counted the same, not by what an error costs there
     tables: Mapping[int, LayerTable]
     sensitivity: Sensitivity | None

@@ -7,20 +7,14 @@ Legend: W windows, B sequences, T tokens of each, V vocabulary, I injections.
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
 
 from expert_store.families import experts_modules
-from expert_store.statistics import Sensitivity, SensitivityRow
 from gpu_worker.injection import InjectingExperts, Injection, Perturbed
 from gpu_worker.model import ModelRunner, bind_experts
 
-ENERGIES = (0.1, 0.4)
-"""Relative energies of the noise: about what 3-bit and 2-bit codes do to real pretrained experts
-(0.12 and 0.6 by rounding to nearest on smol-moe; better grids do less)."""
 LOGITS_BYTES = 512 << 20
 """Float32 logits of one pass: as many sequences side by side as fit, at least two."""
 
@@ -75,35 +69,6 @@ def divergence(base_TV: torch.Tensor, other_TV: torch.Tensor) -> torch.Tensor:
     return (base_TV.exp() * (base_TV - other_TV)).sum(dim=1).clamp(min=0)
 
 
-def layer_sensitivity(
-    runner: ModelRunner,
-    windows_WT: torch.Tensor,
-    layers: Sequence[int],
-    *,
-    energies: Sequence[float] = ENERGIES,
-    seed: int = 0,
-    progress: TokensDone = lambda num_tokens: None,
-) -> Sensitivity:
-    """Nats of KL per unit of relative energy of noise in each layer's MoE output, one at a time.
-
-    With several energies, the mean of their slopes. `progress` as in `divergences`.
-    """
-    if not energies or min(energies) <= 0:
-        raise ValueError(f"energies: got {tuple(energies)}, expected positive numbers")
-    places = [(layer, energy) for layer in layers for energy in energies]
-    injections = [Injection.layer(layer, energy) for layer, energy in places]
-    nats_IW = divergences(runner, windows_WT, injections, seed=seed, progress=progress)
-    rows = tuple(
-        SensitivityRow(layer, energy, statistics.fmean(nats), _standard_error(nats))
-        for (layer, energy), nats in zip(places, nats_IW.tolist(), strict=True)
-    )
-    slopes = {
-        layer: statistics.fmean(row.nats / row.energy for row in rows if row.layer == layer)
-        for layer in layers
-    }
-    return Sensitivity(windows_WT.numel(), slopes, rows)
-
-
 def _check_targets(injections: Sequence[Injection], layers: set[int]) -> None:
     for injection in injections:
         if unknown := sorted(set(injection.targets) - layers):
@@ -111,7 +76,3 @@ def _check_targets(injections: Sequence[Injection], layers: set[int]) -> None:
                 f"injection: layer {unknown[0]} has no routed experts, expected some of "
                 f"{sorted(layers)}"
             )
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from cluster.calibrate import CalibrationSettings, Stage, calibrate, check_new
+from cluster.calibrate import CalibrationSettings, calibrate, check_new
 from cluster.docstrings import CALIBRATION_TEXT, built_in_calibration_text
 from cluster.progress import store_progress
 from cluster.table import counted, format_table
@@ -25,11 +25,13 @@ HELP = """Collect what the experts of a model see while it reads text, for `moet
 
 The original model reads the text in this process. OUT becomes a folder with second moments of every
 expert's inputs, what an error in each of its outputs costs, how often and with what weight the
-router chooses it, and how many nats noise in each layer costs. Experts that saw few tokens lean on
-what their layer saw. Use text like what the model will serve, and other text than you evaluate on:
-otherwise the evaluation flatters the compressed model. The built-in text (docstrings of Python's
-library) shares none with the built-in evaluation text. Keeps a copy as large as the model in the
-cache folder. Exit code 1 for an unusable checkpoint or a full disk, 2 for a wrong argument."""
+router chooses it, and how many nats an error in each layer costs. Every token counts by what an
+error there costs: gradients tell, for words that the model itself would have said. Experts that saw
+few tokens lean on what their layer saw. Use text like what the model will serve, and other text
+than you evaluate on: otherwise the evaluation flatters the compressed model. The built-in text
+(docstrings of Python's library) shares none with the built-in evaluation text. Keeps a copy as
+large as the model in the cache folder. Exit code 1 for an unusable checkpoint or a full
+disk, 2 for a wrong argument."""
 
 DEFAULTS = CalibrationSettings()
 
@@ -52,14 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, text in (
         ("tokens", "tokens to read, shared among the texts"),
-        ("sensitivity-tokens", "tokens read again for each layer, with noise in it; 0: none"),
         ("window-tokens", "tokens that are read together"),
-        ("seed", "places windows and draws noise"),
+        ("seed", "places windows and draws words"),
     ):
         default = getattr(DEFAULTS, name.replace("-", "_"))
         parser.add_argument(
             f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
         )
+    parser.add_argument(
+        "--alike", action="store_true", help="count every token the same in what an expert sees"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -71,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     settings = CalibrationSettings(
         tokens=args.tokens,
         window_tokens=args.window_tokens,
-        sensitivity_tokens=args.sensitivity_tokens,
         seed=args.seed,
+        alike=args.alike,
     )
     check_new(Path(args.out))
     texts = read_texts(args.text) if args.text else [built_in_calibration_text()]
@@ -91,18 +95,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Bar:
-    """tqdm on stderr, one bar per stage; silent where stderr is no terminal."""
+    """tqdm on stderr; silent where stderr is no terminal."""
 
     def __enter__(self) -> _Bar:
-        self._stage, self._bar = "", tqdm(disable=True)
+        self._bar = tqdm(disable=True)
         return self
 
-    def show(self, stage: Stage, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._bar.close()
-            self._stage = stage
+    def show(self, done: int, total: int) -> None:
+        if self._bar.total != total:
             # disable=None: tqdm's word for "only on a terminal". It shows the time that remains.
-            self._bar = tqdm(total=total, desc=stage, unit="token", file=sys.stderr, disable=None)
+            self._bar = tqdm(
+                total=total, desc="calibrate", unit="token", file=sys.stderr, disable=None
+            )
         self._bar.update(done)
 
     def __exit__(self, *_: object) -> None:
@@ -124,8 +128,8 @@ def as_text(calibration: Calibration, seconds: float) -> str:
         "",
         format_table(_rows(calibration)),
         "",
-        "router weight: mean share of a token's largest, second, ... weight; nats: KL divergence",
-        "per unit of relative energy of noise in the layer's output. Evaluate on other text.",
+        "router weight: mean share of a token's largest, second, ... weight; nats: KL per token at",
+        "a relative energy of 1 of small errors in the layer's output. Evaluate on other text.",
         "",
         f"id {calibration.id[:12]}: {_num_bytes(calibration) / 1e6:,.1f} MB in {seconds:.1f} s to "
         f"{calibration.folder}",

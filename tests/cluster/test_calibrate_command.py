@@ -23,7 +23,7 @@ from models import MIXTRAL_MINI
 from tests.tiny_checkpoints import write_tiny_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
-LITTLE = ("--tokens", 256, "--window-tokens", 64, "--sensitivity-tokens", 64)
+LITTLE = ("--tokens", 256, "--window-tokens", 64)
 
 
 @pytest.fixture
@@ -63,18 +63,20 @@ def test_what_it_writes_and_says(moetier: Run, tmp_path: Path, texts: Path) -> N
 def test_too_little_text_gives_what_it_has_and_says_so(
     moetier: Run, tmp_path: Path, texts: Path
 ) -> None:
-    arguments = ("--text", texts / "short.txt", *LITTLE[2:], "--sensitivity-tokens", 0)
+    arguments = ("--text", texts / "short.txt", *LITTLE[2:])
     code, text, _ = moetier("calibrate", "mixtral-mini", tmp_path / "a", *arguments)
     assert code == 0
     assert "64 tokens of 1 text" in text
     assert "asked for 16,384: the text has no more" in text
-    assert not Calibration(tmp_path / "a").layer_sensitivity
-    code, text, _ = moetier("calibrate", "mixtral-mini", tmp_path / "b", *arguments, "--json")
+    assert not Calibration(tmp_path / "a").info.alike
+    alike = (*arguments, "--alike", "--json")
+    code, text, _ = moetier("calibrate", "mixtral-mini", tmp_path / "b", *alike)
+    assert Calibration(tmp_path / "b").info.alike
     said: dict[str, Any] = json.loads(text)
     assert (said["num_tokens"], said["asked_tokens"]) == (64, 16_384)
     assert said["texts"] == {"short": 64}
     assert said["experts_with_few_tokens"] == said["num_experts"] == 48
-    assert said["layers"][0]["sensitivity"] is None
+    assert said["layers"][0]["sensitivity"] == Calibration(tmp_path / "b").layer_sensitivity[0]
     (texts / "short.txt").write_text("Hardly a text.")
     code, _, error = moetier("calibrate", "mixtral-mini", tmp_path / "c", *arguments)
     assert code == 2
@@ -87,7 +89,7 @@ def test_too_little_text_gives_what_it_has_and_says_so(
     [
         (("mixtral-mini", "OUT", "--tokens", 0), 2, "tokens: got 0, expected at least 1"),
         (("mixtral-mini", "OUT", "--window-tokens", 1), 2, "window_tokens: got 1"),
-        (("mixtral-mini", "OUT", "--sensitivity-tokens", -1), 2, "sensitivity_tokens: got -1"),
+        (("mixtral-mini", "OUT", "--sensitivity-tokens", 1), 2, "unrecognized arguments"),
         (("mixtral-mini", "OUT", "--text", "/no/such/file"), 2, "/no/such/file does not exist"),
         (("mixtral-mini", ""), 2, "OUT: got an empty path"),
         (("no-such-model", "OUT"), 1, "no such folder"),

@@ -15,7 +15,6 @@ from expert_store.statistics import (
     MomentForm,
     MomentForms,
     Sensitivity,
-    SensitivityRow,
     TextInfo,
 )
 from expert_store.types import ExpertShape
@@ -80,11 +79,7 @@ def calibration_parts(
             skew_K=(0.75, 0.25),
             output_energy=2.5,
         )
-    sensitivity = Sensitivity(
-        512,
-        {layer: 0.1 * (layer + 1) for layer in layers},
-        tuple(SensitivityRow(layer, 0.1, 0.01 * (layer + 1), 0.001) for layer in layers),
-    )
+    sensitivity = Sensitivity(512, {layer: 0.1 * (layer + 1) for layer in layers})
     info = CalibrationInfo(
         model=CalibratedModel(
             "by hand",
@@ -99,6 +94,7 @@ def calibration_parts(
         window_tokens=64,
         seed=seed,
         forms=forms,
+        alike=False,
         tables=tables,
         sensitivity=sensitivity if has_sensitivity else None,
     )

@@ -1,7 +1,7 @@
 """Goal: a calibration's statistics are those of what transformers' own model does with the text.
 
-Method: hooks on the plain model's experts modules, and sums in float64 written the long way, for
-every family and a fine-grained router; then seeds, experts that nobody reached, block forms.
+Method: hooks on the plain model's experts modules, autograd, and sums in float64 written the long
+way, for every family and a fine-grained router; then seeds, experts that nobody reached, blocks.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from gpu_worker.build import OpenModel, open_model
 from gpu_worker.calibrate import CollectingExperts, collect
 from gpu_worker.config import WorkerConfig
 from gpu_worker.expert_sums import ExpertMatrices, run_expert
+from gpu_worker.injection import Injection
+from gpu_worker.sensitivity import divergences
 from kernels.activations import apply_gate
 from kernels.types import Activation
 from tests.tiny_checkpoints import FAMILIES, write_tiny_checkpoint
@@ -142,11 +144,83 @@ def test_statistics_are_those_of_the_plain_model(family: str, tmp_path: Path) ->
     model = write_tiny_checkpoint(family, tmp_path / "model", hidden=64, ffn=128, vocab=VOCAB)
     windows_WT = windows()
     seen = watch_plain_model(model, windows_WT)
-    found = calibrated(tmp_path, model, windows_WT, pass_rows=48)  # two passes
+    found = calibrated(tmp_path, model, windows_WT, alike=True, pass_rows=48)  # two passes
     checkpoint = Checkpoint(model)
     assert found.keys() == seen.keys()
     for layer in found:
         assert check_layer(found[layer], seen[layer], checkpoint, layer) >= 2
+
+
+class Learnt(NamedTuple):
+    """What autograd says of one layer's experts module, float32."""
+
+    hidden_SH: torch.Tensor
+    ids_SK: torch.Tensor
+    output_SH: torch.Tensor
+    gradient_SH: torch.Tensor
+
+
+def learn_plain_model(model: Path, windows_WT: torch.Tensor, seed: int) -> dict[int, Learnt]:
+    """transformers' own model and autograd, for words drawn from what it says itself."""
+    plain = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    calls: dict[int, Any] = {}
+    for layer, (_, module) in experts_modules(plain).items():
+
+        def hook(_: Any, inputs: Any, output: torch.Tensor, layer: int = layer) -> None:
+            output.retain_grad()
+            calls[layer] = inputs, output
+
+        module.register_forward_hook(hook)
+    log_probs_SV = plain(input_ids=windows_WT).logits.flatten(0, 1).log_softmax(dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    said_S1 = torch.multinomial(log_probs_SV.detach().exp(), 1, generator=generator)
+    (-log_probs_SV.gather(1, said_S1).sum()).backward()
+    return {
+        layer: Learnt(inputs[0].detach(), inputs[1], output.detach(), output.grad)
+        for layer, (inputs, output) in calls.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_count_by_their_gradients(family: str, tmp_path: Path) -> None:
+    """Gradients through experts, routers and dense layers are autograd's, in every family."""
+    model = write_tiny_checkpoint(family, tmp_path / "model", hidden=64, ffn=128, vocab=VOCAB)
+    windows_WT = windows()
+    learnt = learn_plain_model(model, windows_WT, seed=3)
+    found = calibrated(tmp_path, model, windows_WT, seed=3)
+    for layer, one in learnt.items():
+        nats_S = one.gradient_SH.double().square().mean(dim=1) / 2
+        energy_S = one.output_SH.double().square().sum(dim=1)
+        assert found[layer].nats == pytest.approx(float((nats_S * energy_S).mean()), rel=1e-3)
+        table, tensors = found[layer].table, found[layer].tensors
+        x_SH = one.hidden_SH.double()
+        pooled = (x_SH * nats_S[:, None]).T @ x_SH / nats_S.sum()
+        assert relative(tensors.pooled, pooled) < 1e-3
+        mean = float((nats_S * energy_S).sum() / nats_S.sum())
+        assert table.output_energy == pytest.approx(mean, rel=1e-3)
+        for expert in range(table.num_experts):
+            mine_S = (one.ids_SK == expert).any(dim=1)
+            if mine_S.any():
+                x_PH, nats_P1 = x_SH[mine_S], nats_S[mine_S][:, None]
+                moment = (x_PH * nats_P1).T @ x_PH / nats_P1.sum()
+                assert relative(tensors.input_E[expert], moment) < 1e-3
+
+
+def test_nats_are_what_small_errors_cost(tmp_path: Path) -> None:
+    """Noise injected into a layer's output costs what the gradients said, to a third: words are
+    drawn once per token. No token can change its experts here: there are as many as it uses."""
+    model = write_tiny_checkpoint(
+        "mixtral", tmp_path / "model", layers=3, experts=2, top_k=2, vocab=VOCAB
+    )
+    windows_WT = windows(32, 32)
+    found = calibrated(tmp_path, model, windows_WT)
+    with opened(tmp_path, model) as (open_, _):
+        injections = [Injection.layer(layer, 0.01) for layer in found]
+        nats_IW = divergences(open_.runner, windows_WT, injections)
+    for layer, nats in zip(found, nats_IW.mean(dim=1).tolist(), strict=True):
+        assert found[layer].nats == pytest.approx(nats / 0.01, rel=0.33)
 
 
 def test_a_fine_grained_model_and_experts_that_no_token_reached(tmp_path: Path) -> None:
@@ -156,7 +230,7 @@ def test_a_fine_grained_model_and_experts_that_no_token_reached(tmp_path: Path) 
     )
     windows_WT = windows(1, 6)
     seen = watch_plain_model(model, windows_WT)
-    found = calibrated(tmp_path, model, windows_WT)
+    found = calibrated(tmp_path, model, windows_WT, alike=True)
     checkpoint = Checkpoint(model)
     for layer, statistics in found.items():
         reached = check_layer(statistics, seen[layer], checkpoint, layer)
@@ -176,7 +250,7 @@ def test_row_weights_are_what_an_error_in_a_row_costs(tmp_path: Path) -> None:
     model = write_tiny_checkpoint("mixtral", tmp_path / "model", hidden=64, ffn=64, vocab=VOCAB)
     windows_WT = windows(8, 32)
     seen = watch_plain_model(model, windows_WT)
-    found = calibrated(tmp_path, model, windows_WT)[0].tensors
+    found = calibrated(tmp_path, model, windows_WT, alike=True)[0].tensors
     expert = Checkpoint(model).expert(ExpertKey(0, 1))
     x_PH = seen[0].hidden_SH[(seen[0].ids_SK == 1).any(dim=1)]
     gate_PF, up_PF = x_PH @ expert.gate.double().T, x_PH @ expert.up.double().T
@@ -202,7 +276,7 @@ def test_the_error_of_an_expert_is_predicted_without_running_it(tmp_path: Path) 
     model = write_tiny_checkpoint("mixtral", tmp_path / "model", hidden=64, ffn=128, vocab=VOCAB)
     windows_WT = windows(8, 32)
     seen = watch_plain_model(model, windows_WT)
-    found = calibrated(tmp_path, model, windows_WT)[1].tensors
+    found = calibrated(tmp_path, model, windows_WT, alike=True)[1].tensors
     generator = torch.Generator().manual_seed(0)
     for expert in range(4):
         plain = Checkpoint(model).expert(ExpertKey(1, expert))
@@ -283,11 +357,12 @@ def test_a_seed_gives_the_same_sums_and_the_model_back_its_own_experts(tmp_path:
         assert first[layer].table == again[layer].table
         pairs = zip(tensors_of(first[layer]), tensors_of(again[layer]), strict=True)
         assert all(torch.equal(one, two) for one, two in pairs)
-        # Another seed: other windows in the first pass, another sample; the same tokens in all.
+        # Another seed: other words and another sample; the same tokens.
+        assert first[layer].nats != other[layer].nats
         sample = first[layer].tensors.sample_middle_EF
         assert not torch.equal(sample, other[layer].tensors.sample_middle_EF)
         assert other[layer].table.tokens_E == first[layer].table.tokens_E
-        torch.testing.assert_close(other[layer].tensors.pooled, first[layer].tensors.pooled)
+        assert other[layer].table.use_at_EK == first[layer].table.use_at_EK
 
 
 def test_bad_windows_and_a_broken_model(tmp_path: Path) -> None:
