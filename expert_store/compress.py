@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,9 +28,10 @@ from expert_store.files import Disk
 from expert_store.format import content_version, load_manifest
 from expert_store.kept_curves import KeptCurves
 from expert_store.manifest_json import encode_manifest
-from expert_store.planning import ExpertCurves, ExpertScan, Planned, curves_of, make_plans
+from expert_store.planning import ExpertScan, Planned, curves_of, make_plans
 from expert_store.prior import load_prior
 from expert_store.recipe import check_finite, compress_expert, energies, kurtosis_of
+from expert_store.sampling import ExpertCurves, Sample
 from expert_store.shards import INDEX_FILE
 from expert_store.space import check_space
 from expert_store.staging import PARTIAL, Staging, check_target, staging
@@ -173,27 +174,26 @@ class _Run:
         check_finite(weights)
         return ExpertScan(kurtosis_of(weights), energies(weights, self._statistics(key)))
 
-    def _measure(self, keys: Iterable[ExpertKey]) -> dict[ExpertKey, ExpertCurves]:
+    def _measure(self, samples: Sequence[Sample]) -> list[ExpertCurves]:
         """Curves of sample experts, for the solver."""
-        keys = list(keys)
         known = self.work.read_json(_CURVES)
         if known is None:
-            known = self.kept_curves.get(keys, self._measure_all)
+            known = self.kept_curves.get(samples, self._measure_all)
             self.work.write_json(_CURVES, known)
-        return {
-            key: {name: tuple(map(read_choice, value[name])) for name in PROJECTIONS}
-            for key, value in zip(keys, known, strict=True)
-        }
+        return [
+            {name: tuple(map(read_choice, value[name])) for name in PROJECTIONS} for value in known
+        ]
 
-    def _measure_all(self, keys: Sequence[ExpertKey]) -> list[Any]:
+    def _measure_all(self, samples: Sequence[Sample]) -> list[Any]:
         measured = []
-        for done, value in enumerate(self.pool.map(self._measure_expert, keys), start=1):
+        for done, value in enumerate(self.pool.map(self._measure_expert, samples), start=1):
             measured.append(value)
-            self.report(Progress("plan", done, len(keys)))
+            self.report(Progress("plan", done, len(samples)))
         return measured
 
-    def _measure_expert(self, key: ExpertKey) -> dict[str, list[Any]]:
-        curves = curves_of(self.checkpoint.expert(key), self.config, self.calibration)
+    def _measure_expert(self, sample: Sample) -> dict[str, list[Any]]:
+        weights = self.checkpoint.expert(sample.key)
+        curves = curves_of(weights, self.config, self.calibration, whole=sample.whole)
         return {name: list(map(choice_json, choices)) for name, choices in curves.items()}
 
     def _compress_expert(self, key: ExpertKey, planned: Planned) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from expert_store.calibration import Calibration
 from expert_store.config import CompressionConfig
 from expert_store.errors import StoreWriteError
 from expert_store.files import Disk
-from expert_store.types import ExpertKey
+from expert_store.sampling import Sample
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 """Raise it when the same methods begin to give other curves."""
 _NOT_OF_CURVES = ("allocation", "milo", "codec")
 
@@ -53,16 +53,16 @@ class KeptCurves:
         return cls(folder, digest, disk)
 
     def get(
-        self, keys: Sequence[ExpertKey], measure: Callable[[Sequence[ExpertKey]], list[Any]]
+        self, samples: Sequence[Sample], measure: Callable[[Sequence[Sample]], list[Any]]
     ) -> list[Any]:
-        """The curves of these experts as JSON values; measured only if they are not kept.
+        """The curves of these samples as JSON values; measured only if they are not kept.
 
         A folder that cannot be written, or a file that cannot be read, costs the time alone.
         """
         if self.folder is None:
-            return measure(keys)
+            return measure(samples)
         path = self.folder / f"{self.id}.json"
-        asked = [[key.layer, key.expert] for key in keys]
+        asked = [[one.key.layer, one.key.expert, one.whole] for one in samples]
         try:
             kept = json.loads(path.read_text())
             if kept["experts"] == asked:
@@ -71,7 +71,7 @@ class KeptCurves:
             pass
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("measuring curves anew: %s: %s", path, error)
-        measured = measure(keys)
+        measured = measure(samples)
         text = json.dumps({"experts": asked, "curves": measured}).encode()
         try:
             self.disk.write_atomic(path, len(text), [text])

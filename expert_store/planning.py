@@ -6,7 +6,7 @@ Reads sample experts where the recipe's solver needs curves. How experts are run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from expert_store.allocate import allocate_ranks, rank_cap
@@ -17,6 +17,7 @@ from expert_store.config import CompressionConfig
 from expert_store.curves import measure_choices
 from expert_store.plan import CodecPlan, ExpertPlan
 from expert_store.recipe import weightings
+from expert_store.sampling import ExpertCurves, Sample, choose_samples, curves_by_layer, probe
 from expert_store.types import (
     PROJECTIONS,
     BlockKind,
@@ -31,11 +32,8 @@ from kernels.types import TILE_ROWS
 ENDS_SHARE = 0.125
 FIRST_WEIGHT, LAST_WEIGHT = 4.0, 2.0
 """Of the layers at either end, beside 1 of those between."""
-MAX_SAMPLES = 6
-"""Layers whose curves are measured; every other layer takes those of the nearest one."""
 
-ExpertCurves = Mapping[Projection, Sequence[Choice]]
-MeasureAll = Callable[[Iterable[ExpertKey]], Mapping[ExpertKey, ExpertCurves]]
+MeasureAll = Callable[[Sequence[Sample]], Sequence[ExpertCurves]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +120,8 @@ def _solved(
     prior: Mapping[int, float] | None,
 ) -> tuple[dict[ExpertKey, ExpertPlan | CodecPlan], Recipe]:
     uses = {key: _use(key, model, scans, calibration) for key in scans}
-    measured = measure(sample_keys(model, uses))
-    nearest = {key.layer: curves for key, curves in measured.items()}
-    curves = {
-        layer: nearest[min(nearest, key=lambda known: (abs(known - layer), known))]
-        for layer in model.moe_layers
-    }
+    samples = choose_samples(model.moe_layers, uses)
+    curves = curves_by_layer(samples, measure(samples))
     if calibration is None:
         curves = {layer: _cautious(of_layer) for layer, of_layer in curves.items()}
     assert recipe.budget is not None, "recipes with a solver have a default budget"
@@ -172,15 +166,6 @@ def depth_prior(layers: Sequence[int]) -> dict[int, float]:
     weights[-ends:] = [LAST_WEIGHT] * ends
     weights[:ends] = [FIRST_WEIGHT] * ends
     return dict(zip(sorted(layers), weights, strict=True))
-
-
-def sample_keys(model: ModelInfo, uses: Mapping[ExpertKey, ExpertUse]) -> list[ExpertKey]:
-    """The most used expert of up to `MAX_SAMPLES` layers, spread evenly from first to last."""
-    layers = sorted(model.moe_layers)
-    count = min(MAX_SAMPLES, len(layers))
-    picked = [layers[round(i * (len(layers) - 1) / max(1, count - 1))] for i in range(count)]
-    keys = [[key for key in uses if key.layer == layer] for layer in dict.fromkeys(picked)]
-    return [max(of_layer, key=lambda key: (uses[key].use, -key.expert)) for of_layer in keys]
 
 
 def layer_weights(
@@ -237,9 +222,11 @@ def curves_of(
     weights: ExpertWeights,
     config: CompressionConfig,
     calibration: Calibration | None,
+    *,
+    whole: bool = True,
 ) -> dict[Projection, tuple[Choice, ...]]:
-    """The curves of one expert's three matrices."""
-    how = config.how
+    """The curves of one expert's three matrices, or one point of each."""
+    how = config.how if whole else probe(config.how)
     statistics = calibration.expert(weights.key) if calibration is not None else None
     heard = weightings(statistics, how)
     return {
