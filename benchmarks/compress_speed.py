@@ -197,7 +197,7 @@ def page(rows: Sequence[SpeedRow]) -> str:
         "their matrices (768 and 4992), plus the solver's sample curves, over the cores; nothing",
         "of that size was compressed here. A recipe that reads a calibration takes the root of its",
         "moment for every matrix anew; making the calibration is not counted. Moments are in the",
-        "form that a calibration keeps: in full up to 2048 inputs, else in blocks. By the libraries",
+        "form that a calibration keeps: in full up to 2048 inputs, else in blocks. By libraries",
         "alone: hqq on the whole matrix and its factors, torch.svd_lowrank with its defaults; our",
         "paper recipe gives hqq pieces that fit the cache and takes an exact SVD.",
         "",
