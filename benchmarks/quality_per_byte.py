@@ -56,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     held_out = not args.text and HELD_OUT.is_dir()
     texts, settings = read_texts([HELD_OUT] if held_out else args.text), settings_of(args)
     info = Checkpoint(model).model_info
-    wanted = experiments(info.top_k, args.calibration)
-    if args.only:
-        wanted = chosen(wanted, args.only)
+    wanted = experiments(info.top_k, args.calibration, args.alike)
+    if args.only or args.labels is not None:
+        lines = [] if args.labels is None else args.labels.read_text().splitlines()
+        wanted = chosen(wanted, args.only, [line for line in lines if line])
     rows = args.rows or cache_folder() / "rows" / f"quality-per-byte-{info.name}.jsonl"
     rows.parent.mkdir(parents=True, exist_ok=True)
     minutes = math.inf if args.budget_minutes is None else args.budget_minutes
@@ -99,10 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     option("--model", "smol-moe, mixtral-mini or a folder", required=True)
     option("--calibration", "what `moetier calibrate` wrote; best needs it", type=Path)
+    option("--alike", "what `moetier calibrate --alike` wrote, to leave an item out", type=Path)
     option("--text", "text file or folder of *.txt", type=Path, action="append", default=[])
     option("--windows", "of each text", type=int, default=DEFAULTS.windows)
     option("--window-tokens", "of each window", type=int, default=DEFAULTS.window_tokens)
     option("--only", "labels that begin so; repeatable", action="append", default=[])
+    option("--labels", "file of labels, a line each, of which all are measured", type=Path)
     option("--remake", "make the stores of labels that begin so again", metavar="PREFIX")
     option("--budget-minutes", "begin no new measurement after so many", type=float)
     option(

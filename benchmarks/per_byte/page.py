@@ -7,16 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.per_byte.experiments import (
-    BUDGETS,
-    CACHED,
-    ORIGINAL,
-    PAPER,
-    PAPER_3,
-    PAPER_4,
-    PAPER_64,
-    best,
-)
+from benchmarks.per_byte.experiment import ORIGINAL, PAPER, PAPER_3, PAPER_4, PAPER_64, best
+from benchmarks.per_byte.experiments import BUDGETS, CACHED
 from benchmarks.per_byte.more_sections import study_section, wire_section
 from benchmarks.per_byte.runner import Result
 from cluster.report.lines import Duel, Line, duel

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.per_byte.experiments import CACHED, ORIGINAL, Experiment
+from benchmarks.per_byte.experiment import ORIGINAL, Experiment
+from benchmarks.per_byte.experiments import CACHED
 from cluster.docstrings import built_in_calibration_text
 from cluster.environment import cache_folder
 from cluster.eval_model import opened

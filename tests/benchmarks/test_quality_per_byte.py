@@ -12,15 +12,8 @@ import pytest
 
 from benchmarks import quality_per_byte
 from benchmarks.per_byte import page as pages
-from benchmarks.per_byte.experiments import (
-    BUDGETS,
-    ORIGINAL,
-    PAPER,
-    Experiment,
-    best,
-    chosen,
-    experiments,
-)
+from benchmarks.per_byte.experiment import ORIGINAL, PAPER, Experiment, best
+from benchmarks.per_byte.experiments import BUDGETS, chosen, experiments
 from benchmarks.per_byte.runner import Result
 from cluster.eval_rows import EvalRow, Traffic, measures
 from cluster.report.lines import Line
@@ -64,8 +57,29 @@ def test_choosing_takes_what_is_needed_along() -> None:
     assert labels == [ORIGINAL, best(2.5), "best 2.5 without rank blocks"]
     labels = [item.label for item in chosen(every, [f"best at the bytes of {PAPER}"])]
     assert labels == [ORIGINAL, PAPER, f"best at the bytes of {PAPER}"]
+    labels = [item.label for item in chosen(every, [], ["best 2.5 without rank blocks"])]
+    assert labels == [ORIGINAL, best(2.5), "best 2.5 without rank blocks"]
     with pytest.raises(ValueError, match="--only: got 'nothing'"):
         chosen(every, ["nothing"])
+    with pytest.raises(ValueError, match=r"--labels: got 'best 2\.', expected one of: original"):
+        chosen(every, [], ["best 2."])
+
+
+def test_a_calibration_of_tokens_alike_is_an_item() -> None:
+    every = {item.label: item for item in experiments(2, CALIBRATION, Path("alike"))}
+    without = every["best 2.5 without tokens by importance (all alike)"]
+    assert without.config.calibration == Path("alike")
+    assert every["best 2.5 without rank blocks"].config.calibration == CALIBRATION
+    assert without.base == "best 2.5"
+
+
+@pytest.mark.parametrize("name", ["smol-moe", "mixtral-mini", "finegrained-mini"])
+def test_the_lists_of_the_committed_pages_are_of_labels_that_exist(name: str) -> None:
+    file = Path(quality_per_byte.__file__).parent / "per_byte" / "lists" / f"{name}.txt"
+    labels = file.read_text().splitlines()
+    top_k = 6 if name == "finegrained-mini" else 2
+    every = experiments(top_k, CALIBRATION, Path("alike"))
+    assert len(chosen(every, [], labels)) >= len(set(labels)) > 20
 
 
 def result(label: str, family: str, kl: float, bits: float, **fields: object) -> Result:
