@@ -1,4 +1,4 @@
-"""Which experts' curves are measured, and what the curves of all the others are taken to be.
+"""Whose curves are measured for the solver, and what those of all the others are taken to be.
 
 A whole curve costs some fifteen times what compressing the matrix does, a single point about one.
 Layers differ where a few tokens of huge norm have most of the energy: quantised alike, matrices of

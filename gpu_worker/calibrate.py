@@ -191,7 +191,7 @@ class _Layer(torch.autograd.Function):
         return output_SH
 
     @staticmethod
-    def backward(ctx: Any, gradient_SH: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_SH: torch.Tensor) -> tuple[Any, ...]:
         hidden_SH, weights_SK, ids_SK, output_SH = ctx.saved_tensors
         gradients = ctx.experts.backward(
             ctx.layer, hidden_SH, ids_SK, weights_SK, output_SH, gradient_SH
