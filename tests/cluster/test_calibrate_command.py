@@ -89,7 +89,6 @@ def test_too_little_text_gives_what_it_has_and_says_so(
     [
         (("mixtral-mini", "OUT", "--tokens", 0), 2, "tokens: got 0, expected at least 1"),
         (("mixtral-mini", "OUT", "--window-tokens", 1), 2, "window_tokens: got 1"),
-        (("mixtral-mini", "OUT", "--sensitivity-tokens", 1), 2, "unrecognized arguments"),
         (("mixtral-mini", "OUT", "--text", "/no/such/file"), 2, "/no/such/file does not exist"),
         (("mixtral-mini", ""), 2, "OUT: got an empty path"),
         (("no-such-model", "OUT"), 1, "no such folder"),
