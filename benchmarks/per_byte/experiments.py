@@ -24,7 +24,7 @@ from expert_store.methods import METHODS
 
 BUDGETS = (2.5, 3.0, 2.25, 4.0, 3.5, 2.75)
 """Bits per expert weight moved, most important first."""
-ABLATED = (2.5, 3.0)
+ABLATED = (2.5, 3.0, 4.0)
 BOUNDS = ("row:0.6", "row:0.3", "row:0.15")
 CACHED = (ORIGINAL, PAPER, PAPER_3, "best 2.5", "best 3", "mixed hqq 2.5", "fast 3")
 """Whose bytes are counted at every cache size and batch; of the others without, one sequence."""
@@ -49,6 +49,7 @@ def experiments(
         *_error_bounded(),
         *_other_ranks(),
         *ablations(ABLATED[1], calibration, alike),
+        *ablations(ABLATED[2], calibration, alike),
     ]
     return [item for item in every if calibration is not None or not _needs(item)]
 
