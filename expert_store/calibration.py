@@ -44,7 +44,6 @@ SAMPLE_WEIGHT = 64
 FEW_TOKENS = 128
 """Below this an expert's statistics lean visibly on its layer's; `moetier calibrate` says so."""
 _RIDGE = 1e-4
-_TINY = 1e-30
 
 
 class Calibration:
@@ -100,19 +99,6 @@ class Calibration:
             weight2_at_K=table.weight2_at_EK[expert],
             output_energy=table.expert_energy_E[expert],
         )
-
-    def nats_per_error(self, key: ExpertKey) -> float:
-        """Nats of KL per unit of mean squared error (norm) of an expert's own output.
-
-        The layer's sensitivity (1 where not known) times the expert's mean squared router weight
-        over the layer's mean squared output. Experts count as independent; those of smol-moe share
-        a base, so their errors add up: the energy of the sum was 1.8 times the sum of energies.
-        """
-        table = self.info.tables[key.layer]
-        pairs = zip(table.use_at_EK[key.expert], table.weight2_at_EK[key.expert], strict=True)
-        use_weight2 = sum(use * weight2 for use, weight2 in pairs)
-        sensitivity = self.layer_sensitivity.get(key.layer, 1.0)
-        return sensitivity * use_weight2 / max(table.output_energy, _TINY)
 
     def _tensors(self, layer: int) -> tuple[LayerTensors, Moment]:
         """Compressing goes layer by layer: the last one is kept, for all threads."""

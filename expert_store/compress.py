@@ -49,7 +49,7 @@ from expert_store.types import (
 logger = logging.getLogger(__name__)
 
 _SCAN = "scan.json"
-_CURVES = "curves.json"
+_CURVES = "samples.json"
 
 
 class Progress(NamedTuple):

@@ -1,10 +1,9 @@
 """Whose curves are measured for the solver, and what those of all the others are taken to be.
 
 A whole curve costs some fifteen times what compressing the matrix does, a single point about one.
-Layers differ where a few tokens of huge norm have most of the energy: quantised alike, matrices of
-smol-moe lose a share of it that differs up to 15 times between layers. So one expert of every layer
-gives a point, experts of a few layers whole curves, and a layer's curves are the nearest whole ones
-scaled to its own point. Knows no weight and no file.
+Layers differ, most of all where a few tokens of huge norm have most of the energy. So one expert of
+every layer gives a point, experts of a few layers whole curves, and a layer's curves are the
+nearest whole ones scaled to its own point. Knows no weight and no file.
 """
 
 from __future__ import annotations

@@ -26,7 +26,10 @@ from gpu_worker.expert_sums import (
     input_gradient,
     run_expert,
 )
+from gpu_worker.experts import combine
+from gpu_worker.local_run import Part
 from gpu_worker.model import ModelRunner, StepReport, bind_experts
+from gpu_worker.planner import ExpertWork
 from gpu_worker.protocols import ExpertSource
 from kernels import ops
 
@@ -106,15 +109,15 @@ class CollectingExperts:
         self, layer: int, hidden_SH: torch.Tensor, ids_SK: torch.Tensor, weights_SK: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of each row's experts: [S, H] like `hidden_SH`."""
-        sum_SH = torch.zeros_like(hidden_SH, dtype=torch.float32)
+        parts = []
         for expert, rows_P, columns_P in self._pairs(layer, ids_SK):
             if not rows_P.numel():
                 continue
-            output_PH = expert_output(self._read(ExpertKey(layer, expert)), hidden_SH[rows_P])
-            weights_P1 = weights_SK[rows_P, columns_P, None].float()
-            # A row is at most once among an expert's, so the order of additions is one.
-            sum_SH.index_add_(0, rows_P, output_PH * weights_P1)
-        return sum_SH.to(hidden_SH.dtype)
+            key, num_rows = ExpertKey(layer, expert), rows_P.numel()
+            rows, columns = tuple(rows_P.tolist()), tuple(columns_P.tolist())
+            work = ExpertWork(key, rows, columns, (False,) * num_rows)
+            parts.append(Part(work, expert_output(self._read(key), hidden_SH[rows_P])))
+        return combine(parts, hidden_SH, weights_SK)
 
     def backward(
         self,

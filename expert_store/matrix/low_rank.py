@@ -146,9 +146,9 @@ class RankFinder:
     """Finds one rank block after the other of what is left of one matrix.
 
     In a large matrix every other block is looked for only among the 64 vectors that the search for
-    the one before it found: 0.4 % less energy than by a search of its own, at a third of the time
-    (4096 x 14336). Raises ValueError when a side is not a multiple of 64, which a factor's groups
-    need.
+    the one before it found. On synthetic heavy-tailed matrices of 2048 x 5632 and 4096 x 14336 that
+    removed up to 0.4 % less energy than a search of its own, in about half the time. Raises
+    ValueError when a side is not a multiple of 64, which a factor's groups need.
     """
 
     def __init__(self, rows: int, cols: int, weighting: Weighting, form: FactorForm) -> None:

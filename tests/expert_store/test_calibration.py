@@ -86,17 +86,6 @@ def test_many_tokens_are_believed_and_few_are_not(tmp_path: Path) -> None:
     assert many.use_weight2 == pytest.approx(0.5 * many.use)
 
 
-def test_the_price_of_an_error(tmp_path: Path) -> None:
-    calibration = build_calibration(tmp_path / "c", tokens=(1000, 0, 60))
-    # Sensitivity 0.3 of layer 2, output energy 2.5, squared weight 0.5 in the share of its tokens.
-    assert calibration.nats_per_error(ExpertKey(2, 0)) == pytest.approx(
-        0.3 / 2.5 * 0.5 * 1000 / 1060
-    )
-    assert calibration.nats_per_error(ExpertKey(2, 1)) == 0
-    unmeasured = build_calibration(tmp_path / "u", has_sensitivity=False)
-    assert unmeasured.nats_per_error(ExpertKey(0, 2)) == pytest.approx(0.5 * 60 / 1060 / 2.5)
-
-
 def test_blocks_of_an_expert_colour_the_full_pool(tmp_path: Path) -> None:
     info, tensors = calibration_parts(forms=MIXED, tokens=(1_000_000, 0, 60))
     calibration = save_calibration(tmp_path / "c", info, tensors)
