@@ -29,6 +29,7 @@ from kernels.types import (
     GatedRepair,
     Grid,
     LowRank,
+    MlpCall,
     QuantizedMatrix,
 )
 
@@ -198,7 +199,7 @@ def gate(contestant: Contestant) -> None:
 
 def int8_contestant(hidden: int, ffn: int, bits: int, grid: Grid, num_threads: int) -> Contestant:
     def call(copy: GatedMLP) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: ops.gated_mlp_many([(x, copy)], num_threads=num_threads)[0]
+        return lambda x: ops.gated_mlp_many([MlpCall(x, copy)], num_threads=num_threads)[0]
 
     mlp = random_mlp(hidden, ffn, bits, grid)
     what, rival = f"cpu_int8 {bits} bits", None

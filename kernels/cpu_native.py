@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 import torch
 
-from kernels.types import Activation, GatedMLP, Grid, LowRank, Matrix, QuantizedMatrix
+from kernels.types import Activation, GatedMLP, Grid, LowRank, Matrix, MlpCall, QuantizedMatrix
 
 ABI_VERSION = 2
 Isa = Literal["scalar", "avx2", "avx512vnni"]
@@ -159,17 +159,17 @@ def low_rank_matmul(
 
 
 def gated_mlp_many(
-    inputs: Sequence[tuple[torch.Tensor, GatedMLP]],
+    calls: Sequence[MlpCall],
     *,
     num_threads: int = 1,
     isa: Isa | None = None,
     outs: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """[T_i, H] for each (x [T_i, H], mlp), all in one native call that shares its threads."""
-    alive = [_input(x_TH, mlp.gate.cols) for x_TH, mlp in inputs]
+    """[T_i, H] for each call, which has no repair, all in one native call that shares threads."""
+    alive = [_input(call.x_TH, call.mlp.gate.cols) for call in calls]
     ys = [output(outs[i] if outs is not None else None, *x.shape) for i, x in enumerate(alive)]
     records = (_GatedMlp * len(alive))(
-        *(_record(x, mlp, y) for x, (_, mlp), y in zip(alive, inputs, ys, strict=True))
+        *(_record(x, call.mlp, y) for x, call, y in zip(alive, calls, ys, strict=True))
     )
     status = loaded().moetier_gated_mlp_many(
         ctypes.addressof(records), len(alive), _threads(num_threads), isa_index(isa)

@@ -20,7 +20,7 @@ import torch
 from kernels import reference
 from kernels.block_code import BlockCodedMatrix
 from kernels.gated import compose_gated_mlp
-from kernels.types import GatedMLP, GatedRepair, LowRank, Matrix, QuantizedMatrix
+from kernels.types import GatedMLP, GatedRepair, LowRank, Matrix, MlpCall, QuantizedMatrix
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def gated_mlp(
         if native and _is_packed(mlp):
             threads = torch.get_num_threads()
             if factors is None:
-                return native.gated_mlp_many([(x_TH, mlp)], num_threads=threads)[0]
+                return native.gated_mlp_many([MlpCall(x_TH, mlp)], num_threads=threads)[0]
             matmul = functools.partial(native.matmul, num_threads=threads)
             low_rank_matmul = functools.partial(native.low_rank_matmul, num_threads=threads)
     return compose_gated_mlp(
@@ -96,29 +96,29 @@ def gated_mlp(
 
 
 def gated_mlp_many(
-    inputs: Sequence[tuple[torch.Tensor, GatedMLP]],
+    calls: Sequence[MlpCall],
     *,
     backend: Backend = "cpu_int8",
     num_threads: int,
 ) -> list[torch.Tensor]:
-    """Several MLPs, each on its own tokens: [T_i, H] float32 per (x [T_i, H], mlp), in order.
+    """Several MLPs, each on its own tokens: [T_i, H] float32 per call, in order.
 
-    With cpu_int8 it is one native call on at most num_threads threads (the GIL is released); a
-    token's result is the same to the bit alone and in any batch. The other backends run one MLP
-    after another. Raises ValueError as `gated_mlp` does and for num_threads below 1.
+    With cpu_int8 those without repair are one native call on at most num_threads threads (the GIL
+    is released); a token's result is the same to the bit alone and in any batch. The other backends
+    run one MLP after another. Raises ValueError as `gated_mlp` does and for num_threads below 1.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads: got {num_threads}, expected at least 1")
-    for x_TH, mlp in inputs:
-        _check_gated_mlp(x_TH, mlp, None, None, backend)
+    for call in calls:
+        _check_gated_mlp(call.x_TH, call.mlp, call.repair, call.restored_T, backend)
     native = _native_or_warn() if backend == "cpu_int8" else None
-    if native is None:
-        return [gated_mlp(x_TH, mlp, backend=backend) for x_TH, mlp in inputs]
-    packed = [pair for pair in inputs if _is_packed(pair[1])]
-    fast = iter(native.gated_mlp_many(packed, num_threads=num_threads))
+    plain = [call for call in calls if call.repair is None and _is_packed(call.mlp)]
+    fast = iter(native.gated_mlp_many(plain, num_threads=num_threads) if native else ())
     return [
-        next(fast) if _is_packed(mlp) else gated_mlp(x_TH, mlp, backend="cpu_fp32")
-        for x_TH, mlp in inputs
+        next(fast)
+        if native and call.repair is None and _is_packed(call.mlp)
+        else gated_mlp(call.x_TH, call.mlp, call.repair, call.restored_T, backend=backend)
+        for call in calls
     ]
 
 

@@ -265,3 +265,16 @@ class GatedRepair:
         """Whether it adds nothing at all: no rank and no plane anywhere."""
         ranks = self.gate.rank + self.up.rank + self.down.rank
         return ranks == 0 and not (self.gate_planes or self.up_planes or self.down_planes)
+
+
+@dataclass(frozen=True, slots=True)
+class MlpCall:
+    """One MLP, its own tokens, and for some of those its repair.
+
+    `repair` is added in rows where restored_T is true, in all of them when that is None.
+    """
+
+    x_TH: torch.Tensor  # [T, H] float, on the mlp's device
+    mlp: GatedMLP
+    repair: GatedRepair | None = None
+    restored_T: torch.Tensor | None = None  # [T] bool, any device

@@ -16,7 +16,7 @@ import torch
 from expert_store.format import device_form, parse_codes
 from expert_store.types import ExpertKey, ExpertTokens, Manifest, RecordRequest
 from kernels.ops import Backend, gated_mlp_many
-from kernels.types import GatedMLP
+from kernels.types import GatedMLP, MlpCall
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,12 +61,12 @@ class Executor:
         check_work(hidden_TH, work, self.manifest.model.expert.hidden)
         with self._lock:
             experts = self._parsed([item.key for item in work])
-            inputs = [
-                (hidden_TH[list(item.token_rows)], experts[item.key])
+            calls = [
+                MlpCall(hidden_TH[list(item.token_rows)], experts[item.key])
                 for item in work
                 if item.token_rows
             ]
-            outputs = gated_mlp_many(inputs, backend=self._backend, num_threads=self._num_threads)
+            outputs = gated_mlp_many(calls, backend=self._backend, num_threads=self._num_threads)
         if not outputs:
             return hidden_TH.new_empty(0, hidden_TH.shape[1])
         return torch.cat(outputs).to(hidden_TH.dtype)

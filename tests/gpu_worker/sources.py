@@ -20,6 +20,7 @@ from gpu_worker.protocols import ExpertSource
 from gpu_worker.record_sizes import PlannedCopy
 from gpu_worker.streamer import Stream, Streamer
 from kernels import ops
+from kernels.types import MlpCall
 
 
 class CountingSource:
@@ -140,12 +141,12 @@ class InProcessNearData:
             return future
         model = self._source.manifest.model
         datas = self._source.fetch([RecordRequest(part.key, "codes") for part in work])
-        inputs = []
+        calls = []
         for part, data in zip(work, datas, strict=True):
             form = self._source.manifest.experts[part.key].form
             mlp = parse_codes(part.key, data, model.expert, form).mlp
-            inputs.append((hidden_TH[list(part.token_rows)], mlp))
-        output = torch.cat(ops.gated_mlp_many(inputs, backend=self._backend, num_threads=1))
+            calls.append(MlpCall(hidden_TH[list(part.token_rows)], mlp))
+        output = torch.cat(ops.gated_mlp_many(calls, backend=self._backend, num_threads=1))
         output = output.to(hidden_TH.dtype)
         self.num_pairs += output.shape[0]
         self._sent += hidden_TH.numel() * hidden_TH.element_size()

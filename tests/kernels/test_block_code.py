@@ -25,7 +25,7 @@ from kernels.block_code import (
     decode_block_code,
 )
 from kernels.block_encode import encode_block_code
-from kernels.types import GatedMLP
+from kernels.types import GatedMLP, MlpCall
 
 needs_native = pytest.mark.skipif(ops.native_isa() is None, reason="no compiler at install time")
 every_form = pytest.mark.parametrize("differenced", [False, True])
@@ -269,6 +269,6 @@ def test_every_backend_runs_a_coded_mlp(backend: ops.Backend) -> None:
     gate, up, down = (decode_block_code(matrix) for matrix in matrices)
     expected = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
     assert relative_rms(ops.gated_mlp(x, mlp, backend=backend), expected) < 1e-5
-    (many,) = ops.gated_mlp_many([(x, mlp)], backend=backend, num_threads=2)
+    (many,) = ops.gated_mlp_many([MlpCall(x, mlp)], backend=backend, num_threads=2)
     assert relative_rms(many, expected) < 1e-5
     assert ops.gated_mlp(x[:0], mlp, backend=backend).shape == (0, 64)

@@ -25,6 +25,7 @@ WITHOUT_LIBRARY = textwrap.dedent("""
 
     import kernels
     from kernels import ops, reference
+    from kernels.types import MlpCall
 
     assert Path(kernels.__file__).parent == Path.cwd() / "kernels"
     messages = []
@@ -42,7 +43,7 @@ WITHOUT_LIBRARY = textwrap.dedent("""
     for backend in ("cpu_fp32", "cpu_int8"):
         got = ops.gated_mlp(x, mlp, factors, backend=backend)
         assert (got - reference.gated_mlp(x, mlp, factors)).norm() < 1e-5 * got.norm()
-    many = ops.gated_mlp_many([(x, mlp), (x, mlp)], num_threads=2)
+    many = ops.gated_mlp_many([MlpCall(x, mlp), MlpCall(x, mlp)], num_threads=2)
     assert all((y - reference.gated_mlp(x, mlp)).norm() < 1e-5 * y.norm() for y in many)
     assert len(messages) == 1, messages
     assert "C++ compiler" in messages[0]

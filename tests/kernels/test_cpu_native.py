@@ -30,7 +30,7 @@ from kernel_matrices import (
 from kernels import cpu_native, reference
 from kernels.cpu_native import Isa
 from kernels.packing import pack, pack_symmetric
-from kernels.types import Activation, GatedMLP, Grid, LowRank, QuantizedMatrix
+from kernels.types import Activation, GatedMLP, Grid, LowRank, MlpCall, QuantizedMatrix
 
 if not cpu_native.is_available():
     pytest.skip("the native kernels were not built here", allow_module_level=True)
@@ -97,7 +97,7 @@ def test_gated_mlp(isa: Isa, grid: Grid, bits: int, biases: bool) -> None:
     for num_tokens in TOKEN_COUNTS:
         x = random_inputs(num_tokens, 128, seed=num_tokens)
         out = poisoned(num_tokens, 128)
-        cpu_native.gated_mlp_many([(x, mlp)], isa=isa, outs=[out])
+        cpu_native.gated_mlp_many([MlpCall(x, mlp)], isa=isa, outs=[out])
         assert relative_rms(out, reference.gated_mlp(x, mlp)) < INT8_MLP_TOLERANCE, num_tokens
 
 
@@ -107,7 +107,7 @@ def test_every_activation(isa: Isa, activation: Activation) -> None:
     """Inputs large enough that sigmoids saturate and the clamped form clamps."""
     mlp = random_mlp(128, 128, 4, activation=activation, biases=True)
     x = random_inputs(9, 128) * 8
-    (got,) = cpu_native.gated_mlp_many([(x, mlp)], isa=isa)
+    (got,) = cpu_native.gated_mlp_many([MlpCall(x, mlp)], isa=isa)
     assert relative_rms(got, reference.gated_mlp(x, mlp)) < INT8_MLP_TOLERANCE
 
 
@@ -115,15 +115,15 @@ def test_every_activation(isa: Isa, activation: Activation) -> None:
 def test_many_mlps_of_different_shapes_widths_and_token_counts(isa: Isa) -> None:
     """One call with two threads is to the bit what one call each would be."""
     inputs = [
-        (random_inputs(3, 128), random_mlp(128, 192, 2)),
-        (random_inputs(0, 64), random_mlp(64, 64, 3)),
-        (random_inputs(70, 64), random_mlp(64, 448, 4, activation="gelu", biases=True)),
-        (random_inputs(1, 192), random_mlp(192, 64, 3)),
-        (random_inputs(0, 64), random_mlp(64, 64, 3)),
+        MlpCall(random_inputs(3, 128), random_mlp(128, 192, 2)),
+        MlpCall(random_inputs(0, 64), random_mlp(64, 64, 3)),
+        MlpCall(random_inputs(70, 64), random_mlp(64, 448, 4, activation="gelu", biases=True)),
+        MlpCall(random_inputs(1, 192), random_mlp(192, 64, 3)),
+        MlpCall(random_inputs(0, 64), random_mlp(64, 64, 3)),
     ]
     together = cpu_native.gated_mlp_many(inputs, isa=isa, num_threads=2)
-    for got, (x, mlp) in zip(together, inputs, strict=True):
-        assert torch.equal(got, cpu_native.gated_mlp_many([(x, mlp)], isa=isa)[0])
+    for got, call in zip(together, inputs, strict=True):
+        assert torch.equal(got, cpu_native.gated_mlp_many([call], isa=isa)[0])
     assert cpu_native.gated_mlp_many([], isa=isa) == []
 
 
@@ -136,7 +136,7 @@ def test_matrices_of_one_mlp_may_differ_in_width_and_grid(isa: Isa) -> None:
         "silu",
     )
     x = random_inputs(5, 64)
-    (got,) = cpu_native.gated_mlp_many([(x, mlp)], isa=isa)
+    (got,) = cpu_native.gated_mlp_many([MlpCall(x, mlp)], isa=isa)
     assert relative_rms(got, reference.gated_mlp(x, mlp)) < INT8_MLP_TOLERANCE
 
 
@@ -165,12 +165,12 @@ def test_a_token_is_the_same_alone_and_in_any_batch(isa: Isa, grid: Grid, bits: 
     x, x_mlp = random_inputs(70, 448), random_inputs(70, 128)
     matmul = cpu_native.matmul(matrix, x, isa=isa)
     low_rank = cpu_native.low_rank_matmul(factors, x, isa=isa)
-    (gated,) = cpu_native.gated_mlp_many([(x_mlp, mlp)], isa=isa, num_threads=2)
+    (gated,) = cpu_native.gated_mlp_many([MlpCall(x_mlp, mlp)], isa=isa, num_threads=2)
     for first, last in ((0, 1), (69, 70), (3, 5), (31, 34), (40, 48), (1, 70)):
         part = slice(first, last)
         assert torch.equal(cpu_native.matmul(matrix, x[part], isa=isa), matmul[part])
         assert torch.equal(cpu_native.low_rank_matmul(factors, x[part], isa=isa), low_rank[part])
-        (alone,) = cpu_native.gated_mlp_many([(x_mlp[part], mlp)], isa=isa)
+        (alone,) = cpu_native.gated_mlp_many([MlpCall(x_mlp[part], mlp)], isa=isa)
         assert torch.equal(alone, gated[part])
 
 
@@ -215,10 +215,12 @@ def test_more_threads_than_items_or_cores() -> None:
 def test_callers_in_several_threads() -> None:
     """The pool serves one caller at a time; the others work alone, with the same results."""
     mlp, x = random_mlp(128, 192, 3), random_inputs(5, 128)
-    (expected,) = cpu_native.gated_mlp_many([(x, mlp)])
+    (expected,) = cpu_native.gated_mlp_many([MlpCall(x, mlp)])
     with ThreadPoolExecutor(4) as callers:
         results = list(
-            callers.map(lambda _: cpu_native.gated_mlp_many([(x, mlp)], num_threads=3), range(200))
+            callers.map(
+                lambda _: cpu_native.gated_mlp_many([MlpCall(x, mlp)], num_threads=3), range(200)
+            )
         )
     assert all(torch.equal(got, expected) for (got,) in results)
 
@@ -249,7 +251,7 @@ MATRIX, X = random_matrix(16, 64, 2), random_inputs(2, 64)
         (lambda: cpu_native.matmul(random_matrix(16, 64, 16), X), "bits 16 has no native"),
         (lambda: cpu_native.dequantize(random_matrix(16, 64, 16)), "bits 16 has no native"),
         (lambda: cpu_native.matmul(strided(MATRIX), X), "contiguous bytes"),
-        (lambda: cpu_native.gated_mlp_many([(X, mlp_with_bias(65))]), "gate_bias: expected"),
+        (lambda: cpu_native.gated_mlp_many([MlpCall(X, mlp_with_bias(65))]), "gate_bias: expected"),
     ],
 )
 def test_what_does_not_fit_never_reaches_a_pointer(call, message: str) -> None:

@@ -26,7 +26,7 @@ from kernel_matrices import (
 import kernels
 from kernels import ops, reference
 from kernels.ops import Backend
-from kernels.types import GatedMLP, GatedRepair, Grid
+from kernels.types import GatedMLP, GatedRepair, Grid, MlpCall
 
 TOLERANCE: dict[Backend, float] = {
     "reference": 0.0,
@@ -123,16 +123,16 @@ def test_no_tokens_give_no_rows(backend: Backend) -> None:
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_many_are_each(backend: Backend) -> None:
     inputs = [
-        (random_inputs(3, 64), random_mlp(64, 128, 2)),
-        (random_inputs(2, 64), random_mlp(64, 128, 16)),
-        (random_inputs(0, 64), random_mlp(64, 128, 3)),
-        (random_inputs(5, 128), random_mlp(128, 64, 4)),
-        (random_inputs(2, 128), random_mlp(128, 64, 1, grid="symmetric")),
+        MlpCall(random_inputs(3, 64), random_mlp(64, 128, 2)),
+        MlpCall(random_inputs(2, 64), random_mlp(64, 128, 16)),
+        MlpCall(random_inputs(0, 64), random_mlp(64, 128, 3)),
+        MlpCall(random_inputs(5, 128), random_mlp(128, 64, 4)),
+        MlpCall(random_inputs(2, 128), random_mlp(128, 64, 1, grid="symmetric")),
     ]
     many = ops.gated_mlp_many(inputs, backend=backend, num_threads=2)
     assert len(many) == len(inputs)
-    for got, (x, mlp) in zip(many, inputs, strict=True):
-        assert torch.equal(got, ops.gated_mlp(x, mlp, backend=backend))
+    for got, call in zip(many, inputs, strict=True):
+        assert torch.equal(got, ops.gated_mlp(call.x_TH, call.mlp, backend=backend))
     assert ops.gated_mlp_many([], backend=backend, num_threads=1) == []
 
 
@@ -180,8 +180,8 @@ PLANES = random_factors(128, 64, 3, 0, num_planes=1)  # likewise
             lambda: ops.gated_mlp(X, MLP, None, torch.ones(3).bool(), backend="cpu_fp32"),
             r"restored: expected bool \[2\]",
         ),
-        (lambda: ops.gated_mlp_many([(X, MLP)], num_threads=0), "num_threads: got 0"),
-        (lambda: ops.gated_mlp_many([(X[:, :1], MLP)], num_threads=1), "x: expected"),
+        (lambda: ops.gated_mlp_many([MlpCall(X, MLP)], num_threads=0), "num_threads: got 0"),
+        (lambda: ops.gated_mlp_many([MlpCall(X[:, :1], MLP)], num_threads=1), "x: expected"),
         (lambda: GatedMLP(MLP.gate, MLP.up, MLP.gate, "silu"), "do not chain"),
     ],
 )
