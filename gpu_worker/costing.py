@@ -49,6 +49,7 @@ class Costing:
         self.source, self.near_data = source, near_data
         self.table: CostTable | None = None
         self._policy = config.near_data
+        self._fetches_itself = config.fetch_threads == 0
         self._clock = clock
         self._layer = _Layer(0.0, 0.0)
         self._row_bytes = source.manifest.model.expert.hidden * config.torch_dtype.itemsize
@@ -81,6 +82,8 @@ class Costing:
         layer_s = self._clock() - layer.started_s
         tally.predicted_s += layer.time.total_s
         tally.layer_s += layer_s
+        if self._fetches_itself and layer.time.link_s > 0:
+            return  # how much of the time were copies is not known
         busy_s = layer_s - (tally.wait_s - layer.waited_s)
         self.table.ran_device(layer.time.device_s, layer.time.fixed_s, busy_s)
 

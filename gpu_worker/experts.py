@@ -19,6 +19,7 @@ import torch
 from expert_store.errors import StoreError
 from expert_store.types import ExpertKey, ExpertTokens
 from gpu_worker.config import WorkerConfig
+from gpu_worker.cost_table import CostTable
 from gpu_worker.costing import Costing
 from gpu_worker.counters import StepCounters, Tally
 from gpu_worker.expert_cache import ExpertCache
@@ -110,6 +111,11 @@ class StoreExperts:
         )
         self._device = DeviceExperts(self.cache, self.streamer, math)
         self.begin(None)
+
+    @property
+    def costs(self) -> CostTable | None:
+        """What copies, near data and the device cost; None where no setting asks for that."""
+        return self._costing.table
 
     def begin(self, valid_S: torch.Tensor | None, token_tags_S: torch.Tensor | None = None) -> None:
         self._active_S = valid_S
