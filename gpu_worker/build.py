@@ -17,6 +17,7 @@ from expert_store.verify import check_files
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
 from gpu_worker.experts import StoreExperts
+from gpu_worker.governor import Governor
 from gpu_worker.model import ModelRunner, load_model
 from gpu_worker.protocols import ExpertSource, NearData
 
@@ -34,6 +35,7 @@ class OpenModel:
     tokenizer: PreTrainedTokenizerBase | None  # None when the store has none
     config: WorkerConfig  # resolved
     close: Callable[[], None]  # ends the threads that fetch experts
+    governor: Governor | None  # where a latency target is set
 
 
 def open_model(
@@ -53,7 +55,7 @@ def open_model(
         context = usable_context(runner.model.config, config.max_context, asked_context)
         config = replace(config, max_context=context)
         logger.info("worker config: %s", config)
-        return OpenModel(runner, load_tokenizer(store), config, experts.close)
+        return OpenModel(runner, load_tokenizer(store), config, experts.close, experts.governor)
     except BaseException:
         experts.close()
         raise
@@ -78,6 +80,7 @@ def build_engine(
         prefill_chunk=opened.config.prefill_chunk,
         max_waiting=max_waiting,
         on_close=opened.close,
+        governor=opened.governor,
     )
 
 

@@ -65,6 +65,8 @@ class WorkerConfig:
       fewer bytes of compensators are fetched, down to the limits below; metrics and answers say so.
       None means never. Answers then depend on the speed of the link.
     - min_top_n, min_factor_share: the least top_n and factor_share that target_step_s may come to.
+    - max_skip_below: the largest skip_below that it may come to once no factors are left to save;
+      at 0 no pair is left out for it.
 
     Raises ValueError naming the field, what was given and what is allowed.
     """
@@ -91,6 +93,7 @@ class WorkerConfig:
     target_step_s: float | None = None
     min_top_n: int = 0
     min_factor_share: float = 0.0
+    max_skip_below: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("restore", self.restore, get_args(Restore))
@@ -120,6 +123,7 @@ class WorkerConfig:
             _positive(name, getattr(self, name))
         _at_least("min_top_n", self.min_top_n, 0)
         _within("min_factor_share", self.min_factor_share, most=self.factor_share)
+        _within("max_skip_below", self.max_skip_below, most=1)
 
     def resolve(self, manifest: Manifest) -> WorkerConfig:
         """This config with every None and "auto" replaced by what this store and this machine give.

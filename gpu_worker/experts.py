@@ -17,17 +17,19 @@ from typing import Any
 import torch
 
 from expert_store.errors import StoreError
-from expert_store.types import ExpertKey, ExpertTokens
+from expert_store.types import ExpertKey, ExpertTokens, Manifest
 from gpu_worker.config import WorkerConfig
 from gpu_worker.cost_table import CostTable
 from gpu_worker.costing import Costing
 from gpu_worker.counters import StepCounters, Tally
 from gpu_worker.expert_cache import ExpertCache
 from gpu_worker.expert_math import ExpertMath, KernelMath
+from gpu_worker.governor import Governor
 from gpu_worker.local_run import DeviceExperts, LocalRun, Part
 from gpu_worker.model import StepReport
 from gpu_worker.planner import ExpertWork, plan, plan_local
 from gpu_worker.protocols import ExpertSource, NearData, WireCounted
+from gpu_worker.quality_ladder import quality_ladder
 from gpu_worker.record_sizes import RecordSizes
 from gpu_worker.restoring import route
 from gpu_worker.streamer import Streamer
@@ -109,6 +111,7 @@ class StoreExperts:
             num_threads=config.fetch_threads,
             clock=clock,
         )
+        self.governor = _governor(config, source.manifest, self._costing.table)
         self._device = DeviceExperts(self.cache, self.streamer, math)
         self.begin(None)
 
@@ -118,6 +121,8 @@ class StoreExperts:
         return self._costing.table
 
     def begin(self, valid_S: torch.Tensor | None, token_tags_S: torch.Tensor | None = None) -> None:
+        if self.governor is not None:
+            self._pairs, self._sizes = self.governor.setting.pairs, self.governor.setting.sizes
         self._active_S = valid_S
         self._token_tags_S = token_tags_S
         self._tally = Tally()
@@ -237,6 +242,13 @@ class StoreExperts:
         self._tally.received_bytes = received - self._near_bytes_at_begin[1]
         self._tally.wire_bytes = self._wire_bytes() - self._wire_bytes_at_begin
         return self._tally.freeze()
+
+
+def _governor(config: WorkerConfig, manifest: Manifest, table: CostTable | None) -> Governor | None:
+    if config.target_step_s is None:
+        return None
+    assert table is not None, "a target has costs measured"
+    return Governor(quality_ladder(config, manifest), table, target_s=config.target_step_s)
 
 
 def combine(
