@@ -6,6 +6,7 @@ What it is given (the source, the near-data client) stays the caller's to close.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,12 @@ class OpenModel:
 
 
 def open_model(
-    store: Path, source: ExpertSource, near_data: NearData | None, config: WorkerConfig
+    store: Path,
+    source: ExpertSource,
+    near_data: NearData | None,
+    config: WorkerConfig,
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> OpenModel:
     """The model in `store` with its experts from `source` and, by the config's policy, near data.
 
@@ -49,7 +55,7 @@ def open_model(
     asked_context = config.max_context
     config = config.resolve(source.manifest)
     check_files(store, source.manifest)
-    experts = StoreExperts(source, config, near_data)
+    experts = StoreExperts(source, config, near_data, clock=clock)
     try:
         runner = load_model(store, source.manifest, config, experts)
         context = usable_context(runner.model.config, config.max_context, asked_context)
@@ -68,9 +74,10 @@ def build_engine(
     config: WorkerConfig,
     *,
     max_waiting: int = MAX_WAITING,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     """An engine over `open_model`. Its `close` leaves `source` and `near_data` open."""
-    opened = open_model(store, source, near_data, config)
+    opened = open_model(store, source, near_data, config, clock=clock)
     assert opened.config.max_context is not None, "resolved configs have a context"
     return Engine(
         opened.runner,
@@ -81,6 +88,7 @@ def build_engine(
         max_waiting=max_waiting,
         on_close=opened.close,
         governor=opened.governor,
+        clock=clock,
     )
 
 

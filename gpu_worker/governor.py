@@ -24,7 +24,7 @@ MIN_SEEN = 4
 BAND = 0.1
 """Nothing changes while the pace is within this of the target, or rungs would be left in turn."""
 MIN_WAIT = 0.1
-"""Share of a step spent waiting for bytes below which fewer bytes would not make it faster."""
+"""Share of the target that a step must wait for bytes, or fewer bytes would not help it."""
 PATIENCE, MAX_PATIENCE = 8, 256
 """Calm steps before a better rung is tried; doubled each time it had to be left again at once."""
 BLIND = 8
@@ -79,7 +79,7 @@ def advance(
     if pace_s > target_s * (1 + BAND):
         state = replace(state, calm=0)
         lower = range(state.rung + 1, len(factor_bytes))
-        if not lower or wait_s < MIN_WAIT * pace_s:
+        if not lower or wait_s < MIN_WAIT * target_s:
             return state
         keeping = (rung for rung in lower if predicted_s(rung) <= target_s)
         patience = min(MAX_PATIENCE, 2 * state.patience) if state.on_trial else PATIENCE

@@ -73,13 +73,17 @@ def quality_ladder(config: WorkerConfig, manifest: Manifest) -> tuple[QualitySet
             pairs=wanted.pair_policy(manifest),
             sizes=sizes,
         )
-        if (
-            not rungs
-            or rung.factor_bytes < rungs[-1].factor_bytes
-            or rung.skip_below > rungs[-1].skip_below
-        ):
+        if not rungs or _is_lower(rung, rungs[-1]):
             rungs.append(rung)
     return tuple(rungs)
+
+
+def _is_lower(rung: QualitySetting, above: QualitySetting) -> bool:
+    if rung.skip_below > above.skip_below:
+        return True
+    # A prefix that holds no block restores nothing; the rung that does so says so.
+    is_frank = rung.factor_bytes > 0 or rung.top_n == 0 or rung.factor_share == 0
+    return is_frank and rung.factor_bytes < above.factor_bytes
 
 
 def _wanted(config: WorkerConfig, top_k: int) -> Iterator[WorkerConfig]:

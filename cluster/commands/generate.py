@@ -165,6 +165,7 @@ def _report(answer: _Answer, *, as_json: bool) -> None:
     governed = f", down to {last.quality}" if last.quality is not None else ""
     print(
         f"[{num_tokens} tokens in {answer.seconds:.2f} s, end: {last.finish_reason}; "
-        f"{counters.total_moved_bytes / 1e6:.1f} MB of experts moved to the device{degraded}{governed}]",
+        f"{counters.total_moved_bytes / 1e6:.1f} MB of experts moved to the device"
+        f"{degraded}{governed}]",
         file=sys.stderr,
     )
