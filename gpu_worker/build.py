@@ -21,6 +21,7 @@ from gpu_worker.experts import StoreExperts
 from gpu_worker.governor import Governor
 from gpu_worker.model import ModelRunner, load_model
 from gpu_worker.protocols import ExpertSource, NearData
+from gpu_worker.router_guess import RouterGuess
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,13 @@ def open_model(
     experts = StoreExperts(source, config, near_data, clock=clock)
     try:
         runner = load_model(store, source.manifest, config, experts)
+        experts.predict_with(RouterGuess.of(runner.model, source.manifest.model.top_k))
         context = usable_context(runner.model.config, config.max_context, asked_context)
         config = replace(config, max_context=context)
         logger.info("worker config: %s", config)
-        return OpenModel(runner, load_tokenizer(store), config, experts.close, experts.governor)
+        return OpenModel(
+            runner, load_tokenizer(store), config, experts.close, experts.costing.governor
+        )
     except BaseException:
         experts.close()
         raise

@@ -20,7 +20,7 @@ from expert_store.errors import StoreError
 from expert_store.types import ExpertCodes, ExpertKey, ExpertTokens, RecordRequest
 from gpu_worker.config import WorkerConfig
 from gpu_worker.cost_model import LayerCosts, LinkCost, NearCost, RunCost
-from gpu_worker.expert_math import ExpertMath
+from gpu_worker.expert_math import ExpertCall, ExpertMath
 from gpu_worker.protocols import CountsWorkers, ExpertSource, NearData
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ def _device(probe: Probe) -> RunCost:
     assert isinstance(codes, ExpertCodes), f"asked for codes, got {type(codes)}"
 
     def run(num_tokens: int) -> None:
-        probe.math.run(_hidden(probe, num_tokens).to(probe.config.device), codes, None, None)
+        hidden_PH = _hidden(probe, num_tokens).to(probe.config.device)
+        probe.math.run([ExpertCall(hidden_PH, codes, None, None)])
         if probe.config.device == "cuda":
             torch.cuda.synchronize()
 
