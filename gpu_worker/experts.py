@@ -153,8 +153,12 @@ class StoreExperts:
         dispatch = self._plan(layer, routing, ahead.requests)
         local = LocalRun(self._device, hidden_SH, self._tally)
         near = self._submit(dispatch.remote, hidden_SH)
+
+        def look_ahead() -> None:
+            self._ahead.start(layer, hidden_SH, self._copies_for)
+
         try:
-            local.run(dispatch, ahead, lambda: self._ahead.start(layer, hidden_SH, self._copies_for))
+            local.run(dispatch, ahead, look_ahead)
         finally:
             self._ahead.finish(ahead)
         near_parts = self._collect(layer, dispatch.remote, near, local)
