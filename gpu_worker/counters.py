@@ -36,6 +36,8 @@ class StepCounters:
       need, and those of them that it did need: what moved is what was planned and the difference.
     - guessed_pairs, right_pairs: pairs of layers whose routing was guessed, and those of them that
       went where the guess said.
+    - predicted_s, layer_s: seconds that MoE layers were predicted to take, and took; of the layers
+      that were predicted, which needs measured costs (near_data "cost", or a target_step_s).
     - wait_s: seconds the step had nothing to compute until a copy or a near-data answer came.
     """
 
@@ -56,6 +58,8 @@ class StepCounters:
     ahead_used_bytes: int = 0
     guessed_pairs: int = 0
     right_pairs: int = 0
+    predicted_s: float = 0.0
+    layer_s: float = 0.0
     wait_s: float = 0.0
 
     def __add__(self, other: StepCounters) -> StepCounters:
@@ -98,6 +102,8 @@ class Tally:
         self.ahead_used_bytes = 0
         self.guessed_pairs = 0
         self.right_pairs = 0
+        self.predicted_s = 0.0
+        self.layer_s = 0.0
         self.wait_s = 0.0
 
     def freeze(self) -> StepCounters:
