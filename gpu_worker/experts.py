@@ -113,7 +113,7 @@ class StoreExperts:
             clock=clock,
         )
         self._device = DeviceExperts(self.cache, self.streamer, math)
-        self._ahead = LookAhead(source, config, math, clock)
+        self._ahead = LookAhead(self.costing.source, config, math, clock)
         self.begin(None)
 
     def predict_with(self, guess: RouterGuess | None) -> None:
