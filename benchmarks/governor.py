@@ -188,13 +188,13 @@ def page(plain: Contestant, governed: Contestant, rows: Sequence[PhaseRow], targ
         "",
         provenance(),
         "",
-        f"mixtral-mini, recipe paper with mean rank {STORE.avg_rank}: {codes / 1e6:.1f} MB of codes, "
-        f"{factors / 1e6:.1f} MB of factors, Top-{manifest.recipe.top_n}; a device cache of the "
-        "size of the codes; batch 1; one thread. The link is a source that sleeps, "
+        f"mixtral-mini, recipe paper with mean rank {STORE.avg_rank}: {codes / 1e6:.1f} MB of "
+        f"codes, {factors / 1e6:.1f} MB of factors, Top-{manifest.recipe.top_n}; a device cache "
+        "of the size of the codes; batch 1; one thread. The link is a source that sleeps, "
         f"{1000 * CALL_S:.1f} ms a call besides its bytes. Tokens of the text are given, so both "
-        f"workers answer the same: {len(plain.steps[0])} tokens a phase, the workers taking turns. "
-        f"Target: {1000 * target_s:.1f} ms, {TARGET:g} of the step without a governor on the full "
-        "link.",
+        f"workers answer the same: {len(plain.steps[0])} tokens a phase, the workers taking "
+        f"turns. Target: {1000 * target_s:.1f} ms, {TARGET:g} of the step without a governor on "
+        "the full link.",
         "",
         "KL is from the other worker's answer, which always has full quality. The phases are of "
         "different text: compare perplexities within a phase only. Predicted/real is the time of "

@@ -1,4 +1,4 @@
-"""What the governor's benchmark tells of each phase: a row per worker, a table, how fast it reacted.
+"""What the governor's benchmark tells of each phase: a row per worker, and how fast it reacted.
 
 Pure: steps in, text out. Who runs the steps is `benchmarks/governor.py`.
 """
