@@ -208,7 +208,7 @@ FAST, CUT = LinkCost(1e9), LinkCost(2e6)
 
 @pytest.fixture
 def run(store: Path) -> Iterator[Run]:
-    """A target that the cut link breaks with compensators and just keeps without any."""
+    """A target that the cut link breaks with whole compensators and just keeps without any."""
     clock = SimulatedClock()
     source = SimulatedSource(Segment(store), clock, FAST)
     # Nothing is cached: every token fetches its experts, 2 of them in each of the model's layers.
@@ -239,7 +239,7 @@ def test_an_engine_under_a_cut_link_gives_up_factors_says_so_and_comes_back(run:
     during = run.answer("during")
     assert governor.rung > 0
     assert during[-1].quality == str(governor.setting)
-    assert run.source.bytes["factors"] - already < 0.5 * at_full
+    assert run.source.bytes["factors"] - already < 0.7 * at_full  # a rung of 2/3
     run.source.link = FAST
     for index in range(20):
         run.answer(f"back {index}")
