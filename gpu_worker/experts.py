@@ -20,7 +20,8 @@ from expert_store.errors import StoreError
 from expert_store.types import ExpertKey, ExpertTokens
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters, Tally
-from gpu_worker.expert_cache import ExpertCache
+from gpu_worker.eviction import eviction_policy
+from gpu_worker.expert_cache import CacheBudgets, ExpertCache
 from gpu_worker.expert_math import ExpertMath, KernelMath
 from gpu_worker.local_run import DeviceExperts, LocalRun, Part
 from gpu_worker.model import StepReport
@@ -28,6 +29,7 @@ from gpu_worker.planner import ExpertWork, Policy, plan, plan_local
 from gpu_worker.protocols import ExpertSource, NearData, WireCounted
 from gpu_worker.record_sizes import RecordSizes
 from gpu_worker.restoring import route
+from gpu_worker.routing import expert_scores
 from gpu_worker.streamer import Streamer
 from kernels import ops
 
@@ -95,7 +97,10 @@ class StoreExperts:
         self._near_data = near_data if config.near_data != "off" else None
         self._wire = source if isinstance(source, WireCounted) else None
         self._clock = clock
-        self.cache = ExpertCache(config.cache_bytes)
+        self.cache = ExpertCache(
+            CacheBudgets(config.cache_bytes, config.factor_cache_share),
+            eviction_policy(config.cache_policy),
+        )
         math = math or KernelMath(source.manifest, ops.default_backend(config.device))
         self.streamer = Streamer(
             source,
@@ -138,7 +143,7 @@ class StoreExperts:
             token_tags_T=self._token_tags_S,
         )
         self._tally.skipped_pairs += routing.num_skipped
-        self.cache.begin_turn(layer)
+        self.cache.begin_turn(layer, expert_scores(routing) if self.cache.wants_scores else None)
         dispatch = plan(
             layer,
             routing,
