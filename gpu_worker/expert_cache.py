@@ -6,8 +6,8 @@ factors takes a shorter one's place. Knows no file, no wire and not what a recor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 
 from expert_store.types import RecordKind, RecordRequest
@@ -111,6 +111,7 @@ class ExpertCache:
         self._budgets = budgets
         self._pools = [_Pool(kinds, num_bytes) for kinds, num_bytes in budgets.pools().items()]
         self._pool_of = {kind: pool for pool in self._pools for kind in pool.kinds}
+        self._heat.set_groups(pool.kinds for pool in self._pools)
         for name, slot in self._slots.items():
             self._pool_of[name[2]].used_bytes += slot.num_bytes
         for pool in self._pools:
@@ -214,37 +215,40 @@ class ExpertCache:
             free_bytes += self._slots[name].num_bytes
         if free_bytes >= num_bytes:
             return victims
-        limit = self._heat.of(name) - self._margin
-        # Most misses of a full cache end here, with no record looked at.
-        if num_bytes > pool.budget_bytes or self._heat.floor(pool.kinds) >= limit:
+        if num_bytes > pool.budget_bytes:
             return None
-        with closing(self._heat.coldest(pool.kinds)) as coldest:
-            for other in coldest:
-                if self._heat.of(other) >= limit:
-                    return None
-                slot = self._slots[other]
-                if slot.num_pins == 0 and other != name:
-                    victims.append(other)
-                    free_bytes += slot.num_bytes
-                if free_bytes >= num_bytes:
-                    return victims
-        return None
+        limit = self._heat.of(name) - self._margin
+        colder = self._coldest(pool, num_bytes - free_bytes, limit, besides=name)
+        return None if colder is None else victims + colder
 
     def _shrink(self, pool: _Pool) -> None:
         """Evict the coldest, pinned ones aside, until the pool is within its budget."""
-        excess = pool.used_bytes - pool.budget_bytes
-        if excess <= 0:
-            return
-        victims = []
-        with closing(self._heat.coldest(pool.kinds)) as coldest:
-            for name in coldest:
-                if self._slots[name].num_pins == 0:
-                    victims.append(name)
-                    excess -= self._slots[name].num_bytes
-                if excess <= 0:
-                    break
-        for name in victims:
-            self._evict(name)
+        if pool.used_bytes > pool.budget_bytes:
+            excess = pool.used_bytes - pool.budget_bytes
+            for name in self._coldest(pool, excess, math.inf) or self._unpinned(pool):
+                self._evict(name)
+
+    def _unpinned(self, pool: _Pool) -> list[Name]:
+        return [
+            name
+            for name, slot in self._slots.items()
+            if name[2] in pool.kinds and not slot.num_pins
+        ]
+
+    def _coldest(
+        self, pool: _Pool, num_bytes: int, limit: float, besides: Name | None = None
+    ) -> list[Name] | None:
+        """The coldest records of a pool that are not pinned and together have `num_bytes`; None
+        when those below `limit` have less."""
+        looked_at, found = [], []
+        while num_bytes > 0 and (name := self._heat.pop_colder(pool.kinds[0], limit)) is not None:
+            looked_at.append(name)
+            slot = self._slots[name]
+            if slot.num_pins == 0 and name != besides:
+                found.append(name)
+                num_bytes -= slot.num_bytes
+        self._heat.put_back(looked_at)
+        return found if num_bytes <= 0 else None
 
     def _evict(self, name: Name) -> None:
         slot = self._slots.pop(name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable
 
 from expert_store.types import RecordKind
 from gpu_worker.eviction import EvictionPolicy, Name
@@ -16,51 +16,65 @@ _Entry = tuple[float, Name]
 KINDS: tuple[RecordKind, ...] = ("codes", "factors")
 
 
-class _Order:
-    """The kept records of one kind: a heap per layer, and the least heat of each.
+class _Group:
+    """Kept records that are compared with one another: a heap per layer, and the least heat of it.
 
     Every kept record has one entry, with its mark when it was last looked at. Marks only rise, so
     an entry never stands behind its place, a use need not touch the heap, and the top is right as
-    soon as its entry is. `floors` are at most the heats of their layers' coldest records.
+    soon as its own entry is. `floors` are at most the heats of their layers' coldest records.
     """
+
+    __slots__ = ("floors", "heaps", "queued")
 
     def __init__(self) -> None:
         self.heaps: list[list[_Entry]] = []  # by layer
         self.floors: list[float] = []  # by layer; inf where nothing is kept
-        self.queued: set[Name] = set()  # who has an entry, kept or not
-        self.kept: set[Name] = set()
+        self.queued: set[Name] = set()  # who has an entry, whether still kept or not
 
-    def ensure(self, layer: int) -> None:
-        while len(self.heaps) <= layer:
+    def ensure(self, num_layers: int) -> None:
+        while len(self.heaps) < num_layers:
             self.heaps.append([])
             self.floors.append(math.inf)
 
 
 class UseHeat:
-    """Heat is the policy's mark, counted from the clock of the record's layer, in turns."""
+    """Heat is the policy's mark, counted from the clock of the record's layer, in turns.
+
+    Records are compared within groups of kinds; at first all are one group.
+    """
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
         self._clocks: list[int] = []  # by layer; turns, or 0 where time is the number of uses
         self._num_uses = 0
         self._marks: dict[Name, float] = {}
-        self._orders = {kind: _Order() for kind in KINDS}
+        self._kept: set[Name] = set()
+        self.set_groups([KINDS])
+
+    def set_groups(self, groups: Iterable[tuple[RecordKind, ...]]) -> None:
+        """Compare the kept records within these groups of kinds from now on."""
+        self._groups: dict[RecordKind, _Group] = {}
+        for kinds in groups:
+            self._groups |= dict.fromkeys(kinds, _Group())
+        self._each_group = list({id(group): group for group in self._groups.values()}.values())
+        self._ensure(len(self._clocks))
+        self.put_back(self._kept)
 
     def begin_turn(self, layer: int) -> None:
         """A step has come to this layer; uses of its records in earlier turns count less now."""
-        self._ensure(layer)
+        self._ensure(layer + 1)
         if self._policy.counts_uses:
             return
         self._clocks[layer] += 1
-        for order in self._orders.values():
-            self._settle(order, layer)
+        for group in self._each_group:
+            self._settle(group, layer)
 
     def use(self, name: Name, score: float = 1.0) -> None:
         """One use, now, whether the record is kept or not."""
-        self._num_uses += 1
         layer = name[0]
         if layer >= len(self._clocks):
-            self._ensure(layer)
+            self._ensure(layer + 1)
+        self._num_uses += 1
         now = self._num_uses if self._policy.counts_uses else self._clocks[layer]
         self._marks[name] = self._policy.mark(self._marks.get(name), now, score)
 
@@ -70,66 +84,56 @@ class UseHeat:
         return -math.inf if mark is None else mark - self._clocks[name[0]]
 
     def keep(self, name: Name) -> None:
-        """The record is kept from now on, and among those that `coldest` gives."""
-        layer, _, kind = name
-        self._ensure(layer)
-        order = self._orders[kind]
-        order.kept.add(name)
-        if name not in order.queued:
-            order.queued.add(name)
-            mark = self._marks.setdefault(name, -math.inf)
-            heapq.heappush(order.heaps[layer], (mark, name))
-            self._settle(order, layer)
+        """The record is kept from now on, and among those that `pop_colder` gives."""
+        self._kept.add(name)
+        self.put_back((name,))
 
     def drop(self, name: Name) -> None:
         """It is kept no more; its heat stays known."""
-        self._orders[name[2]].kept.remove(name)
+        self._kept.remove(name)
 
-    def floor(self, kinds: Iterable[RecordKind]) -> float:
-        """No kept record of these kinds is colder; inf when none is kept."""
-        return min(min(self._orders[kind].floors, default=math.inf) for kind in kinds)
+    def pop_colder(self, kind: RecordKind, limit: float) -> Name | None:
+        """Take out the coldest kept record of this kind's group, if its heat is below `limit`.
 
-    def coldest(self, kinds: Sequence[RecordKind] = KINDS) -> Generator[Name, None, None]:
-        """The kept records by rising heat; of equal ones the first by kind, layer and expert.
-
-        To be closed, or run to its end, before anything else is called.
+        Of equal ones the first by layer, expert and kind. It is given no more until `put_back`.
         """
-        given: list[_Entry] = []
-        try:
-            while (entry := self._pop(kinds)) is not None:
-                given.append(entry)
-                yield entry[1]
-        finally:
-            for entry in given:
-                layer, _, kind = entry[1]
-                heapq.heappush(self._orders[kind].heaps[layer], entry)
-                self._settle(self._orders[kind], layer)
-
-    def _pop(self, kinds: Sequence[RecordKind]) -> _Entry | None:
-        """Take the coldest entry out, putting those on its way there right."""
-        while (floor := self.floor(kinds)) < math.inf:
-            order = next(order for kind in kinds if floor in (order := self._orders[kind]).floors)
-            layer = order.floors.index(floor)
-            heap = order.heaps[layer]
+        group = self._groups[kind]
+        floors = group.floors
+        while floors and (floor := min(floors)) < limit:
+            layer = floors.index(floor)
+            heap = group.heaps[layer]
             mark, name = heap[0]
-            if name not in order.kept:
-                heapq.heappop(heap)
-                order.queued.remove(name)
-            elif mark < self._marks[name]:
-                heapq.heapreplace(heap, (self._marks[name], name))
-            else:
-                heapq.heappop(heap)
-                self._settle(order, layer)
-                return mark, name
-            self._settle(order, layer)
+            current = self._marks[name]
+            if name in self._kept and mark < current:
+                heapq.heapreplace(heap, (current, name))
+                self._settle(group, layer)
+                continue
+            heapq.heappop(heap)
+            group.queued.remove(name)
+            self._settle(group, layer)
+            if name in self._kept:
+                return name
         return None
 
-    def _settle(self, order: _Order, layer: int) -> None:
-        heap = order.heaps[layer]
-        order.floors[layer] = heap[0][0] - self._clocks[layer] if heap else math.inf
+    def put_back(self, names: Iterable[Name]) -> None:
+        """Records that were taken out are again among those that `pop_colder` gives."""
+        for name in names:
+            layer, _, kind = name
+            group = self._groups[kind]
+            if name in self._kept and name not in group.queued:
+                self._ensure(layer + 1)
+                group.queued.add(name)
+                mark = self._marks.setdefault(name, -math.inf)
+                heapq.heappush(group.heaps[layer], (mark, name))
+                self._settle(group, layer)
 
-    def _ensure(self, layer: int) -> None:
-        while len(self._clocks) <= layer:
+    def _settle(self, group: _Group, layer: int) -> None:
+        heap = group.heaps[layer]
+        group.floors[layer] = heap[0][0] - self._clocks[layer] if heap else math.inf
+
+    def _ensure(self, num_layers: int) -> None:
+        """Layers are numbered from 0; those in between that have no experts cost a number each."""
+        while len(self._clocks) < num_layers:
             self._clocks.append(0)
-        for order in self._orders.values():
-            order.ensure(layer)
+        for group in self._each_group:
+            group.ensure(num_layers)

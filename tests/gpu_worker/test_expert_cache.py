@@ -50,8 +50,8 @@ class NaiveCache:
         self.rows: dict[RecordRequest, list[int]] = {}
         self.heat = UseHeat(eviction_policy(policy))
 
-    def order(self, request: RecordRequest) -> tuple[float, int, ExpertKey]:
-        return self.heat.of(name(request)), KINDS.index(request.kind), request.key
+    def order(self, request: RecordRequest) -> tuple[float, Name]:
+        return self.heat.of(name(request)), name(request)
 
     def pool(self, request: RecordRequest) -> tuple[list[RecordRequest], int]:
         """The records that share its budget, coldest first, and the budget."""

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expert_store.types import RecordKind
 from gpu_worker.eviction import Frequency, Name, Recency
 from gpu_worker.use_heat import KINDS, UseHeat
 
@@ -28,8 +29,17 @@ _operations = st.lists(
 
 
 def rank(heats: dict[Name, float], names: set[Name]) -> list[Name]:
-    """By rising heat; of equal ones by kind, layer and expert."""
-    return sorted(names, key=lambda name: (heats[name], KINDS.index(name[2]), name))
+    """By rising heat; of equal ones by layer, expert and kind."""
+    return sorted(names, key=lambda name: (heats[name], name))
+
+
+def coldest(heat: UseHeat, kind: RecordKind = "codes", limit: float = math.inf) -> list[Name]:
+    """All of one group, put back afterwards."""
+    found = []
+    while (name := heat.pop_colder(kind, limit)) is not None:
+        found.append(name)
+    heat.put_back(found)
+    return found
 
 
 @settings(max_examples=300, deadline=None)
@@ -52,11 +62,11 @@ def test_a_use_counts_half_after_a_half_life(operations: list) -> None:
         for name in NAMES:
             expected = math.log2(plain[name]) if plain[name] else -math.inf
             assert heat.of(name) == pytest.approx(expected, abs=1e-9)
-        found = list(heat.coldest())
+        found = coldest(heat)
         assert set(found) == kept
         told = [plain[name] for name in found]
         assert all(a <= b * (1 + 1e-9) for a, b in zip(told, told[1:], strict=False))
-        assert list(heat.coldest()) == found, "asking changes nothing"
+        assert coldest(heat) == found, "asking changes nothing"
 
 
 @settings(max_examples=300, deadline=None)
@@ -77,11 +87,15 @@ def test_the_latest_use_counts_alone(operations: list, counts_uses: bool) -> Non
             (kept.add if verb == "keep" else kept.remove)(what)
         heats = {n: at - (0 if counts_uses else turns[n[0]]) for n, at in last.items()}
         assert {name: heat.of(name) for name in NAMES} == heats
-        assert list(heat.coldest()) == rank(heats, kept)
+        assert coldest(heat) == rank(heats, kept)
+        for limit in (-3.0, 0.0, 2.0):
+            below = {name for name in kept if heats[name] < limit}
+            assert coldest(heat, limit=limit) == rank(heats, below)
+        heat.set_groups((kind,) for kind in KINDS)
         for kind in KINDS:
-            expected = rank(heats, {name for name in kept if name[2] == kind})
-            assert list(heat.coldest((kind,))) == expected
-            assert heat.floor((kind,)) <= min((heats[name] for name in expected), default=math.inf)
+            expected = {name for name in kept if name[2] == kind}
+            assert coldest(heat, kind) == rank(heats, expected)
+        heat.set_groups([KINDS])
 
 
 def test_asking_for_some_of_the_coldest_changes_nothing() -> None:
@@ -91,10 +105,11 @@ def test_asking_for_some_of_the_coldest_changes_nothing() -> None:
         heat.keep(name)
         for _ in range(uses):
             heat.use(name)
-    coldest = heat.coldest()
-    assert [next(coldest), next(coldest)] == order[:2]
-    coldest.close()
-    assert list(heat.coldest()) == order
+    taken = [heat.pop_colder("codes", math.inf), heat.pop_colder("factors", math.inf)]
+    assert taken == order[:2]
+    assert coldest(heat) == order[2:], "what was taken out is not given twice"
+    heat.put_back(order[:2])
+    assert coldest(heat) == order
 
 
 def test_a_record_that_comes_back_is_there_once() -> None:
@@ -106,7 +121,7 @@ def test_a_record_that_comes_back_is_there_once() -> None:
     heat.keep(NAMES[0])
     heat.drop(NAMES[0])
     heat.keep(NAMES[0])
-    assert list(heat.coldest()) == list(heat.coldest()) == [NAMES[0]]
+    assert coldest(heat) == coldest(heat) == [NAMES[0]]
 
 
 def test_a_record_has_one_entry_however_often_it_is_used() -> None:
@@ -119,7 +134,7 @@ def test_a_record_has_one_entry_however_often_it_is_used() -> None:
             heat.drop(name)
     for name in NAMES:
         heat.keep(name)
-    entries = [len(heap) for order in heat._orders.values() for heap in order.heaps]
+    entries = [len(heap) for heap in heat._groups["codes"].heaps]
     assert sum(entries) == len(NAMES)
 
 
@@ -137,4 +152,4 @@ def test_a_long_life_overflows_nothing(half_life: float) -> None:
     often_used = 1 / (1 - 0.5 ** (1 / half_life))
     assert heat.of(often) == pytest.approx(half_life * math.log2(often_used), abs=1e-6)
     assert heat.of(once) == pytest.approx(-40_000)
-    assert list(heat.coldest()) == [once, elsewhere, often]
+    assert coldest(heat) == [once, elsewhere, often]
