@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from cluster.commands.generate import check_unicode
 from cluster.progress import store_progress
 from cluster.stores import bundled_store, folder
 from cluster.texts import BUILT_IN, read_texts
@@ -71,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
     """Run, record, write. Raises ValueError and StoreError, which the CLI turns into exit codes."""
     disable_progress_bar()
     settings = TraceSettings(args.batch, args.tokens, args.groups, args.temperature, args.seed)
+    for prompt in args.prompt:
+        check_unicode("--prompt", prompt)
+        if not prompt:
+            raise ValueError("--prompt: got an empty text, expected something to answer")
     texts = [] if args.prompt else read_texts(args.text)
     with store_progress() as report:
         store = bundled_store(report) if args.store is None else folder(args.store)
