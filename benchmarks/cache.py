@@ -35,7 +35,7 @@ from gpu_worker.eviction_optimum import best_counts
 from gpu_worker.expert_cache import CacheBudgets
 from gpu_worker.record_sizes import RecordSizes
 from gpu_worker.scoring import score_decode
-from gpu_worker.trace import traced
+from gpu_worker.trace import side_by_side, traced
 from gpu_worker.trace_file import load_trace, save_trace
 from gpu_worker.trace_turns import replay_turns, turns_of
 
@@ -43,8 +43,10 @@ HELD_OUT = Path(__file__).resolve().parents[2] / "shared" / "mini" / "eval"
 FINEGRAINED = Path(__file__).resolve().parents[2] / "tiny" / "models" / "finegrained-mini"
 REPORT, ROWS = RESULTS / "cache.md", RESULTS / "cache.csv"
 PERCENT = (12.5, 25.0, 50.0)
-SETTINGS = (TraceSettings(batch=1, groups=6), TraceSettings(batch=8, groups=2, tokens=128))
-FACTOR_SHARES = (None, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+SETTINGS = TraceSettings(batch=16, tokens=192, groups=1)
+GROUPS = {1: 6, 8: 2}
+"""Sequences replayed side by side -> how many such groups, one after another."""
+FACTOR_SHARES = (None, 0.0, 0.05, 0.1, 0.2, 0.3)
 HALF_LIVES = (4.0, 8.0, 16.0, 32.0, 64.0)
 ADMISSIONS = (1.0, 1.2, 1.5)
 SERVED = tuple(name for name in POLICIES if name not in (BOUND, WHOLE))
@@ -155,33 +157,33 @@ def stores() -> Iterator[Path]:
 
 
 def recorded(store: Path, texts: Sequence[EvalText], folder: Path) -> Iterator[Case]:
-    """The store's traces, from the folder or recorded into it."""
+    """The store's trace, from the folder or recorded into it, replayed at each batch."""
     manifest = load_manifest(store)
-    for settings in SETTINGS:
-        name = f"{manifest.model.name}-{manifest.version[:12]}-{settings.batch}"
-        path = folder / f"{name}x{settings.groups}x{settings.tokens}-{len(texts)}.trace"
-        if not path.exists():
-            print(f"recording {path}", flush=True)
-            save_trace(path, trace_texts(store, texts, settings))
-        played = Played.of(load_trace(path), manifest)
-        yield Case(manifest.model.name, manifest.recipe.name, settings.batch, played)
+    name = f"{manifest.model.name}-{manifest.version[:12]}"
+    path = folder / f"{name}-{SETTINGS.batch}x{SETTINGS.tokens}-{len(texts)}.trace"
+    if not path.exists():
+        print(f"recording {path}", flush=True)
+        save_trace(path, trace_texts(store, texts, SETTINGS))
+    trace = load_trace(path)
+    for batch, num_groups in GROUPS.items():
+        played = Played.of(side_by_side(trace, batch, num_groups), manifest)
+        yield Case(manifest.model.name, manifest.recipe.name, batch, played)
 
 
 def head(texts: Sequence[EvalText]) -> str:
-    told = "; ".join(
-        f"batch {s.batch}: {s.groups} times {s.tokens} tokens of each sequence" for s in SETTINGS
-    )
+    groups = " and ".join(f"{count} times {batch}" for batch, count in GROUPS.items())
     return (
         "# What the expert cache finds, by policy and budget\n\n"
         f"{provenance()}\n\n"
-        f"Routing recorded while texts ({', '.join(text.name for text in texts)}) were decoded, "
-        f"the next token that of the text ({told}), replayed through the worker's own cache from "
-        "empty. Shares are of the device bytes that were asked for. `belady-bound` is the most "
-        "any cache could find (records kept in part, by what is asked for again soonest), "
-        "`belady-whole` the same rule over whole records, which could be done; the optimum lies "
-        "between. A gate ran first: a real run's hits are those of its replay. Counts, not times: "
-        "the same on every machine. mixtral-mini and finegrained-mini are small and undertrained "
-        "(models/README.md)."
+        f"Routing recorded while windows of texts ({', '.join(text.name for text in texts)}) were "
+        f"decoded, {SETTINGS.batch} sequences of {SETTINGS.tokens} tokens side by side, the next "
+        f"token always that of the text; replayed {groups} sequences at a time through the "
+        "worker's own cache, from empty. Shares are of the device bytes that were asked for. "
+        "`belady-bound` is the most any cache could find (records kept in part, by what is asked "
+        "for again soonest), `belady-whole` the same rule over whole records, which could be done: "
+        "the optimum lies between. A gate ran first: a real run's hits are those of its replay. "
+        "Counts, not times: the same on every machine. mixtral-mini and finegrained-mini are small "
+        "and undertrained (models/README.md)."
     )
 
 
@@ -249,26 +251,19 @@ def shares_section(rows: Sequence[Row]) -> str:
 def ageing_section(cases: Sequence[Case]) -> str:
     """How the two numbers of lfu were chosen."""
     lines = []
-    bounds = [
-        best_counts(case.played.turns, budgets, in_part=True).hit_share()
-        for case in cases
-        for budgets in case.budgets()
-    ]
+    cells_of = [(case.played.turns, case.budgets()[1]) for case in cases]
+    bounds = [best_counts(*cell, in_part=True).hit_share() for cell in cells_of]
     for half_life in HALF_LIVES:
         cells = []
         for admit_over in ADMISSIONS:
             policy = Frequency(half_life, admit_over)
-            shares = [
-                replay_turns(case.played.turns, budgets, policy).hit_share()
-                for case in cases
-                for budgets in case.budgets()
-            ]
+            shares = [replay_turns(*cell, policy).hit_share() for cell in cells_of]
             of_bound = statistics.fmean(a / b for a, b in zip(shares, bounds, strict=True))
             cells.append(f"{100 * of_bound:.1f}")
         lines.append([f"{half_life:g}", *cells])
     return (
-        "## Ageing and admission of lfu\n\nMean share of the bound in percent, over the cells of "
-        "the first table. A record is kept if it was used so many times as much as those it would "
+        "## Ageing and admission of lfu\n\nMean share of the bound in percent, at a budget of "
+        "25 %. A record is kept if it was used so many times as much as those it would "
         f"evict; the worker has {HALF_LIFE:g} turns and {ADMIT_OVER:g}.\n\n"
         + table(["half-life in turns", *(f"over {a:g}" for a in ADMISSIONS)], lines)
     )

@@ -3,14 +3,14 @@
 A trace holds routing, not bytes: `gpu_worker/trace_turns.py` says what a store's records make of
 it. On disk it is `gpu_worker/trace_file.py`.
 
-Legend: S token rows (of one step, or of all of them one after another), K top-k, H hidden.
+Legend: N steps, S token rows (of one step, or of all of them one after another), K top-k, H hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -84,6 +84,37 @@ class StepTrace:
     @property
     def num_steps(self) -> int:
         return len(self.rows_per_step)
+
+
+def side_by_side(trace: StepTrace, batch: int, num_groups: int | None = None) -> StepTrace:
+    """A trace of sequences that decode side by side, as if there had been `batch` of them at a
+    time: the first ones through all steps, then the next, `num_groups` times or as often as
+    possible. Where a sequence goes does not depend on its neighbours but for rounding.
+
+    Raises ValueError when the steps differ in rows, or there are too few sequences.
+    """
+    num_sequences = trace.rows_per_step[0]
+    if set(trace.rows_per_step) != {num_sequences}:
+        raise ValueError(
+            f"batch: got {batch}, but the trace's steps have {min(trace.rows_per_step)} to "
+            f"{max(trace.rows_per_step)} rows; only a trace of texts can be taken apart"
+        )
+    most = num_sequences // batch if batch > 0 else 0
+    num_groups = most if num_groups is None else num_groups
+    if not 1 <= num_groups <= most:
+        raise ValueError(
+            f"batch: got {num_groups} times {batch} sequences, the trace has {num_sequences}"
+        )
+    rows_NS = torch.arange(trace.num_rows).reshape(trace.num_steps, num_sequences)
+    taken = torch.cat([part.flatten() for part in rows_NS.split(batch, dim=1)[:num_groups]])
+    layers = {
+        layer: LayerRows(*(getattr(rows, name)[taken] for name in rows.__slots__))
+        for layer, rows in trace.layers.items()
+    }
+    origin = f"{trace.origin}; replayed {batch} side by side"
+    return replace(
+        trace, origin=origin, rows_per_step=(batch,) * (trace.num_steps * num_groups), layers=layers
+    )
 
 
 class TraceRecorder:

@@ -14,6 +14,7 @@ from cluster.stores import bundled_store, folder
 from cluster.table import format_table
 from expert_store.format import load_manifest
 from gpu_worker.expert_cache import CacheBudgets
+from gpu_worker.trace import side_by_side
 from gpu_worker.trace_file import load_trace
 
 HELP = f"""Play a trace of `moetier trace` through the worker's expert cache, under its policies
@@ -30,6 +31,12 @@ DEFAULT_PERCENT = (12.5, 25.0, 50.0)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", type=Path, metavar="TRACE", help="file of `moetier trace`")
     parser.add_argument("--store", metavar="STORE", help="folder of a store of the traced model")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="play a trace of texts N sequences at a time (default: as recorded)",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--cache-bytes", type=int, nargs="+", metavar="N", help="bytes of the cache")
     size.add_argument(
@@ -71,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.factor_share <= 1:
         raise ValueError(f"--factor-share: got {args.factor_share}, expected 0 to 1")
     trace = load_trace(args.trace)
+    if args.batch is not None:
+        trace = side_by_side(trace, args.batch)
     with store_progress() as report:
         store = bundled_store(report) if args.store is None else folder(args.store)
     played = Played.of(trace, load_manifest(store), args.factor_share)

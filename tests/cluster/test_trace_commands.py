@@ -101,6 +101,14 @@ def test_replay_takes_budgets_apart_and_shows_a_table(moetier: Run, trace: Path)
     assert (cells[0], cells[2], cells[3], cells[5]) == ("0.50", "0", "lfu", "0.0")
 
 
+def test_sequences_are_played_one_at_a_time(moetier: Run, trace: Path) -> None:
+    asked = ("--cache-bytes", 500_000, "--policies", "lfu", "--json")
+    together = json.loads(moetier("replay", trace, *asked)[1])
+    alone = json.loads(moetier("replay", trace, *asked, "--batch", 1)[1])
+    assert alone["origin"].endswith("replayed 1 side by side")
+    assert alone["rows"][0]["moved_per_token"] > together["rows"][0]["moved_per_token"]
+
+
 def test_a_store_of_another_model_is_refused(moetier: Run, trace: Path, tmp_path: Path) -> None:
     build_store(tmp_path / "other")
     code, _, err = moetier("replay", trace, "--store", tmp_path / "other")
@@ -115,6 +123,7 @@ def test_a_store_of_another_model_is_refused(moetier: Run, trace: Path, tmp_path
         (("replay", "{trace}", "--factor-share", -1), 2, "--factor-share: got -1.0"),
         (("replay", "{trace}", "--cache-percent", 120), 2, "--cache-percent: got 120.0"),
         (("replay", "{trace}", "--cache-bytes", -1), 2, "total_bytes: got -1"),
+        (("replay", "{trace}", "--batch", 3), 2, "batch: got 0 times 3 sequences"),
         (("replay", "{text}"), 1, "not a whole safetensors file"),
         (("replay", "none.trace"), 1, "none.trace"),
         (("trace", "--out", "{folder}/x", "--batch", 0), 2, "batch: got 0, expected at least 1"),

@@ -30,7 +30,7 @@ from gpu_worker.record_sizes import RecordSizes
 from gpu_worker.restoring import PairPolicy, route
 from gpu_worker.routing import expert_scores
 from gpu_worker.scoring import score_decode, score_windows
-from gpu_worker.trace import LayerRows, StepTrace, TracedModel, traced
+from gpu_worker.trace import LayerRows, StepTrace, TracedModel, side_by_side, traced
 from gpu_worker.trace_turns import check_same_model, replay_turns, turns_of
 from tests.gpu_worker.sources import LossySource
 from tests.tiny_checkpoints import write_tiny_checkpoint
@@ -198,6 +198,50 @@ def test_a_trace_of_another_model_is_refused(source: Segment) -> None:
     )
     with pytest.raises(ValueError, match="num_experts {4: 3}, the store of model has {0: "):
         check_same_model(trace, model)
+
+
+def test_sequences_are_taken_apart(store: Path, source: Segment) -> None:
+    """One at a time they go where they went side by side, in the order of their windows."""
+    model = open_model(store, source, None, CONFIG)
+    _, trace = recorded(model, source, num_tokens=6)
+    alone = side_by_side(trace, 1)
+    assert alone.rows_per_step == (1,) * 18
+    with traced(model.runner, model.config.pair_policy(source.manifest)) as recorder:
+        for window_1T in windows(3, 6).split(1):
+            score_decode(model.runner, window_1T)
+    by_hand = recorder.trace(source.manifest.model, source.manifest.version, "alone")
+    model.close()
+    for layer, rows in alone.layers.items():
+        expected = by_hand.layers[layer]
+        assert torch.equal(rows.topk_ids_SK, expected.topk_ids_SK)
+        assert torch.allclose(rows.topk_weights_SK, expected.topk_weights_SK, atol=1e-5)
+        assert torch.equal(rows.restore_SK, expected.restore_SK)
+    pairs = side_by_side(trace, 2)
+    assert pairs.rows_per_step == (2,) * 6
+    assert torch.equal(
+        pairs.layers[0].topk_ids_SK,
+        trace.layers[0].topk_ids_SK.reshape(6, 3, 2)[:, :2].flatten(0, 1),
+    )
+    whole = side_by_side(trace, 3)
+    assert torch.equal(whole.layers[1].topk_weights_SK, trace.layers[1].topk_weights_SK)
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_groups", "message"),
+    [
+        (4, None, "got 0 times 4 sequences, the trace has 2"),
+        (0, None, "got 0 times 0 sequences"),
+        (1, 3, "got 3 times 1 sequences, the trace has 2"),
+    ],
+)
+def test_too_few_sequences_are_refused(batch: int, num_groups: int | None, message: str) -> None:
+    rows = hand_trace().layers[4]
+    even = LayerRows(*(getattr(rows, name)[:2] for name in rows.__slots__))
+    trace = hand_trace(rows_per_step=(2,), layers={4: even})
+    with pytest.raises(ValueError, match=message):
+        side_by_side(trace, batch, num_groups)
+    with pytest.raises(ValueError, match="steps have 1 to 2 rows; only a trace of texts"):
+        side_by_side(hand_trace(), 1)
 
 
 @pytest.mark.parametrize(
