@@ -53,10 +53,11 @@ class UseHeat:
 
     def set_groups(self, groups: Iterable[tuple[RecordKind, ...]]) -> None:
         """Compare the kept records within these groups of kinds from now on."""
-        self._groups: dict[RecordKind, _Group] = {}
+        self._group_of: dict[RecordKind, _Group] = {}
+        self._groups: list[_Group] = []
         for kinds in groups:
-            self._groups |= dict.fromkeys(kinds, _Group())
-        self._each_group = list({id(group): group for group in self._groups.values()}.values())
+            self._groups.append(_Group())
+            self._group_of |= dict.fromkeys(kinds, self._groups[-1])
         self._ensure(len(self._clocks))
         self.put_back(self._kept)
 
@@ -66,7 +67,7 @@ class UseHeat:
         if self._policy.counts_uses:
             return
         self._clocks[layer] += 1
-        for group in self._each_group:
+        for group in self._groups:
             self._settle(group, layer)
 
     def use(self, name: Name, score: float = 1.0) -> None:
@@ -97,7 +98,7 @@ class UseHeat:
 
         Of equal ones the first by layer, expert and kind. It is given no more until `put_back`.
         """
-        group = self._groups[kind]
+        group = self._group_of[kind]
         floors = group.floors
         while floors and (floor := min(floors)) < limit:
             layer = floors.index(floor)
@@ -119,7 +120,7 @@ class UseHeat:
         """Records that were taken out are again among those that `pop_colder` gives."""
         for name in names:
             layer, _, kind = name
-            group = self._groups[kind]
+            group = self._group_of[kind]
             if name in self._kept and name not in group.queued:
                 self._ensure(layer + 1)
                 group.queued.add(name)
@@ -135,5 +136,5 @@ class UseHeat:
         """Layers are numbered from 0; those in between that have no experts cost a number each."""
         while len(self._clocks) < num_layers:
             self._clocks.append(0)
-        for group in self._each_group:
+        for group in self._groups:
             group.ensure(num_layers)

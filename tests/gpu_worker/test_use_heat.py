@@ -134,7 +134,7 @@ def test_a_record_has_one_entry_however_often_it_is_used() -> None:
             heat.drop(name)
     for name in NAMES:
         heat.keep(name)
-    entries = [len(heap) for heap in heat._groups["codes"].heaps]
+    entries = [len(heap) for heap in heat._groups[0].heaps]
     assert sum(entries) == len(NAMES)
 
 
