@@ -63,7 +63,9 @@ def open_model(
         context = usable_context(runner.model.config, config.max_context, asked_context)
         config = replace(config, max_context=context)
         logger.info("worker config: %s", config)
-        return OpenModel(runner, load_tokenizer(store), config, experts.close, experts.governor)
+        return OpenModel(
+            runner, load_tokenizer(store), config, experts.close, experts.costing.governor
+        )
     except BaseException:
         experts.close()
         raise
