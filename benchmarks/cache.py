@@ -44,10 +44,10 @@ FINEGRAINED = Path(__file__).resolve().parents[2] / "tiny" / "models" / "finegra
 REPORT, ROWS = RESULTS / "cache.md", RESULTS / "cache.csv"
 PERCENT = (12.5, 25.0, 50.0)
 SETTINGS = TraceSettings(batch=16, tokens=192, groups=1)
-GROUPS = {1: 6, 8: 2}
+GROUPS = {1: 4, 8: 2}
 """Sequences replayed side by side -> how many such groups, one after another."""
-FACTOR_SHARES = (None, 0.0, 0.05, 0.1, 0.2, 0.3)
-HALF_LIVES = (4.0, 8.0, 16.0, 32.0, 64.0)
+FACTOR_SHARES = (None, 0.0, 0.05, 0.1, 0.2)
+HALF_LIVES = (4.0, 16.0, 64.0)
 ADMISSIONS = (1.0, 1.2, 1.5)
 SERVED = tuple(name for name in POLICIES if name not in (BOUND, WHOLE))
 
