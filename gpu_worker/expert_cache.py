@@ -19,7 +19,8 @@ from gpu_worker.use_heat import KINDS, UseHeat
 @dataclass(frozen=True, slots=True)
 class CacheBudgets:
     """Device bytes for records: `total_bytes`, of which factors have `factor_share` (0 to 1) and
-    codes the rest. Without a share both compete for all of it.
+    codes the rest. Without a share both compete for all of it, which finds more than a fixed share
+    does (benchmarks/results/cache.md).
 
     Raises ValueError naming the field, what was given and what is allowed.
     """
