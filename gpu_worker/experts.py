@@ -127,6 +127,8 @@ class StoreExperts:
     def begin(self, valid_S: torch.Tensor | None, token_tags_S: torch.Tensor | None = None) -> None:
         if (setting := self.costing.setting) is not None:
             self._pairs, self._sizes = setting.pairs, setting.sizes
+            if setting.cache != self.cache.budgets:
+                self.cache.set_budgets(setting.cache)
         self._active_S = valid_S
         self._token_tags_S = token_tags_S
         self._tally = Tally()

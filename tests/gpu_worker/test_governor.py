@@ -20,11 +20,14 @@ from hypothesis import strategies as st
 from expert_store.compress import compress
 from expert_store.config import CompressionConfig
 from expert_store.segment import Segment
+from expert_store.types import RecordKind
 from gpu_worker import governor as governing
 from gpu_worker.build import build_engine
 from gpu_worker.config import WorkerConfig
 from gpu_worker.cost_model import LinkCost
+from gpu_worker.counters import StepCounters
 from gpu_worker.engine import Engine
+from gpu_worker.experts import StoreExperts
 from gpu_worker.governor import GovernorState, StepTime, advance
 from gpu_worker.messages import Event, Finished, GenerateRequest, ModelDescription
 from gpu_worker.sequence import SamplingParams
@@ -265,3 +268,27 @@ def test_a_service_counts_governed_tokens_and_shows_the_knobs(run: Run) -> None:
     assert stats.governed_tokens == 3 + 4  # the prompt, and all but the last token of the answer
     assert stats.knobs["rung"] > 0
     assert stats.knobs["factor_share"] < 1
+
+
+def test_the_cache_follows_the_governor(store: Path) -> None:
+    """Where factors have a part of their own, codes get what governed factors leave."""
+    clock = SimulatedClock()
+    source = SimulatedSource(Segment(store), clock, CUT)
+    config = WorkerConfig(
+        device="cpu",
+        dtype="float32",
+        cache_bytes=100_000,
+        factor_cache_share=0.3,
+        target_step_s=1e-9,
+    ).resolve(source.manifest)
+    experts = StoreExperts(source, config, clock=clock)
+    governor = experts.costing.governor
+    assert governor is not None
+    assert experts.cache.budgets.factor_share == 0.3
+    moved: dict[tuple[str, RecordKind], int] = {("test", "factors"): 10**6}
+    for _ in range(20):
+        governor.decoded(1.0, StepCounters(wait_s=1.0, moved_bytes=moved), 1)
+    experts.begin(None)
+    experts.close()
+    assert governor.rung == governor.num_rungs - 1
+    assert experts.cache.budgets.factor_share == 0.0
