@@ -87,9 +87,10 @@ def advance(
         last = len(factor_bytes) - 1
         enough_s = max(target_s, predicted_s(last) + MIN_GAIN * target_s)
         rung = next(r for r in range(state.rung, last + 1) if predicted_s(r) <= enough_s)
-        # Of what skipping pairs saves nothing is predicted: it is tried, a rung at a time.
-        if rung == state.rung < last and factor_bytes[rung + 1] == here:
-            rung += 1
+        if rung == state.rung:
+            # Rungs that skip pairs save what nothing predicts: they are tried, one at a time.
+            skips = (r for r in range(rung + 1, last + 1) if factor_bytes[r] == factor_bytes[r - 1])
+            rung = next(skips, rung)
         if rung == state.rung:
             return state
         patience = min(MAX_PATIENCE, 2 * state.patience) if state.on_trial else PATIENCE

@@ -140,6 +140,9 @@ def test_rungs_that_save_codes_are_tried_one_by_one() -> None:
         state = go(state, [codes], rungs)
         seen.append(state.rung)
     assert sorted(set(seen)) == [1, 2, 3]
+    # Also from above the last factors, when those are next to nothing.
+    some = replace(codes, full_factors_s=0.05 * TARGET_S)
+    assert go(GovernorState(), [some] * governing.MIN_SEEN, rungs).rung == 2
 
 
 @dataclass
