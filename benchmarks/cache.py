@@ -85,7 +85,7 @@ class Row:
     codes_hits: int
     factors_hits: int
     misses: int
-    moved_per_token: float
+    moved_bytes_per_token: float
 
     @staticmethod
     def of(case: Case, row: ReplayRow) -> Row:
