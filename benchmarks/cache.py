@@ -9,6 +9,7 @@ are kept in the cache folder and recorded once. Texts are the six held-out domai
 from __future__ import annotations
 
 import argparse
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,7 @@ class Row:
     codes_hits: int
     factors_hits: int
     misses: int
-    moved_per_token: float
+    moved_bytes_per_token: float
 
     @staticmethod
     def of(case: Case, row: ReplayRow) -> Row:
@@ -160,7 +161,8 @@ def recorded(store: Path, texts: Sequence[EvalText], folder: Path) -> Iterator[C
     """The store's trace, from the folder or recorded into it, replayed at each batch."""
     manifest = load_manifest(store)
     name = f"{manifest.model.name}-{manifest.version[:12]}"
-    path = folder / f"{name}-{SETTINGS.batch}x{SETTINGS.tokens}-{len(texts)}.trace"
+    read = hashlib.sha256("\n".join(text.text for text in texts).encode()).hexdigest()
+    path = folder / f"{name}-{SETTINGS.batch}x{SETTINGS.tokens}-{read[:8]}.trace"
     if not path.exists():
         print(f"recording {path}", flush=True)
         save_trace(path, trace_texts(store, texts, SETTINGS))

@@ -43,7 +43,7 @@ class ReplayRow:
     codes_hits: int
     factors_hits: int
     misses: int  # records
-    moved_per_token: float  # bytes that came to the device
+    moved_bytes_per_token: float  # to the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,5 +108,5 @@ def _row(
         codes_hits=counts.hits.get("codes", 0),
         factors_hits=counts.hits.get("factors", 0),
         misses=sum(counts.asked.values()) - sum(counts.hits.values()),
-        moved_per_token=missed_bytes / played.num_tokens,
+        moved_bytes_per_token=missed_bytes / played.num_tokens,
     )

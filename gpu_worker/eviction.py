@@ -20,13 +20,15 @@ CachePolicy = Literal["lfu", "score", "layer_lru", "lru"]
 - layer_lru: those used in the latest turns of their own layer.
 - lru: those used last. A step goes through the layers in a circle, and what it needs next is always
   what was used longest ago: in a cache a little too small nothing is ever found.
+
+Held to Belady's optimum on recorded traces lfu finds most: benchmarks/results/cache.md.
 """
 
 Name = tuple[int, int, RecordKind]
 """(layer, expert, kind): a record, whatever its length."""
 
 HALF_LIFE = 16.0
-"""Turns of its layer after which a use counts half; 4 and 64 found less (same page)."""
+"""Turns of its layer after which a use counts half; 4 and 64 find less (same page)."""
 ADMIT_OVER = 1.2
 """How many times as much as those it would evict a record must be used, to be kept."""
 LEAST_SCORE = 1e-6

@@ -125,7 +125,7 @@ def as_text(rows: Sequence[ReplayRow]) -> str:
                 "of the bound %": f"{100 * row.of_bound:.1f}",
                 "hits": row.codes_hits + row.factors_hits,
                 "misses": row.misses,
-                "KB/token moved": f"{row.moved_per_token / 1e3:.1f}",
+                "KB/token moved": f"{row.moved_bytes_per_token / 1e3:.1f}",
             }
             for row in rows
         ]

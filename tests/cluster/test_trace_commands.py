@@ -106,7 +106,7 @@ def test_sequences_are_played_one_at_a_time(moetier: Run, trace: Path) -> None:
     together = json.loads(moetier("replay", trace, *asked)[1])
     alone = json.loads(moetier("replay", trace, *asked, "--batch", 1)[1])
     assert alone["origin"].endswith("replayed 1 side by side")
-    assert alone["rows"][0]["moved_per_token"] > together["rows"][0]["moved_per_token"]
+    assert alone["rows"][0]["moved_bytes_per_token"] > together["rows"][0]["moved_bytes_per_token"]
 
 
 def test_a_store_of_another_model_is_refused(moetier: Run, trace: Path, tmp_path: Path) -> None:
