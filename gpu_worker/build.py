@@ -19,6 +19,7 @@ from gpu_worker.engine import Engine
 from gpu_worker.experts import StoreExperts
 from gpu_worker.model import ModelRunner, load_model
 from gpu_worker.protocols import ExpertSource, NearData
+from gpu_worker.router_guess import RouterGuess
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def open_model(
     experts = StoreExperts(source, config, near_data)
     try:
         runner = load_model(store, source.manifest, config, experts)
+        experts.predict_with(RouterGuess.of(runner.model, source.manifest.model.top_k))
         context = usable_context(runner.model.config, config.max_context, asked_context)
         config = replace(config, max_context=context)
         logger.info("worker config: %s", config)
