@@ -42,7 +42,6 @@ on a multiprocessor: 60 KB under way at 2 bits, where 25 KB cover 700 ns of late
 DATA, ROW_SCALES, Y_COLUMN, FIRST_PAIR, NUM_PAIRS = range(5)
 """Rows of a job table: addresses of the tiles and of a symmetric matrix's row scales, the result's
 first column, and the run of pairs."""
-JOB_FIELDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ def multiply_rows(
 ) -> None:
     """y[y_rows[p], column + n] = (or +=, with `add`) W[n] . x[p] for every job's rows and pairs.
 
-    jobs is [JOB_FIELDS, J] int64 on the device, each of a matrix of `rows` rows in one form with
+    jobs is [5, J] int64 on the device, each of a matrix of `rows` rows in one form with
     its tiles at a 16-byte aligned address, and of at most `tokens` pairs. y is [*, *] float32 with
     consecutive rows, y_rows [P] int64. Jobs of one launch must not share outputs.
     """
@@ -102,6 +101,14 @@ def matmul_decode(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
     x = to_digits(x_TK.data_ptr() + in_order * row_bytes, matrix.cols, x_TK)
     y_TN = x_TK.new_empty((num_tokens, matrix.rows), dtype=torch.float32)
     tokens = tokens_per_job(num_tokens)
+    table = single_jobs(matrix, num_tokens, tokens)
+    form = Form(matrix.bits, matrix.grid)
+    multiply_rows(table, form, x, y_TN, in_order, rows=matrix.rows, tokens=tokens, add=False)
+    return y_TN
+
+
+def single_jobs(matrix: QuantizedMatrix, num_tokens: int, tokens: int) -> torch.Tensor:
+    """The job table, on its device, of one matrix for `num_tokens` pairs, `tokens` a job."""
     data = matrix.data.data_ptr()
     scales = data + tiles_bytes(matrix.rows, matrix.cols, matrix.bits, matrix.grid)
     jobs = [
@@ -109,10 +116,8 @@ def matmul_decode(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
         for first in range(0, num_tokens, tokens)
     ]
     # From pageable memory an asynchronous copy is staged before it returns: safe, and no wait.
-    table = torch.tensor(jobs, dtype=torch.int64).T.contiguous().to(device, non_blocking=True)
-    form = Form(matrix.bits, matrix.grid)
-    multiply_rows(table, form, x, y_TN, in_order, rows=matrix.rows, tokens=tokens, add=False)
-    return y_TN
+    table = torch.tensor(jobs, dtype=torch.int64).T.contiguous()
+    return table.to(matrix.data.device, non_blocking=True)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from kernels.triton_decode import Form, multiply_rows, tokens_per_job
 from kernels.triton_digits import Digits, to_digits
 from kernels.triton_gate import finish_down, join_gate_and_up
 from kernels.triton_matmul import DECODE_TOKENS, low_rank_matmul, matmul
-from kernels.triton_step import PROJECTION_NAMES, RowsLaunch, build_tables
+from kernels.triton_step import RowsLaunch, build_tables
 from kernels.types import TILE_ROWS, MlpCall, QuantizedMatrix
 
 NO_FACTORS = Form(3, "affine")
@@ -102,20 +102,20 @@ def _groups(
     return groups
 
 
-def _restored(call: MlpCall) -> np.ndarray:
-    """Bool [T] on the host; a mask that lies on the device costs a wait."""
-    num_tokens = call.x_TH.shape[0]
+def _restored(call: MlpCall) -> np.ndarray | None:
+    """Bool [T] on the host, None when no token is; a mask that lies on the device costs a wait."""
     if call.repair is None or call.repair.is_empty:
-        return np.zeros(num_tokens, bool)
-    if call.restored_T is None:
-        return np.ones(num_tokens, bool)
-    return call.restored_T.cpu().numpy()
-
-
-def _factor_form(call: MlpCall, mask: np.ndarray) -> Form | None:
-    if call.repair is None or not mask.any():
         return None
-    parts = (getattr(call.repair, name) for name in PROJECTION_NAMES)
+    if call.restored_T is None:
+        return np.ones(call.x_TH.shape[0], bool)
+    mask = call.restored_T.cpu().numpy()
+    return mask if mask.any() else None
+
+
+def _factor_form(call: MlpCall, mask: np.ndarray | None) -> Form | None:
+    if call.repair is None or mask is None:
+        return None
+    parts = (call.repair.gate, call.repair.up, call.repair.down)
     return next((Form(part.bits, part.grid) for part in parts if part.rank), None)
 
 
@@ -126,7 +126,7 @@ def _readable(call: MlpCall) -> MlpCall:
 
 
 def _run(
-    calls: Sequence[MlpCall], restored: Sequence[np.ndarray], factor_form: Form | None
+    calls: Sequence[MlpCall], restored: Sequence[np.ndarray | None], factor_form: Form | None
 ) -> torch.Tensor:
     """[P, H] float32: the calls' results one after another."""
     mlp, x = calls[0].mlp, calls[0].x_TH

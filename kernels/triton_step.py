@@ -16,16 +16,23 @@ from typing import Literal
 import numpy as np
 import torch
 
-from kernels.triton_decode import JOB_FIELDS, Form
-from kernels.triton_gate import PAIR_FIELDS
-from kernels.types import TILE_ROWS, LowRank, MlpCall, QuantizedMatrix, left_offset, tiles_bytes
+from kernels.triton_decode import FIRST_PAIR, NUM_PAIRS, Form
+from kernels.triton_gate import DOWN, GATE, PAIR_FIELDS, UP
+from kernels.types import (
+    TILE_ROWS,
+    Grid,
+    LowRank,
+    Matrix,
+    MlpCall,
+    QuantizedMatrix,
+    left_offset,
+    tiles_bytes,
+)
 
-PROJECTION_NAMES = ("gate", "up", "down")
 KERNEL_ALIGNMENT = 16
 """Bytes: what the kernels' copies need. Records and rank blocks start at multiples of 64."""
-NO_ROWS = np.zeros(0, np.int64)
-Jobs = dict[Form, list[tuple[int, ...]]]
-"""Jobs by form, each a tuple of JOB_FIELDS."""
+Jobs = dict[tuple[int, Grid], list[tuple[int, ...]]]
+"""Jobs by bits and grid, each a tuple as in `kernels/triton_decode.py`."""
 
 Kind = Literal["codes", "planes", "rights"]
 
@@ -35,7 +42,7 @@ class RowsLaunch:
     """One launch: matrices of one form, by the inputs of their pairs."""
 
     form: Form
-    jobs: np.ndarray  # [JOB_FIELDS, J] int64
+    jobs: np.ndarray  # [5, J] int64
     of: Kind
 
 
@@ -59,148 +66,153 @@ class StepTables:
 
 
 class _Builder:
-    """Collects a step's tables, call by call."""
+    """Collects a step's tables, call by call; what is per token is spread by numpy at the end."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self) -> None:
         self.codes: list[Jobs] = [defaultdict(list), defaultdict(list)]
         self.planes: list[list[Jobs]] = [[], []]
         self.rights: list[Jobs] = [defaultdict(list), defaultdict(list)]
-        self.lefts: list[np.ndarray] = [NO_ROWS]
-        self.num_lefts = 0
+        self.lefts: list[int] = []
         self.z_columns = 0
-        self.pairs: list[np.ndarray] = []
+        self.fields: list[list[int]] = []
         self.kept: list[torch.Tensor] = []
 
-    def add(self, call: MlpCall, first_pair: int, num_restored: int) -> None:
-        """One call, its pairs from `first_pair` on, the first `num_restored` of them restored."""
-        num_pairs, repair = call.x_TH.shape[0], call.repair
-        fields = np.zeros((PAIR_FIELDS, num_pairs), np.int64)
-        z_column = 0
-        for index, name in enumerate(PROJECTION_NAMES):
-            matrix: QuantizedMatrix = getattr(call.mlp, name)
-            bias = getattr(call.mlp, f"{name}_bias")
-            stage, column = index // 2, matrix.rows * (index % 2)
-            address = self._matrix(matrix)
-            self._jobs(self.codes[stage], matrix, address, column, first_pair, num_pairs)
-            fields[3 * index] = 0 if bias is None else self._contiguous(bias)
-            if repair is None or not num_restored:
-                continue
-            for turn, plane in enumerate(getattr(repair, f"{name}_planes")):
+    def add(self, call: MlpCall, first: int, num_pairs: int, num_restored: int) -> None:
+        """One call, its pairs from `first` on, the first `num_restored` of them restored."""
+        mlp, repair = call.mlp, call.repair if num_restored else None
+        self._matrix(self.codes[0], mlp.gate, 0, first, num_pairs)
+        self._matrix(self.codes[0], mlp.up, mlp.gate.rows, first, num_pairs)
+        self._matrix(self.codes[1], mlp.down, 0, first, num_pairs)
+        fields = [0] * PAIR_FIELDS
+        for projection, bias in enumerate((mlp.gate_bias, mlp.up_bias, mlp.down_bias)):
+            if bias is not None:
+                fields[3 * projection] = self._contiguous(bias)
+        self.fields.append(fields)
+        if repair is None:
+            return
+        for stage, column, planes in (
+            (0, 0, repair.gate_planes),
+            (0, mlp.gate.rows, repair.up_planes),
+            (1, 0, repair.down_planes),
+        ):
+            for turn, plane in enumerate(planes):
                 if turn == len(self.planes[stage]):
                     self.planes[stage].append(defaultdict(list))
-                jobs, address = self.planes[stage][turn], self._matrix(plane)
-                self._jobs(jobs, plane, address, column, first_pair, num_restored)
-            low_rank: LowRank = getattr(repair, name)
-            z_column = 0 if stage else z_column
-            fields[3 * index + 1] = self.num_lefts
-            fields[3 * index + 2, :num_restored] = len(low_rank.block_offsets)
-            self._ranks(self.rights[stage], low_rank, z_column, first_pair, num_restored)
-            z_column += low_rank.rank
-            self.z_columns = max(self.z_columns, z_column)
-        self.pairs.append(fields)
+                self._matrix(self.planes[stage][turn], plane, column, first, num_restored)
+        for projection, stage, column, factors in (
+            (GATE, 0, 0, repair.gate),
+            (UP, 0, repair.gate.rank, repair.up),
+            (DOWN, 1, 0, repair.down),
+        ):
+            fields[3 * projection + 1] = len(self.lefts)
+            fields[3 * projection + 2] = len(factors.block_offsets)
+            if factors.block_offsets:
+                self._ranks(self.rights[stage], factors, column, first, num_restored)
+                self.z_columns = max(self.z_columns, column + factors.rank)
 
-    def _matrix(self, matrix: QuantizedMatrix) -> int:
-        """The address of its bytes, aligned; of a copy where they are not."""
-        address = matrix.data.data_ptr()
-        if address % KERNEL_ALIGNMENT or not matrix.data.is_contiguous():
-            self.kept.append(matrix.data.clone(memory_format=torch.contiguous_format))
+    def _matrix(self, jobs: Jobs, matrix: Matrix, column: int, first: int, count: int) -> None:
+        """A job of `matrix`; of an aligned copy where its bytes are not."""
+        assert isinstance(matrix, QuantizedMatrix), f"{type(matrix)} has no form of tiles"
+        data, bits, grid = matrix.data, matrix.bits, matrix.grid
+        address = data.data_ptr()
+        if address % KERNEL_ALIGNMENT or not data.is_contiguous():
+            self.kept.append(data.clone(memory_format=torch.contiguous_format))
             address = self.kept[-1].data_ptr()
-        return address
+        scales = address
+        if grid == "symmetric":
+            scales += tiles_bytes(matrix.rows, matrix.cols, bits, grid)
+        jobs[bits, grid].append((address, scales, column, first, count))
 
     def _contiguous(self, bias: torch.Tensor) -> int:
         self.kept.append(bias.contiguous())
         return self.kept[-1].data_ptr()
 
-    def _jobs(
-        self,
-        jobs: Jobs,
-        matrix: QuantizedMatrix,
-        address: int,
-        column: int,
-        first: int,
-        count: int,
-    ) -> None:
-        """Jobs of `matrix` for a run of pairs, `tokens` at a time."""
-        scales = address + tiles_bytes(matrix.rows, matrix.cols, matrix.bits, matrix.grid)
-        table = jobs[Form(matrix.bits, matrix.grid)]
-        for start in range(0, count, self.tokens):
-            table.append((address, scales, column, first + start, min(self.tokens, count - start)))
-
-    def _ranks(self, jobs: Jobs, low_rank: LowRank, column: int, first: int, count: int) -> None:
+    def _ranks(self, jobs: Jobs, factors: LowRank, column: int, first: int, count: int) -> None:
         """Jobs of the right factors of all rank blocks, and the addresses of the left ones."""
-        num_blocks = len(low_rank.block_offsets)
-        if not num_blocks:
-            return
-        cols, bits, grid = low_rank.cols, low_rank.bits, low_rank.grid
-        start = low_rank.data.data_ptr()
-        offsets = np.array(low_rank.block_offsets, np.int64)
-        if ((start + offsets) % KERNEL_ALIGNMENT).any() or not low_rank.data.is_contiguous():
-            start, offsets = self._aligned_blocks(low_rank)
-        addresses = start + offsets
-        self.lefts.append(addresses + left_offset(cols, bits, grid))
-        self.num_lefts += num_blocks
-        scales = tiles_bytes(TILE_ROWS, cols, bits, grid)
-        table = jobs[Form(bits, grid)]
-        for at in range(0, count, self.tokens):
-            length = min(self.tokens, count - at)
-            for block, address in enumerate(addresses.tolist()):
-                place = column + TILE_ROWS * block
-                table.append((address, address + scales, place, first + at, length))
+        cols, bits, grid = factors.cols, factors.bits, factors.grid
+        start, offsets = factors.data.data_ptr(), factors.block_offsets
+        if not factors.data.is_contiguous() or any(
+            (start + offset) % KERNEL_ALIGNMENT for offset in offsets
+        ):
+            start, offsets = self._aligned_blocks(factors)
+        left = start + left_offset(cols, bits, grid)
+        scales = start + tiles_bytes(TILE_ROWS, cols, bits, grid)
+        self.lefts += [left + offset for offset in offsets]
+        jobs[bits, grid] += [
+            (start + offset, scales + offset, column + TILE_ROWS * block, first, count)
+            for block, offset in enumerate(offsets)
+        ]
 
-    def _aligned_blocks(self, low_rank: LowRank) -> tuple[int, np.ndarray]:
+    def _aligned_blocks(self, factors: LowRank) -> tuple[int, tuple[int, ...]]:
         """The same blocks in a copy, each where the kernels can read it: address and offsets."""
-        start = left_offset(low_rank.cols, low_rank.bits, low_rank.grid)
-        size = start + left_offset(low_rank.rows, low_rank.bits, low_rank.grid)
-        copy = low_rank.data.new_zeros(size * len(low_rank.block_offsets))
-        for block in range(len(low_rank.block_offsets)):
-            right, left = low_rank.right(block).data, low_rank.left_t(block).data
+        start = left_offset(factors.cols, factors.bits, factors.grid)
+        size = start + left_offset(factors.rows, factors.bits, factors.grid)
+        num_blocks = len(factors.block_offsets)
+        copy = factors.data.new_zeros(size * num_blocks)
+        for block in range(num_blocks):
+            right, left = factors.right(block).data, factors.left_t(block).data
             at = block * size
             copy[at : at + right.numel()] = right
             copy[at + start : at + start + left.numel()] = left
         self.kept.append(copy)
-        return copy.data_ptr(), np.arange(len(low_rank.block_offsets), dtype=np.int64) * size
+        return copy.data_ptr(), tuple(block * size for block in range(num_blocks))
 
-    def launches(self, stage: int) -> tuple[RowsLaunch, ...]:
+    def launches(self, stage: int, tokens: int) -> tuple[RowsLaunch, ...]:
         """Codes first; then plane 0 of every matrix, plane 1, ...; right factors."""
         turns: list[tuple[Kind, Jobs]] = [("codes", self.codes[stage])]
         turns += [("planes", turn) for turn in self.planes[stage]]
         turns += [("rights", self.rights[stage])]
         return tuple(
-            RowsLaunch(form, np.array(table, np.int64).reshape(-1, JOB_FIELDS).T, of)
+            RowsLaunch(Form(*form), split_jobs(np.array(table, np.int64), tokens), of)
             for of, jobs in turns
             for form, table in jobs.items()
         )
 
 
-def build_tables(
-    calls: Sequence[MlpCall], restored: Sequence[np.ndarray], tokens: int
-) -> StepTables:
-    """Tables of calls whose x rows are consecutive in memory; each has at least one token.
+def split_jobs(jobs: np.ndarray, tokens: int) -> np.ndarray:
+    """[5, J] from [jobs, 5] of any number of pairs: at most `tokens` each."""
+    counts = jobs[:, NUM_PAIRS]
+    if counts.max() <= tokens:
+        return np.ascontiguousarray(jobs.T)
+    parts = -(-counts // tokens)
+    split = np.repeat(jobs, parts, axis=0)
+    skipped = np.arange(len(split)) - np.repeat(np.cumsum(parts) - parts, parts)
+    split[:, FIRST_PAIR] += skipped * tokens
+    split[:, NUM_PAIRS] = np.minimum(split[:, NUM_PAIRS] - skipped * tokens, tokens)
+    return np.ascontiguousarray(split.T)
 
-    `restored` is each call's mask, bool [T]; `tokens` the most pairs of a job.
+
+def build_tables(
+    calls: Sequence[MlpCall], restored: Sequence[np.ndarray | None], tokens: int
+) -> StepTables:
+    """Tables of calls whose inputs are consecutive within each row, one token each or more.
+
+    `restored` is each call's mask, bool [T], None for no token; `tokens` the most pairs of a job.
     """
-    builder = _Builder(tokens)
-    x_addresses, y_rows, first_pair = [], [], 0
-    for call, mask in zip(calls, restored, strict=True):
-        num_pairs = call.x_TH.shape[0]
-        num_restored = int(np.count_nonzero(mask))
-        builder.add(call, first_pair, num_restored)
-        order = np.arange(num_pairs)
-        if 0 < num_restored < num_pairs:
-            order = np.argsort(~mask, kind="stable")
-        row_bytes = call.x_TH.stride(0) * call.x_TH.element_size()
-        x_addresses.append(call.x_TH.data_ptr() + order * row_bytes)
-        y_rows.append(first_pair + order)
-        first_pair += num_pairs
-    pairs = np.concatenate(builder.pairs, axis=1)
+    builder = _Builder()
+    counts = np.array([call.x_TH.shape[0] for call in calls])
+    firsts = np.cumsum(counts) - counts
+    num_restored = np.zeros_like(counts)
+    y_rows = np.arange(counts.sum())
+    for index, (call, mask) in enumerate(zip(calls, restored, strict=True)):
+        first, count = int(firsts[index]), int(counts[index])
+        if mask is not None:
+            num_restored[index] = np.count_nonzero(mask)
+            y_rows[first : first + count] = first + np.argsort(~mask, kind="stable")
+        builder.add(call, first, count, int(num_restored[index]))
+    starts = np.array([call.x_TH.data_ptr() for call in calls])
+    row_bytes = np.array([call.x_TH.stride(0) * call.x_TH.element_size() for call in calls])
+    in_call = y_rows - np.repeat(firsts, counts)
+    pairs = np.repeat(np.array(builder.fields, np.int64), counts, axis=0).T
+    place = np.arange(len(y_rows)) - np.repeat(firsts, counts)
+    pairs[2::3, place >= np.repeat(num_restored, counts)] = 0
     return StepTables(
-        x_addresses=np.concatenate(x_addresses),
-        y_rows=np.concatenate(y_rows),
+        x_addresses=np.repeat(starts, counts) + in_call * np.repeat(row_bytes, counts),
+        y_rows=y_rows,
         pairs=pairs,
-        lefts=np.concatenate(builder.lefts),
-        gate_up=builder.launches(0),
-        down=builder.launches(1),
+        lefts=np.array(builder.lefts, np.int64),
+        gate_up=builder.launches(0, tokens),
+        down=builder.launches(1, tokens),
         z_columns=builder.z_columns,
         ranked=(bool(pairs[2].any() or pairs[5].any()), bool(pairs[8].any())),
         has_down_bias=bool(pairs[6].any()),
