@@ -99,7 +99,7 @@ def _check_step(setting: Setting, recorder: Recorder, bits: int, grid: Grid) -> 
     """Several experts at once, every other one of another width, against the reference one by one;
     and each token's bits against those it has alone."""
     device, tiny, group = setting.device, setting.tiny, f"step {form_name(bits, grid)}"
-    hidden, ffn = (64, 128) if tiny else (2048, 1408)
+    hidden, ffn = (64, 64) if tiny else (2048, 1408)
     rank, num_planes = REPAIRS[grid][-1]
     repair = random_repair(hidden, ffn, 16 if tiny else rank, device, grid=grid,
                            num_planes=num_planes)  # fmt: skip

@@ -35,9 +35,7 @@ POOL_BYTES = 256 << 20
 ROUNDS = 20
 TOLERANCE = 1e-2
 """Float16 inputs and results; what fails this is another product than ours."""
-NOT_HERE = (
-    "gemlite cannot be imported here: not run beside it. See benchmarks/results/gpu/README.md"
-)
+NOT_HERE = "gemlite cannot be imported here, so not run; see benchmarks/results/gpu/README.md"
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -61,7 +61,7 @@ def _measure(setting: Setting, recorder: Recorder, layer: Layer) -> None:
         )
         for _ in range(layer.experts)
     ]
-    for num_tokens in (2,) if setting.tiny else TOKENS:
+    for num_tokens in (1,) if setting.tiny else TOKENS:
         x_TH = random_inputs(num_tokens, hidden, device)
         places = routing(layer, num_tokens)
         chosen = [expert for expert, tokens in enumerate(places) if tokens]
@@ -151,11 +151,11 @@ def _time(
                 f"step, {kind}, grouped: faster than {name}", seconds_of / ours, "times",
                 shape=shape, tokens=num_tokens, gates=gates,
             )  # fmt: skip
-    for what in (f"{BITS} bits, grouped", f"{BITS} bits + rank, grouped"):
-        seconds = [host(work[what], device) for _ in range(setting.rounds(ROUNDS))]
-        recorder.row(
-            f"host's part of step, {what}", seconds, shape=shape, tokens=num_tokens, gates=gates
-        )
+    what = f"{BITS} bits, grouped"
+    seconds = [host(work[what], device) for _ in range(setting.rounds(ROUNDS))]
+    recorder.row(
+        f"host's part of step, {what}", seconds, shape=shape, tokens=num_tokens, gates=gates
+    )
 
 
 def _packed_bytes(mlp: GatedMLP) -> int:

@@ -27,7 +27,7 @@ def run(setting: Setting, recorder: Recorder) -> None:
     if importlib.util.find_spec("pytest") is None:
         recorder.note("pytest is not installed here: the unit tests were not run")
         return
-    chosen = TINY if setting.tiny else (*FILES)
+    chosen = TINY if setting.tiny else FILES
     if not setting.tiny and importlib.util.find_spec("xdist"):
         chosen = (*chosen, "-n", "4")  # most of the time is compiling
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
