@@ -36,7 +36,10 @@ class StepCounters:
       need, and those of them that it did need: what moved is what was planned and the difference.
     - guessed_pairs, right_pairs: pairs of layers whose routing was guessed, and those of them that
       went where the guess said.
+    - predicted_s, layer_s: seconds that MoE layers were predicted to take, and took; of the layers
+      that were predicted, which needs measured costs (near_data "cost", or a target_step_s).
     - wait_s: seconds the step had nothing to compute until a copy or a near-data answer came.
+    - near_wait_s: of wait_s, for near-data answers.
     """
 
     moved_bytes: Mapping[tuple[str, RecordKind], int] = field(default_factory=dict)
@@ -56,7 +59,10 @@ class StepCounters:
     ahead_used_bytes: int = 0
     guessed_pairs: int = 0
     right_pairs: int = 0
+    predicted_s: float = 0.0
+    layer_s: float = 0.0
     wait_s: float = 0.0
+    near_wait_s: float = 0.0
 
     def __add__(self, other: StepCounters) -> StepCounters:
         return StepCounters(
@@ -98,7 +104,10 @@ class Tally:
         self.ahead_used_bytes = 0
         self.guessed_pairs = 0
         self.right_pairs = 0
+        self.predicted_s = 0.0
+        self.layer_s = 0.0
         self.wait_s = 0.0
+        self.near_wait_s = 0.0
 
     def freeze(self) -> StepCounters:
         """The counts so far, as a value that no longer changes."""

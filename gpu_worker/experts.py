@@ -20,13 +20,14 @@ from expert_store.errors import StoreError
 from expert_store.types import ExpertKey, ExpertTokens, RecordRequest
 from gpu_worker.combine import Part, combine
 from gpu_worker.config import WorkerConfig
+from gpu_worker.costing import Costing
 from gpu_worker.counters import StepCounters, Tally
 from gpu_worker.expert_cache import ExpertCache
 from gpu_worker.expert_math import ExpertMath, KernelMath
 from gpu_worker.local_run import DeviceExperts, LocalRun
 from gpu_worker.look_ahead import LookAhead
 from gpu_worker.model import StepReport
-from gpu_worker.planner import DispatchPlan, ExpertWork, Policy, plan, plan_local
+from gpu_worker.planner import DispatchPlan, ExpertWork, plan, plan_local
 from gpu_worker.protocols import ExpertSource, NearData, WireCounted
 from gpu_worker.record_sizes import PlannedCopy, RecordSizes
 from gpu_worker.restoring import route
@@ -94,13 +95,14 @@ class StoreExperts:
                 f"start one or choose 'off'"
             )
         self._pairs = config.pair_policy(source.manifest)
-        self._policy = Policy(config.near_data, config.link_bytes_per_s, config.near_data_token_s)
         self._sizes = RecordSizes.of(source.manifest, config.factor_share)
-        self._near_data = near_data if config.near_data != "off" else None
         self._wire = source if isinstance(source, WireCounted) else None
         self._clock = clock
         self.cache = ExpertCache(config.cache_bytes)
         math = math or KernelMath(source.manifest, ops.default_backend(config.device))
+        near_data = near_data if config.near_data != "off" else None
+        self.costing = Costing(source, near_data, math, config, clock=clock)
+        source, self._near_data = self.costing.source, self.costing.near_data
         self.streamer = Streamer(
             source,
             decode=math.decode_on_host,
@@ -111,7 +113,7 @@ class StoreExperts:
             clock=clock,
         )
         self._device = DeviceExperts(self.cache, self.streamer, math)
-        self._ahead = LookAhead(source, config, math, clock)
+        self._ahead = LookAhead(self.costing.source, config, math, clock)
         self.begin(None)
 
     def predict_with(self, guess: RouterGuess | None) -> None:
@@ -119,6 +121,8 @@ class StoreExperts:
         self._ahead.predict_with(guess)
 
     def begin(self, valid_S: torch.Tensor | None, token_tags_S: torch.Tensor | None = None) -> None:
+        if (setting := self.costing.setting) is not None:
+            self._pairs, self._sizes = setting.pairs, setting.sizes
         self._active_S = valid_S
         self._token_tags_S = token_tags_S
         self._tally = Tally()
@@ -149,26 +153,29 @@ class StoreExperts:
         )
         self._tally.skipped_pairs += routing.num_skipped
         self.cache.begin_turn(layer)
+        self.costing.begin_layer(self._tally)
         ahead = self._ahead.settle(layer, topk_ids_SK, self._tally)
         dispatch = self._plan(layer, routing, ahead.requests)
+        self.costing.planned(dispatch, self._sizes)
         local = LocalRun(self._device, hidden_SH, self._tally)
         near = self._submit(dispatch.remote, hidden_SH)
-
-        def look_ahead() -> None:
-            self._ahead.start(layer, hidden_SH, self._copies_for)
-
         try:
-            local.run(dispatch, ahead, look_ahead)
+            local.run(
+                dispatch, ahead, lambda: self._ahead.start(layer, hidden_SH, self._copies_for)
+            )
         finally:
             self._ahead.finish(ahead)
         near_parts = self._collect(layer, dispatch.remote, near, local)
         self._degraded_rows += local.degraded_rows
         if local.failed:
             raise ExpertsFailed(layer, local.failed, local.causes[0], self._freeze())
-        return combine([*local.parts, *near_parts], hidden_SH, topk_weights_SK)
+        output_SH = combine([*local.parts, *near_parts], hidden_SH, topk_weights_SK)
+        self.costing.end_layer(self._tally)
+        return output_SH
 
     def end(self) -> StepReport:
         self._ahead.end(self._tally)
+        self.costing.end_step()
         return StepReport(self._freeze(), dict(self._degraded_rows))
 
     def check_integrity(self) -> None:
@@ -188,7 +195,8 @@ class StoreExperts:
             # Of a record that is there twice, in two lengths, the plan shall see what came last.
             names = {(request.key, request.kind) for request in ahead}
             on_device = ahead | {r for r in on_device if (r.key, r.kind) not in names}
-        return plan(layer, routing, on_device=on_device, sizes=self._sizes, policy=self._policy)
+        policy = self.costing.policy
+        return plan(layer, routing, on_device=on_device, sizes=self._sizes, policy=policy)
 
     def _copies_for(self, guess: Guess) -> tuple[PlannedCopy, ...]:
         """What a layer would have to copy if its routing were the guessed one."""
@@ -233,7 +241,9 @@ class StoreExperts:
             return []
         start_s = self._clock()
         wait([near])
-        self._tally.wait_s += self._clock() - start_s
+        waited_s = self._clock() - start_s
+        self._tally.wait_s += waited_s
+        self._tally.near_wait_s += waited_s
         try:
             output_PH = near.result()
         except StoreError as error:
