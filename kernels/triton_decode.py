@@ -3,8 +3,8 @@
 What bounds it should be reading the weights once: bytes come as 16-byte asynchronous copies, codes
 become an integer tensor core's operand in registers, and activations are the digits of
 `kernels/triton_digits.py`, so that the products are exact. Expected, not measured: in the sm_90
-code (Triton 3.9) of 2 affine bits at up to 2 tokens a step of 8 tiles, 2560 bytes, is 284
-instructions of each of 64 threads, 7.1 a byte; an H200 issues about 8.2 lanes' instructions (132
+code (Triton 3.9) of 2 affine bits at up to 2 tokens a step of 8 tiles, 2560 bytes, is 264
+instructions of each of 64 threads, 6.6 a byte; an H200 issues about 8.2 lanes' instructions (132
 multiprocessors, 4 x 32 lanes, 1.75 GHz) in the time that a byte takes at 75 % of 4.8 TB/s.
 Checked under Triton's interpreter and compiled for sm_90; not run on a GPU.
 
@@ -26,9 +26,9 @@ from kernels.triton_digits import Digits, to_digits
 from kernels.triton_tile import load_row_scale, tile_bytes16, tile_codes, tile_halves
 from kernels.types import Grid, QuantizedMatrix, tile_bytes, tiles_bytes
 
-MAX_TOKENS = 4
-"""Tokens of one job; more take more jobs and read the weights again (from cache). With 8 the sm_90
-code takes all 255 registers of a thread, with 4 it takes 168."""
+MAX_TOKENS = 8
+"""Tokens of one job; more take more jobs and read the weights again (from cache). The sm_90 code of
+8 takes 168 registers of a thread, that of 2 takes 64."""
 MIN_TOKENS = 2
 """Fewer would leave columns of the tensor core's operand empty all the same."""
 GROUPS_PER_STEP = 8
@@ -36,8 +36,8 @@ NUM_WARPS = 2
 """Each has half the groups of a step. The same for any number of tokens, and the sums are written
 as fused multiply-adds, so that a token's result has the same bits in each."""
 STAGES = 3
-"""Two steps' bytes are under way while one is worked on. At 79 registers a thread 12 programs fit
-on a multiprocessor: 60 KB under way at 2 bits, where 25 KB cover 700 ns of latency at 4.8 TB/s
+"""Two steps' bytes are under way while one is worked on. At 14 KB a program 15 fit on a
+multiprocessor: 77 KB under way at 2 bits, where 25 KB cover 700 ns of latency at 4.8 TB/s
 (arithmetic, not measured)."""
 DATA, ROW_SCALES, Y_COLUMN, FIRST_PAIR, NUM_PAIRS = range(5)
 """Rows of a job table: addresses of the tiles and of a symmetric matrix's row scales, the result's
@@ -130,7 +130,7 @@ def _rows_kernel(
 
     Each group is an exact integer product of [16, 64] codes and [64, 4 * TOKENS] digits; sizes,
     scales and zero points are applied to it in float32, summed per group of the step over all
-    steps, then over groups, then over digits: in this order whatever TOKENS is.
+    steps, then over groups, then over a token's two halves: in this order whatever TOKENS is.
     """
     block = tl.program_id(0)
     job = jobs + tl.program_id(1)
@@ -139,10 +139,11 @@ def _rows_kernel(
     first = tl.load(job + 3 * num_jobs)
     count = tl.load(job + 4 * num_jobs)
     column = tl.arange(0, 4 * TOKENS)
-    digit = column % 4
     # Columns past the last pair repeat it and are not stored.
     pair = first + tl.minimum(column // 4, count - 1)
-    total = tl.zeros((GROUPS, 16, 4 * TOKENS), tl.float32)
+    half = tl.arange(0, 2 * TOKENS)
+    pair_of_half = first + tl.minimum(half // 2, count - 1)
+    total = tl.zeros((GROUPS, 16, 2 * TOKENS), tl.float32)
     for start in tl.range(0, num_groups, GROUPS, num_stages=STAGES):
         group = start + tl.arange(0, GROUPS)
         inside = group < num_groups
@@ -150,10 +151,14 @@ def _rows_kernel(
         tile = data + tl.minimum(group, num_groups - 1) * TILE_BYTES
         codes = tile_codes(tile, BITS, PACKED)
         place = pair[None, :] * num_groups + group[:, None]
-        at = (place * 256 + digit[None, :] * 64)[:, :, None] + tl.arange(0, 64)[None, None, :]
+        at = place * 256 + (column % 4 * 64)[None, :]
+        at = at[:, :, None] + tl.arange(0, 64)[None, None, :]
         x = tl.load(digits + at, mask=inside[:, None, None], other=0)
-        dot = tl.dot(codes, tl.permute(x, (0, 2, 1)), out_dtype=tl.int32).to(tl.float32)
-        meta = place * 4 + digit[None, :]
+        dot = tl.dot(codes, tl.permute(x, (0, 2, 1)), out_dtype=tl.int32)
+        # Digits two by two, still exact: a thread has both. Below 2**25.
+        high, low = tl.split(tl.reshape(dot, (GROUPS, 16, 2 * TOKENS, 2)))
+        dot = (high * 256 + low).to(tl.float32)
+        meta = (pair_of_half[None, :] * num_groups + group[:, None]) * 2 + (half % 2)[None, :]
         size = tl.load(sizes + meta, mask=inside[:, None], other=0.0)
         sum_x = tl.load(sums + meta, mask=inside[:, None], other=0.0)
         if SYMMETRIC:
@@ -164,7 +169,7 @@ def _rows_kernel(
             scale, zero = tile_halves(tile + BITS * 128), tile_halves(tile + BITS * 128 + 32)
             total = tl.fma(dot * size[:, None, :], scale[:, :, None], total)
             total = tl.fma(-zero[:, :, None], sum_x[:, None, :], total)
-    result = tl.sum(tl.reshape(tl.sum(total, 0), (16, TOKENS, 4)), 2)
+    result = tl.sum(tl.reshape(tl.sum(total, 0), (16, TOKENS, 2)), 2)
     row = block * 16 + tl.arange(0, 16)
     if SYMMETRIC:
         row_scales = tl.load(job + num_jobs).to(tl.pointer_type(tl.uint8))

@@ -29,21 +29,24 @@ GROUPS_PER_PROGRAM = 16
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """P rows of K inputs: x[p, 64 g + i] = sum over d of sizes[p, g, d] * digits[p, g, d, i].
+    """P rows of K inputs, each the sum of two halves of two digits:
 
+    x[p, 64 g + i] = sum over h of sizes[p, g, h] * (256 * digits[p, g, 2 h, i]
+                                                     + digits[p, g, 2 h + 1, i]).
     A row that holds an infinity or a NaN has NaN sizes, so that its results show it.
     """
 
     digits: torch.Tensor  # [P, G, D, 64] int8
-    sizes: torch.Tensor  # [P, G, D] float32, powers of two
-    sums: torch.Tensor  # [P, G, D] float32: the group's sum at d = 0, else 0
+    sizes: torch.Tensor  # [P, G, 2] float32, powers of two
+    sums: torch.Tensor  # [P, G, 2] float32: the group's sum, then 0
 
     @staticmethod
     def empty(num_pairs: int, cols: int, like: torch.Tensor) -> Digits:
         """Room for P rows, on the device of `like`."""
-        shape = (num_pairs, cols // GROUP_SIZE, DIGITS)
+        num_groups = cols // GROUP_SIZE
+        shape = (num_pairs, num_groups, DIGITS // 2)
         return Digits(
-            like.new_empty(*shape, GROUP_SIZE, dtype=torch.int8),
+            like.new_empty((num_pairs, num_groups, DIGITS, GROUP_SIZE), dtype=torch.int8),
             like.new_empty(shape, dtype=torch.float32),
             like.new_empty(shape, dtype=torch.float32),
         )
@@ -79,7 +82,7 @@ def _digits_kernel(x_addresses, like, digits, sizes, sums, num_groups, GROUPS: t
 @triton.jit
 def store_digits(digits, sizes, sums, place, value, inside):
     """Write groups value [G, 64] float32 as digits at place [G], counted in groups."""
-    digit = tl.arange(0, 4)[None, :]
+    half = tl.arange(0, 2)[None, :]
     largest = tl.max(tl.abs(value), 1)
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
     # A NaN may hide from the maximum, and overflow from the exponent: both show in the sum.
@@ -100,8 +103,8 @@ def store_digits(digits, sizes, sums, place, value, inside):
     tl.store(at + 64, d1.to(tl.int8), mask=inside[:, None])
     tl.store(at + 128, d2.to(tl.int8), mask=inside[:, None])
     tl.store(at + 192, d3.to(tl.int8), mask=inside[:, None])
-    size = ((exponent[:, None] - 5 - 8 * digit) << 23).to(tl.float32, bitcast=True)
+    size = ((exponent[:, None] - 13 - 16 * half) << 23).to(tl.float32, bitcast=True)
     size = tl.where(finite[:, None], size, float("nan"))
-    at_digit = place[:, None] * 4 + digit
-    tl.store(sizes + at_digit, size, mask=inside[:, None])
-    tl.store(sums + at_digit, tl.where(digit == 0, total[:, None], 0.0), mask=inside[:, None])
+    at_half = place[:, None] * 2 + half
+    tl.store(sizes + at_half, size, mask=inside[:, None])
+    tl.store(sums + at_half, tl.where(half == 0, total[:, None], 0.0), mask=inside[:, None])

@@ -160,7 +160,7 @@ def test_bytes_at_odd_addresses_and_inputs_apart() -> None:
 
 
 def test_a_token_has_the_same_bits_alone_and_in_any_batch() -> None:
-    """Each of nine tokens (three jobs), some restored, beside other experts, and one by one."""
+    """Each of nine tokens (two jobs), some restored, beside other experts, and one by one."""
     mlp, repair = random_mlp(64, 64, 2), random_factors(64, 64, 3, 2, num_planes=1)
     x = random_inputs(9, 64)
     restored = [True, False, False, True, False, True, True, False, True]
@@ -215,8 +215,8 @@ def digits_of(x_TK: torch.Tensor) -> Digits:
 
 
 def values_of(digits: Digits) -> torch.Tensor:
-    parts = digits.digits.double() * digits.sizes.double()[..., None]
-    assert digits.digits.shape[2] == triton_digits.DIGITS
+    high, low = digits.digits.double().unflatten(2, (triton_digits.DIGITS // 2, 2)).unbind(3)
+    parts = (256 * high + low) * digits.sizes.double()[..., None]
     assert torch.isfinite(digits.sums).all()
     return parts.sum(2).flatten(1).cpu()
 
@@ -232,4 +232,4 @@ def test_what_is_not_finite_stays_so_and_with_its_token(wrong: float) -> None:
 
 
 def test_jobs_hold_as_many_tokens_as_suit_them() -> None:
-    assert [triton_decode.tokens_per_job(most) for most in (1, 2, 3, 4, 9)] == [2, 2, 4, 4, 4]
+    assert [triton_decode.tokens_per_job(most) for most in (1, 2, 3, 4, 9)] == [2, 2, 4, 4, 8]
