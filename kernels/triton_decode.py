@@ -5,7 +5,8 @@ become an integer tensor core's operand in registers, and activations are the di
 `kernels/triton_digits.py`, so that the products are exact. Expected, not measured: in the sm_90
 code (Triton 3.9) of 2 affine bits at up to 2 tokens a step of 8 tiles, 2560 bytes, is 264
 instructions of each of 64 threads, 6.6 a byte; an H200 issues about 8.2 lanes' instructions (132
-multiprocessors, 4 x 32 lanes, 1.75 GHz) in the time that a byte takes at 75 % of 4.8 TB/s.
+multiprocessors, 4 x 32 lanes, 1.75 GHz) in the time that a byte takes at 75 % of 4.8 TB/s. Triton
+3.6 makes 10.4 a byte of the same kernel, over that budget: prefer 3.9.
 Checked under Triton's interpreter and compiled for sm_90; not run on a GPU.
 
 Legend: P pairs (a token at an expert), T tokens, N rows, K cols, G groups, J jobs.
@@ -155,7 +156,7 @@ def _rows_kernel(
         at = at[:, :, None] + tl.arange(0, 64)[None, None, :]
         x = tl.load(digits + at, mask=inside[:, None, None], other=0)
         dot = tl.dot(codes, tl.permute(x, (0, 2, 1)), out_dtype=tl.int32)
-        # Digits two by two, still exact: a thread has both. Below 2**25.
+        # Digits two by two: a thread has both. Exact below 2**25, then rounded to float32 once.
         high, low = tl.split(tl.reshape(dot, (GROUPS, 16, 2 * TOKENS, 2)))
         dot = (high * 256 + low).to(tl.float32)
         meta = (pair_of_half[None, :] * num_groups + group[:, None]) * 2 + (half % 2)[None, :]

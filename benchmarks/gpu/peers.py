@@ -11,7 +11,6 @@ Legend: T tokens, N rows, K cols, G groups.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -58,9 +57,10 @@ def run(setting: Setting, recorder: Recorder) -> None:
 def _gemlite() -> ModuleType | None:
     if FOLDER.is_dir():
         sys.path.append(str(FOLDER))
-    if importlib.util.find_spec("gemlite") is None:
+    try:
+        return importlib.import_module("gemlite")
+    except ImportError:  # absent, or without what it needs
         return None
-    return importlib.import_module("gemlite")
 
 
 def as_gemlite(gemlite: ModuleType, matrix: QuantizedMatrix) -> Linear:
