@@ -14,12 +14,13 @@ import torch
 from expert_store.types import Manifest
 from gpu_worker.restoring import PairPolicy, Restore, repaired_errors
 
-NearDataPolicy = Literal["off", "low_bit", "cost"]
+NearDataPolicy = Literal["off", "low_bit", "all", "cost"]
 """Which (token, expert) pairs run near their bytes.
 
 - off: none; every expert a step needs is copied to the device.
 - low_bit: every pair that is not restored, whatever lies on the device, so that who runs a pair
   depends on the router alone and never on the state of a cache.
+- all: every pair; restored ones get their compensators there.
 - cost: the experts for which copying is dearer than running near data (`gpu_worker/planner.py`).
 """
 Device = Literal["auto", "cpu", "cuda"]
@@ -43,8 +44,8 @@ class WorkerConfig:
       token's first expert always is. 0 skips none; the others' weights stay as they are.
     - factor_share: how much of each compensator is fetched: the first blocks that have this share
       of its bytes, 0 to 1, or less. A pair whose share holds no block runs from codes alone.
-    - near_data: which (token, expert) pairs run near their bytes: off is none, low_bit all that are
-      not restored, cost those of experts for which copying is dearer.
+    - near_data: which (token, expert) pairs run near their bytes: off is none, low_bit those that
+      are not restored, all every pair, cost those of experts for which copying is dearer.
     - cache_bytes: device memory for experts kept between steps; 0 keeps none.
     - max_in_flight_bytes: bytes of records on their way or not yet used; holds any one expert.
     - fetch_threads: fetches that may run at the same time; 0 fetches on the step's own thread, so
@@ -111,7 +112,7 @@ class WorkerConfig:
                 if value is None or not value > 0:
                     raise ValueError(
                         f"{name}: got {value}, near_data 'cost' needs a measured positive number; "
-                        f"measure it or choose near_data 'off' or 'low_bit'"
+                        f"measure it or choose near_data 'off', 'low_bit' or 'all'"
                     )
 
     def resolve(self, manifest: Manifest) -> WorkerConfig:

@@ -157,13 +157,18 @@ class LocalRun:
         rows_P = torch.tensor(work.token_rows).to(self._hidden_SH.device, non_blocking=True)
         output_PH = self._device.math.run(self._hidden_SH[rows_P], codes, factors, restored_P)
         self.parts.append(Part(work, output_PH))
+        self.count_pairs(work, has_factors=factors is not None)
+
+    def count_pairs(self, work: ExpertWork, *, has_factors: bool) -> None:
+        """Count the pairs of an expert that was run; its restored ones are degraded if its factors
+        could not be had."""
         self._tally.low_bit_pairs += len(work.token_rows) - work.num_restored
-        if factors is not None:
+        if has_factors:
             self._tally.restored_pairs += work.num_restored
-        elif work.num_restored:
-            self._tally.degraded_pairs += work.num_restored
-            pairs = zip(work.token_rows, work.restored, strict=True)
-            self.degraded_rows.update(row for row, restored in pairs if restored)
+            return
+        self._tally.degraded_pairs += work.num_restored
+        pairs = zip(work.token_rows, work.restored, strict=True)
+        self.degraded_rows.update(row for row, restored in pairs if restored)
 
     def _pin(self, request: RecordRequest) -> Record:
         record = self._device.cache.pin(request)

@@ -38,7 +38,7 @@ class DispatchPlan:
 
     resident: tuple[ExpertWork, ...]  # every record it needs is on the device
     streamed: tuple[ExpertWork, ...]  # needs at least one of `copies`
-    remote: tuple[ExpertWork, ...]  # runs near data, from codes alone
+    remote: tuple[ExpertWork, ...]  # runs near data, restored pairs with their factors
     hits: tuple[RecordRequest, ...]  # records on the device that the plan uses
     copies: tuple[PlannedCopy, ...]  # codes before factors, an expert's records side by side
 
@@ -159,6 +159,8 @@ def _split(
     """The part of an expert's pairs for the device, and the part for near data."""
     if policy.near_data == "off":
         return work, None
+    if policy.near_data == "all":
+        return None, work
     if policy.near_data == "low_bit":
         return _part(work, restored=True), _part(work, restored=False)
     codes_come_anyway = work.num_restored > 0 or (work.key, "codes") in held

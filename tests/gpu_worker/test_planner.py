@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "routing": routing_of(ids, restore, active),
         "on_device": frozenset(draw(st.sets(st.sampled_from(everything)))),
-        "policy": draw(st.sampled_from([Policy("off"), Policy("low_bit"), COST])),
+        "policy": draw(st.sampled_from([Policy("off"), Policy("low_bit"), Policy("all"), COST])),
     }
 
 
@@ -102,7 +102,10 @@ def test_every_active_pair_is_planned_once_and_every_missing_record_is_copied_on
         for row, column, restored in zip(work.token_rows, work.columns, work.restored, strict=True):
             wanted = bool(routing.restore_TK[row, column]) and work.key in SIZES.factors
             assert restored is wanted
-    assert all(work.num_restored == 0 for work in dispatch.remote)
+    if case["policy"].near_data == "all":
+        assert not dispatch.resident + dispatch.streamed
+    else:
+        assert all(work.num_restored == 0 for work in dispatch.remote)
     for works in (dispatch.resident, dispatch.streamed, dispatch.remote):
         assert [work.key for work in works] == sorted(work.key for work in works)
 
