@@ -18,11 +18,12 @@ import torch
 
 from expert_store.errors import StoreError
 from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens
+from gpu_worker.combine import Part, combine
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters, Tally
 from gpu_worker.expert_cache import ExpertCache
 from gpu_worker.expert_math import ExpertMath, KernelMath
-from gpu_worker.local_run import DeviceExperts, LocalRun, Part
+from gpu_worker.local_run import DeviceExperts, LocalRun
 from gpu_worker.model import StepReport
 from gpu_worker.planner import ExpertWork, Policy, plan, plan_local
 from gpu_worker.protocols import ExpertSource, NearData, WireCounted
@@ -230,22 +231,3 @@ class StoreExperts:
         self._tally.received_bytes = received - self._near_bytes_at_begin[1]
         self._tally.wire_bytes = self._wire_bytes() - self._wire_bytes_at_begin
         return self._tally.freeze()
-
-
-def combine(
-    parts: Sequence[Part], hidden_SH: torch.Tensor, topk_weights_SK: torch.Tensor
-) -> torch.Tensor:
-    """Each row's parts times their router weights, summed in float32: [S, H] like `hidden_SH`.
-
-    The order of `parts` does not matter: a row's parts are added in rising order of expert.
-    """
-    device = hidden_SH.device
-    sum_SH = torch.zeros(hidden_SH.shape, dtype=torch.float32, device=device)
-    weights_SK = topk_weights_SK.float()
-    for part in sorted(parts, key=lambda part: part.work.key):
-        places_2P = torch.tensor([part.work.token_rows, part.work.columns])
-        rows_P, columns_P = places_2P.to(device, non_blocking=True)
-        weights_P1 = weights_SK[rows_P, columns_P, None]
-        # A row is at most once in a part, so index_add_ has one order only, on a GPU too.
-        sum_SH.index_add_(0, rows_P, part.output_PH.to(device, torch.float32) * weights_P1)
-    return sum_SH.to(hidden_SH.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,21 +23,14 @@ from expert_store.types import (
     RecordKind,
     RecordRequest,
 )
+from gpu_worker.combine import Part
 from gpu_worker.counters import Tally
 from gpu_worker.expert_cache import ExpertCache
-from gpu_worker.expert_math import ExpertMath, Record
+from gpu_worker.expert_math import ExpertCall, ExpertMath, Record
 from gpu_worker.planner import DispatchPlan, ExpertWork
 from gpu_worker.streamer import Landed, Stream, Streamer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one expert makes of some of its pairs, not yet weighted by the router."""
-
-    work: ExpertWork
-    output_PH: torch.Tensor  # [P, H] float32 on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +77,7 @@ class LocalRun:
         try:
             records = {(request.key, request.kind): self._pin(request) for request in dispatch.hits}
             with device.streamer.start(dispatch.copies) as stream:
-                for work in dispatch.resident:
-                    self._compute(_gather(work, records, num_due=0))
+                self._compute([_gather(work, records, num_due=0) for work in dispatch.resident])
                 self._await(dispatch, records, stream)
         finally:
             device.cache.unpin(self._pinned)
@@ -96,15 +89,17 @@ class LocalRun:
             work.key: _gather(work, records, num_due=due[work.key]) for work in dispatch.streamed
         }
         try:
-            for landed in stream:
-                gathering = gatherings[landed.copy.request.key]
-                self._take(landed, gathering, stream)
-                if gathering.num_due == 0:
-                    self._compute(gathering)
+            for arrived in stream.batches():
+                for landed in arrived:
+                    self._take(landed, gatherings[landed.copy.request.key], stream)
+                ready = [g for g in gatherings.values() if g.num_due == 0]
+                self._compute(ready)
+                for gathering in ready:
                     for request in gathering.landed:
                         stream.release(request)
-                    # Its bytes are no longer counted, so nothing here may keep them on the device.
-                    del gatherings[landed.copy.request.key]
+                    # Its bytes are no longer counted: nothing here may keep them on the device.
+                    del gatherings[gathering.work.key]
+                del ready
         finally:
             self._tally.wait_s += stream.wait_s
             self._tally.moved_bytes.update(stream.moved_bytes)
@@ -145,19 +140,26 @@ class LocalRun:
             self.failed[work.key] = tuple(sorted(rows))
             self.causes.append(error)
 
-    def _compute(self, gathering: _Gathering) -> None:
-        """Run one expert whose records are here; not worth it once any expert has failed."""
-        if self.failed:
+    def _compute(self, gatherings: Sequence[_Gathering]) -> None:
+        """Run experts whose records are here, at once; not worth it once any expert has failed."""
+        if self.failed or not gatherings:
             return
-        work, codes = gathering.work, gathering.codes
-        assert codes is not None, f"{work.key} has neither codes nor a failure"
-        factors = gathering.factors
-        restored_P = torch.tensor(work.restored) if factors is not None else None
-        # Not waiting lets the host launch the next expert; pageable sources are staged at once.
-        rows_P = torch.tensor(work.token_rows).to(self._hidden_SH.device, non_blocking=True)
-        output_PH = self._device.math.run(self._hidden_SH[rows_P], codes, factors, restored_P)
-        self.parts.append(Part(work, output_PH))
-        self.count_pairs(work, has_factors=factors is not None)
+        rows = [row for gathering in gatherings for row in gathering.work.token_rows]
+        # Not waiting lets the host launch the next experts; pageable sources are staged at once.
+        rows_P = torch.tensor(rows).to(self._hidden_SH.device, non_blocking=True)
+        hidden_PH = self._hidden_SH[rows_P]
+        calls, start = [], 0
+        for gathering in gatherings:
+            work, codes, factors = gathering.work, gathering.codes, gathering.factors
+            assert codes is not None, f"{work.key} has neither codes nor a failure"
+            end = start + len(work.token_rows)
+            restored_P = torch.tensor(work.restored) if factors is not None else None
+            calls.append(ExpertCall(hidden_PH[start:end], codes, factors, restored_P))
+            start = end
+        outputs = self._device.math.run(calls)
+        for gathering, output_PH in zip(gatherings, outputs, strict=True):
+            self.parts.append(Part(gathering.work, output_PH))
+            self.count_pairs(gathering.work, has_factors=gathering.factors is not None)
 
     def count_pairs(self, work: ExpertWork, *, has_factors: bool) -> None:
         """Count the pairs of an expert that was run; its restored ones are degraded if its factors
