@@ -31,6 +31,8 @@ class StepCounters:
     - skipped_pairs: pairs that were not run, because of their small router weight.
     - near_data_pairs: how many of the pairs ran near data, restored, low-bit or degraded.
     - sent_bytes, received_bytes: activations to and from near data, counted by the transport.
+    - predicted_s, layer_s: seconds that MoE layers were predicted to take, and took; of the layers
+      that were predicted, which needs measured costs (near_data "cost", or a target_step_s).
     - wait_s: seconds the step had nothing to compute until a copy or a near-data answer came.
     """
 
@@ -47,6 +49,8 @@ class StepCounters:
     near_data_pairs: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    predicted_s: float = 0.0
+    layer_s: float = 0.0
     wait_s: float = 0.0
 
     def __add__(self, other: StepCounters) -> StepCounters:
@@ -85,6 +89,8 @@ class Tally:
         self.near_data_pairs = 0
         self.sent_bytes = 0
         self.received_bytes = 0
+        self.predicted_s = 0.0
+        self.layer_s = 0.0
         self.wait_s = 0.0
 
     def freeze(self) -> StepCounters:

@@ -20,12 +20,14 @@ from expert_store.errors import StoreError
 from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens
 from gpu_worker.combine import Part, combine
 from gpu_worker.config import WorkerConfig
+from gpu_worker.cost_table import CostTable
+from gpu_worker.costing import Costing
 from gpu_worker.counters import StepCounters, Tally
 from gpu_worker.expert_cache import ExpertCache
 from gpu_worker.expert_math import ExpertMath, KernelMath
 from gpu_worker.local_run import DeviceExperts, LocalRun
 from gpu_worker.model import StepReport
-from gpu_worker.planner import ExpertWork, Policy, plan, plan_local
+from gpu_worker.planner import ExpertWork, plan, plan_local
 from gpu_worker.protocols import ExpertSource, NearData, WireCounted
 from gpu_worker.record_sizes import RecordSizes
 from gpu_worker.restoring import route
@@ -91,15 +93,16 @@ class StoreExperts:
                 f"start one or choose 'off'"
             )
         self._pairs = config.pair_policy(source.manifest)
-        self._policy = Policy(config.near_data, config.link_bytes_per_s, config.near_data_token_s)
         self._sizes = RecordSizes.of(source.manifest, config.factor_share)
-        self._near_data = near_data if config.near_data != "off" else None
         self._wire = source if isinstance(source, WireCounted) else None
         self._clock = clock
         self.cache = ExpertCache(config.cache_bytes)
         math = math or KernelMath(source.manifest, ops.default_backend(config.device))
+        near_data = near_data if config.near_data != "off" else None
+        self._costing = Costing(source, near_data, math, config, clock=clock)
+        self._near_data = self._costing.near_data
         self.streamer = Streamer(
-            source,
+            self._costing.source,
             decode=math.decode_on_host,
             device=config.device,
             max_in_flight_bytes=config.max_in_flight_bytes,
@@ -109,6 +112,11 @@ class StoreExperts:
         )
         self._device = DeviceExperts(self.cache, self.streamer, math)
         self.begin(None)
+
+    @property
+    def costs(self) -> CostTable | None:
+        """What copies, near data and the device cost; None where no setting asks for that."""
+        return self._costing.table
 
     def begin(self, valid_S: torch.Tensor | None, token_tags_S: torch.Tensor | None = None) -> None:
         self._active_S = valid_S
@@ -140,13 +148,15 @@ class StoreExperts:
         )
         self._tally.skipped_pairs += routing.num_skipped
         self.cache.begin_turn(layer)
+        policy = self._costing.begin_layer(self._tally)
         dispatch = plan(
             layer,
             routing,
             on_device=self.cache.of_layer(layer),
             sizes=self._sizes,
-            policy=self._policy,
+            policy=policy,
         )
+        self._costing.planned(dispatch, self._sizes, policy)
         local = LocalRun(self._device, hidden_SH, self._tally)
         near = self._submit(dispatch.remote, hidden_SH)
         local.run(dispatch)
@@ -154,9 +164,12 @@ class StoreExperts:
         self._degraded_rows += local.degraded_rows
         if local.failed:
             raise ExpertsFailed(layer, local.failed, local.causes[0], self._freeze())
-        return combine([*local.parts, *near_parts], hidden_SH, topk_weights_SK)
+        output_SH = combine([*local.parts, *near_parts], hidden_SH, topk_weights_SK)
+        self._costing.end_layer(self._tally)
+        return output_SH
 
     def end(self) -> StepReport:
+        self._costing.end_step()
         return StepReport(self._freeze(), dict(self._degraded_rows))
 
     def check_integrity(self) -> None:

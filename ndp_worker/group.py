@@ -64,6 +64,11 @@ class NearDataGroup:
         moved = [member.worker.bytes_moved for member in self._members]
         return sum(sent for sent, _ in moved), sum(received for _, received in moved)
 
+    @property
+    def num_workers(self) -> int:
+        """Workers, whether they hold all experts or some."""
+        return len(self._members)
+
     def submit(
         self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
     ) -> Future[ExpertOutputs]:
