@@ -1,0 +1,79 @@
+"""A plan's question and its answer: the simulated cluster, its first token, its bottleneck."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from cluster.plan.estimate import Estimate, estimate
+from cluster.plan.inputs import PlanInputs
+from cluster.plan.routing import DrawnRouting
+from cluster.plan.shapes import ModelShape
+from cluster.plan.simulation import Simulated, simulate_decode, simulate_prompt
+from cluster.plan.system import System, system_of
+
+ESTIMATED_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is predicted. None of it was measured."""
+
+    shape: ModelShape
+    inputs: PlanInputs
+    system: System
+    decode: Simulated
+    first_token_s: float
+    estimate: Estimate
+
+    @property
+    def bound_tokens_per_s(self) -> float:
+        """Of the whole cluster, if nothing but its bottleneck took time."""
+        return self.inputs.batch * self.inputs.num_gpus / self.estimate.bound_s
+
+    @property
+    def node_out_bytes(self) -> float:
+        """Per token, over all links of memory nodes: what goes into a GPU's goes out of theirs."""
+        return self.decode.gpu_in_bytes
+
+
+def answer(shape: ModelShape, inputs: PlanInputs) -> Answer:
+    """Raises ValueError when the inputs do not fit the model."""
+    system = system_of(shape, inputs)
+    decode = simulate_decode(
+        system,
+        [_routing(shape, inputs, worker, [inputs.batch]) for worker in range(inputs.num_gpus)],
+        batch=inputs.batch,
+        warm_up=inputs.warm_up,
+        steps=inputs.steps,
+    )
+    first = replace(inputs, seed=inputs.seed + 1)
+    expected = estimate(system, _routing(shape, first, 0, [inputs.batch]), range(ESTIMATED_STEPS))
+    return Answer(shape, inputs, system, decode, _first_token_s(shape, inputs, system), expected)
+
+
+def _first_token_s(shape: ModelShape, inputs: PlanInputs, system: System) -> float:
+    """One worker takes in a prompt, the others decode."""
+    num_chunks = math.ceil(inputs.prompt / inputs.chunk)
+    chunks = [inputs.chunk] * (num_chunks - 1)
+    chunks.append(inputs.prompt - sum(chunks))
+    decoding = [inputs.batch] * inputs.warm_up
+    routings = [_routing(shape, inputs, 0, [*decoding, *chunks])]
+    routings += [
+        _routing(shape, inputs, worker, [inputs.batch]) for worker in range(1, inputs.num_gpus)
+    ]
+    return simulate_prompt(system, routings, warm_up=inputs.warm_up, chunks=num_chunks)
+
+
+def _routing(
+    shape: ModelShape, inputs: PlanInputs, worker: int, tokens_per_step: list[int]
+) -> DrawnRouting:
+    return DrawnRouting(
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        top_n=inputs.top_n,
+        skew=inputs.skew,
+        seed=inputs.seed,
+        worker=worker,
+        tokens_per_step=tokens_per_step,
+    )
