@@ -62,8 +62,8 @@ class Policy:
     """Who may run near data. "cost" takes whichever way the layer is predicted to end soonest.
 
     `costs` are what that prediction knows of link, device and workers; only "cost" chooses by them.
-    Near data has codes alone, so an expert with a restored pair stays on the device. `row_bytes`
-    are those of one token's hidden state on its way there.
+    Near data has codes and factors: an expert goes there with all its pairs, restored ones and
+    others. `row_bytes` are those of one token's hidden state on its way there.
     """
 
     near_data: NearDataPolicy = "off"
@@ -181,17 +181,14 @@ def _split(
     if policy.near_data == "low_bit":
         return [(_part(work, restored=True), _part(work, restored=False)) for work in works]
     assert policy.costs is not None, "Policy checks the costs"
-    free = [work for work in works if not work.num_restored]
     near = choose_near(
         [
             Choice(_local_load(work, held, sizes), _near_load(work, sizes, policy.row_bytes))
-            for work in free
+            for work in works
         ],
         policy.costs,
-        fixed=[_local_load(work, held, sizes) for work in works if work.num_restored],
     )
-    remote = {free[index].key for index in near}
-    return [(None, work) if work.key in remote else (work, None) for work in works]
+    return [(None, work) if index in near else (work, None) for index, work in enumerate(works)]
 
 
 def _local_load(work: ExpertWork, held: _Held, sizes: RecordSizes) -> ExpertLoad:
