@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": "perplexity with expert bytes moved per token, against the original model",
     "report": "one page about stores, Markdown and HTML: fronts, domains, ranks, router",
     "study": "what error-bounded experts cost, by depth of layer and heat of expert",
+    "plan": "predict speed and bottleneck of a cluster for a model, from the cost model",
     "generate": "continue a prompt in this process, without Ray",
     "serve": "start the cluster with its OpenAI-style HTTP endpoint",
     "demo": "the whole path once: compress, serve, ask, measure, shut down",

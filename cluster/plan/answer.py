@@ -10,7 +10,7 @@ from cluster.plan.inputs import PlanInputs
 from cluster.plan.routing import DrawnRouting
 from cluster.plan.shapes import ModelShape
 from cluster.plan.simulation import Simulated, simulate_decode, simulate_prompt
-from cluster.plan.system import System, system_of
+from cluster.plan.system import RecordBytes, System, system_of
 
 ESTIMATED_STEPS = 4
 
@@ -25,6 +25,7 @@ class Answer:
     decode: Simulated
     first_token_s: float
     estimate: Estimate
+    stored: RecordBytes | None = None
 
     @property
     def bound_tokens_per_s(self) -> float:
@@ -32,14 +33,15 @@ class Answer:
         return self.inputs.batch * self.inputs.num_gpus / self.estimate.bound_s
 
     @property
-    def node_out_bytes(self) -> float:
-        """Per token, over all links of memory nodes: what goes into a GPU's goes out of theirs."""
-        return self.decode.gpu_in_bytes
+    def node_out_bytes_mean(self) -> float:
+        """Per token, out of one memory node: what goes into the GPUs comes from all of them."""
+        return self.decode.gpu_in_bytes / self.inputs.num_nodes
 
 
-def answer(shape: ModelShape, inputs: PlanInputs) -> Answer:
-    """Raises ValueError when the inputs do not fit the model."""
-    system = system_of(shape, inputs)
+def answer(shape: ModelShape, inputs: PlanInputs, stored: RecordBytes | None = None) -> Answer:
+    """`stored` are a store's records, instead of the recipe's. Raises ValueError when the inputs do
+    not fit the model."""
+    system = system_of(shape, inputs, stored)
     decode = simulate_decode(
         system,
         [_routing(shape, inputs, worker, [inputs.batch]) for worker in range(inputs.num_gpus)],
@@ -49,7 +51,8 @@ def answer(shape: ModelShape, inputs: PlanInputs) -> Answer:
     )
     first = replace(inputs, seed=inputs.seed + 1)
     expected = estimate(system, _routing(shape, first, 0, [inputs.batch]), range(ESTIMATED_STEPS))
-    return Answer(shape, inputs, system, decode, _first_token_s(shape, inputs, system), expected)
+    first_token_s = _first_token_s(shape, inputs, system)
+    return Answer(shape, inputs, system, decode, first_token_s, expected, stored)
 
 
 def _first_token_s(shape: ModelShape, inputs: PlanInputs, system: System) -> float:

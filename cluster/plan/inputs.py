@@ -29,16 +29,16 @@ class Hardware:
       stream between processes, measured.
     """
 
-    gpu_gb_per_s: float = 2039
-    gpu_tflops: float = 312
-    gpu_gib: float = 80
+    gpu_gb_per_s: float = 2039.0
+    gpu_tflops: float = 312.0
+    gpu_gib: float = 80.0
     gpu_share: float = 0.75
-    layer_us: float = 200
+    layer_us: float = 200.0
     node_gb_per_s: float = 204.8
-    node_cores: float = 32
-    core_gb_per_s: float = 17
-    core_gops: float = 330
-    call_us: float = 200
+    node_cores: float = 32.0
+    core_gb_per_s: float = 17.0
+    core_gops: float = 330.0
+    call_us: float = 200.0
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -84,7 +84,7 @@ class PlanInputs:
 
     num_gpus: int = 1
     num_nodes: int = 1
-    link_gbps: float = 100
+    link_gbps: float = 100.0
     batch: int = 8
     context: int = 2048
     prompt: int = 512

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cluster.plan.inputs import PlanInputs, Recipe
 from cluster.plan.shapes import ModelShape
-from expert_store.types import ExpertKey
+from expert_store.types import ExpertKey, Manifest
 from gpu_worker.config import NearDataPolicy
 from gpu_worker.cost_model import LayerCosts, LinkCost, NearCost, RunCost
 from gpu_worker.planner import ExpertWork
@@ -20,6 +20,21 @@ from kernels.types import TILE_ROWS, block_bytes, matrix_bytes
 
 ACTIVATION_BYTES = 2
 """Hidden states travel and weights outside the experts are read as bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordBytes:
+    """Of one expert, on average: its codes, and its factors, 0 without."""
+
+    codes: int
+    factors: int
+
+    @staticmethod
+    def of_store(manifest: Manifest) -> RecordBytes:
+        sizes = RecordSizes.of(manifest)
+        num_experts = len(sizes.codes)
+        codes, factors = sum(sizes.codes.values()), sum(sizes.factors.values())
+        return RecordBytes(codes // num_experts, factors // num_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +47,8 @@ class System:
       besides its MoE layers, a share of `layer_scale` as they are.
     - device, near: running experts on a GPU and on one near-data worker.
     - fixed_s: a layer's, whatever its experts do.
-    - gpu_bytes_per_s, node_bytes_per_s: the links, each way; `call_s` a request and its answer.
+    - gpu_bytes_per_s, node_bytes_per_s: the links, each way; `call_s` and
+      `near_call_s` a request for bytes, and for running, and its answer.
     - request_bytes: of one request at most; None: all that a node is asked for.
     """
 
@@ -54,6 +70,7 @@ class System:
     gpu_bytes_per_s: float
     node_bytes_per_s: float
     call_s: float
+    near_call_s: float
     request_bytes: int | None = None
 
     def node_of(self, key: ExpertKey) -> int:
@@ -63,7 +80,7 @@ class System:
     def layer_costs(self) -> LayerCosts:
         """What a worker alone in the cluster would measure at its start."""
         link = min(self.gpu_bytes_per_s, self.num_nodes * self.node_bytes_per_s)
-        near = NearCost(self.near, self.call_s, link, self.num_nodes)
+        near = NearCost(self.near, self.near_call_s, link, self.num_nodes)
         return LayerCosts(
             LinkCost(link, self.call_s, self.request_bytes), self.device, near, self.fixed_s
         )
@@ -87,12 +104,16 @@ class System:
         return self.ends.seconds(num_tokens, self.ends_bytes) / self.layer_scale
 
 
-def system_of(shape: ModelShape, inputs: PlanInputs) -> System:
-    """Raises ValueError when a GPU has no room for what is not in the experts, or the inputs do not
-    fit the model."""
+def system_of(shape: ModelShape, inputs: PlanInputs, stored: RecordBytes | None = None) -> System:
+    """`stored` are a store's records, instead of the recipe's.
+
+    Raises ValueError when a GPU has no room for what is not in the experts, or the inputs do not
+    fit the model.
+    """
     if inputs.top_n > shape.top_k:
         raise ValueError(f"top_n: got {inputs.top_n}, {shape.name} has {shape.top_k} per token")
-    codes, factors = expert_bytes(shape, inputs.recipe)
+    records = stored or record_bytes(shape, inputs.recipe)
+    codes, factors = records.codes, records.factors
     num_layers = min(shape.num_moe_layers, inputs.max_layers)
     layers = tuple(range(num_layers))
     scale = shape.num_moe_layers / num_layers
@@ -133,11 +154,12 @@ def system_of(shape: ModelShape, inputs: PlanInputs) -> System:
         gpu_bytes_per_s=inputs.link_gbps * 1e9 / 8,
         node_bytes_per_s=inputs.link_gbps * 1e9 / 8,
         call_s=hardware.call_us / 1e6,
+        near_call_s=hardware.call_us / 1e6,
     )
 
 
-def expert_bytes(shape: ModelShape, recipe: Recipe) -> tuple[int, int]:
-    """Bytes of one expert's codes, and of its factors at the mean rank.
+def record_bytes(shape: ModelShape, recipe: Recipe) -> RecordBytes:
+    """What the recipe makes of one expert, its factors at the mean rank.
 
     Raises ValueError for sizes that the packed layout cannot hold.
     """
@@ -149,10 +171,10 @@ def expert_bytes(shape: ModelShape, recipe: Recipe) -> tuple[int, int]:
         )
     codes = sum(matrix_bytes(rows, cols, recipe.bits) for rows, cols in sides)
     if recipe.bits == 16 or recipe.rank == 0:
-        return codes, 0
+        return RecordBytes(codes, 0)
     blocks = recipe.rank / TILE_ROWS
     per_block = sum(block_bytes(rows, cols, recipe.factor_bits) for rows, cols in sides)
-    return codes, int(blocks * per_block)
+    return RecordBytes(codes, int(blocks * per_block))
 
 
 def _cache_bytes(shape: ModelShape, inputs: PlanInputs, codes: int, kv_bytes: float) -> float:

@@ -209,10 +209,10 @@ class SimulatedWorker:
 
         def answer(time_s: float) -> None:
             num_bytes = num_pairs * system.row_bytes
-            self._transfer(node, self._machine, num_bytes, system.call_s / 2, answered, time_s)
+            self._transfer(node, self._machine, num_bytes, system.near_call_s / 2, answered, time_s)
 
         sent_bytes = len(rows) * system.row_bytes
-        self._transfer(self._machine, node, sent_bytes, system.call_s / 2, run, now_s)
+        self._transfer(self._machine, node, sent_bytes, system.near_call_s / 2, run, now_s)
 
     def _done(self, now_s: float) -> None:
         """A part of the layer is here; after the last one the layer ends."""
