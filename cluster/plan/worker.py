@@ -240,7 +240,7 @@ class SimulatedWorker:
         self.steps_done += 1
         self._table.end_step()
         self.on_step(self, now_s)
-        self._begin_layer(now_s)
+        self.start()  # unless this was the end
 
 
 def warm_cache(system: System, routing: RoutingSource) -> ExpertCache:
