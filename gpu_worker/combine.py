@@ -43,15 +43,18 @@ def combine(
     rows_P = _joined(part.work.token_rows for part in parts)
     columns_P = _joined(part.work.columns for part in parts)
     turns_P = _turns(rows_P)
-    order_P = turns_P.argsort(kind="stable")
-    places_3P = torch.from_numpy(np.stack((rows_P[order_P], columns_P[order_P], order_P)))
+    order_P = np.lexsort((rows_P, turns_P))
+    places_3P = torch.from_numpy(np.array((rows_P[order_P], columns_P[order_P], order_P)))
     rows, columns, order = places_3P.to(device, non_blocking=True)
     outputs_PH = torch.cat([part.output_PH.to(device, torch.float32) for part in parts])
     weighted_PH = outputs_PH[order] * topk_weights_SK.float()[rows, columns, None]
     start = 0
     for count in np.bincount(turns_P).tolist():
         turn = slice(start, start + count)
-        sum_SH.index_add_(0, rows[turn], weighted_PH[turn])
+        if count == len(sum_SH):  # every row, in rising order
+            sum_SH += weighted_PH[turn]
+        else:
+            sum_SH.index_add_(0, rows[turn], weighted_PH[turn])
         start += count
     return sum_SH.to(hidden_SH.dtype)
 

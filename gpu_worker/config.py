@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from expert_store.types import Manifest
+from gpu_worker.prefetch_switch import Prefetch
 from gpu_worker.restoring import PairPolicy, Restore, repaired_errors
 
 NearDataPolicy = Literal["off", "low_bit", "all", "cost"]
@@ -55,6 +56,10 @@ class WorkerConfig:
       that nothing overlaps and the order is fixed.
     - fetch_bytes: bytes asked for in one fetch, if more is missing; smaller lets computing start
       sooner, larger saves calls. None means half of max_in_flight_bytes.
+    - prefetch: fetch what the next layer will probably need once this layer's copies are here:
+      always, never, or adaptive, which tries it on real steps and keeps it where they were faster.
+      Needs fetch_threads.
+    - prefetch_share: part of max_in_flight_bytes, 0 to 1, that is fetched ahead at most.
     - max_sequences: sequences that run at the same time (slots of the KV cache).
     - max_context: tokens of prompt and answer of one sequence; None means what the model allows.
     - prefill_chunk: prompt tokens of one sequence handled in one step.
@@ -66,6 +71,8 @@ class WorkerConfig:
       fewer bytes of compensators are fetched, down to the limits below; metrics and answers say so.
       None means never. Answers then depend on the speed of the link.
     - min_top_n, min_factor_share: the least top_n and factor_share that target_step_s may come to.
+    - max_skip_below: the largest skip_below that it may come to once no factors are left to save;
+      at 0 no pair is left out for it.
 
     Raises ValueError naming the field, what was given and what is allowed.
     """
@@ -82,6 +89,8 @@ class WorkerConfig:
     max_in_flight_bytes: int = 256 * MEBIBYTE
     fetch_threads: int = 2
     fetch_bytes: int | None = None
+    prefetch: Prefetch = "adaptive"
+    prefetch_share: float = 0.25
     max_sequences: int = 8
     max_context: int | None = None
     prefill_chunk: int = 256
@@ -92,10 +101,18 @@ class WorkerConfig:
     target_step_s: float | None = None
     min_top_n: int = 0
     min_factor_share: float = 0.0
+    max_skip_below: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("restore", self.restore, get_args(Restore))
         _one_of("near_data", self.near_data, get_args(NearDataPolicy))
+        _one_of("prefetch", self.prefetch, get_args(Prefetch))
+        _within("prefetch_share", self.prefetch_share, most=1)
+        if self.prefetch == "always" and not self.fetch_threads:
+            raise ValueError(
+                "prefetch: got 'always' with fetch_threads 0, but without threads nothing can be "
+                "fetched ahead; give fetch_threads or choose prefetch 'never'"
+            )
         _one_of("device", self.device, get_args(Device))
         _one_of("dtype", self.dtype, get_args(DType))
         _at_least("top_n", self.top_n, 0)
@@ -121,6 +138,7 @@ class WorkerConfig:
             _positive(name, getattr(self, name))
         _at_least("min_top_n", self.min_top_n, 0)
         _within("min_factor_share", self.min_factor_share, most=self.factor_share)
+        _within("max_skip_below", self.max_skip_below, most=1)
 
     def resolve(self, manifest: Manifest) -> WorkerConfig:
         """This config with every None and "auto" replaced by what this store and this machine give.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -43,19 +43,19 @@ class Stream:
     Every record is given back with `release` once its bytes are used or accounted for elsewhere.
     `close`, or leaving a `with`, waits for what is being fetched, drops the rest and releases all.
     One thread only. `release` and `withdraw` are the streamer's: a record's bytes are free again;
-    drop what was not started, giving the number of records.
+    drop what was not started, and say what that is.
     """
 
     def __init__(
         self,
         tier: str,
-        num_records: int,
+        copies: Sequence[PlannedCopy],
         release: Callable[[PlannedCopy], None],
-        withdraw: Callable[[Stream], int],
+        withdraw: Callable[[Stream], Sequence[PlannedCopy]],
         clock: Callable[[], float],
     ) -> None:
         self._tier = tier
-        self._num_due = num_records
+        self._due = {copy.request for copy in copies}
         self._give_back, self._drop = release, withdraw
         self._clock = clock
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
@@ -76,14 +76,14 @@ class Stream:
         self.close()
 
     @property
-    def num_due(self) -> int:
-        """Records that have not landed yet."""
-        return self._num_due
+    def due(self) -> frozenset[RecordRequest]:
+        """What has not landed yet."""
+        return frozenset(self._due)
 
     @property
-    def held(self) -> tuple[PlannedCopy, ...]:
-        """What has landed and was not given back."""
-        return tuple(self._held.values())
+    def is_whole(self) -> bool:
+        """Whether all that was asked for has landed or was withdrawn."""
+        return not self._due
 
     def __iter__(self) -> Iterator[Landed]:
         for batch in self.batches():
@@ -91,7 +91,7 @@ class Stream:
 
     def batches(self) -> Iterator[list[Landed]]:
         """The records in the order they land: waits for one, then gives all that are here."""
-        while self._num_due:
+        while self._due:
             yield [self.next(), *self.landed()]
 
     def next(self) -> Landed:
@@ -104,7 +104,7 @@ class Stream:
     def landed(self) -> list[Landed]:
         """What is here now; waits for nothing."""
         here = []
-        while self._num_due and not self._arrivals.empty():
+        while self._due and not self._arrivals.empty():
             here.append(self.next())
         return here
 
@@ -114,11 +114,11 @@ class Stream:
 
     def withdraw(self) -> None:
         """Drop what was not started; what is being fetched still lands."""
-        self._num_due -= self._drop(self)
+        self._due.difference_update(copy.request for copy in self._drop(self))
 
     def close(self) -> None:
         self.withdraw()
-        while self._num_due:
+        while self._due:
             self._take()
         for request in list(self._held):
             self.release(request)
@@ -131,8 +131,8 @@ class Stream:
         start_s = self._clock()
         arrival = self._arrivals.get()
         self.wait_s += self._clock() - start_s
-        self._num_due -= 1
         landed = arrival.landed
+        self._due.remove(landed.copy.request)
         self._held[landed.copy.request] = landed.copy
         kind = landed.copy.request.kind
         if landed.moved_bytes:

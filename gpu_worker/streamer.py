@@ -86,7 +86,7 @@ class Streamer:
     def start(self, copies: Sequence[PlannedCopy]) -> Stream:
         """Begin to fetch; returns at once. Use the stream in a `with`, on one thread."""
         assert not self._closed, "the streamer was closed"
-        stream = Stream(self._source.tier, len(copies), self._release, self._withdraw, self._clock)
+        stream = Stream(self._source.tier, copies, self._release, self._withdraw, self._clock)
         with self._lock:
             self._waiting.extend((stream, batch) for batch in self._batches(copies))
             self._admit()
@@ -157,13 +157,13 @@ class Streamer:
             self._in_flight_bytes -= copy.held_bytes
             self._admit()
 
-    def _withdraw(self, stream: Stream) -> int:
-        """Drop what a stream still waits to start; how many records that was."""
+    def _withdraw(self, stream: Stream) -> list[PlannedCopy]:
+        """Drop what a stream still waits to start."""
         with self._lock:
-            dropped = sum(len(batch) for owner, batch in self._waiting if owner is stream)
+            mine = [batch for owner, batch in self._waiting if owner is stream]
             self._waiting = deque(pair for pair in self._waiting if pair[0] is not stream)
             self._admit()
-        return dropped
+        return [copy for batch in mine for copy in batch]
 
     def _run_batch(self, stream: Stream, batch: tuple[PlannedCopy, ...]) -> None:
         """One fetch, on a pool thread; when it fails, each record alone, to find the bad ones."""

@@ -54,7 +54,7 @@ class Simulation:
 
     @property
     def costs(self) -> LayerCosts:
-        table = self.experts.costs
+        table = self.experts.costing.table
         assert table is not None
         return table.costs()
 
@@ -135,7 +135,7 @@ def test_without_a_setting_that_needs_costs_nothing_is_measured(segment: Segment
     source = CountingSource(segment)
     config = WorkerConfig(device="cpu", dtype="float32").resolve(segment.manifest)
     experts = StoreExperts(source, config)
-    assert experts.costs is None
+    assert experts.costing.table is None
     assert source.calls == []
     Step().run(experts)
     counters = experts.end().counters
