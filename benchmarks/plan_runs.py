@@ -201,6 +201,7 @@ def config_of(manifest: Manifest, case: Case) -> WorkerConfig:
         device="cpu",
         dtype="float32",
         near_data=case.near_data,
+        prefetch="never",  # the simulation does not fetch ahead
         cache_bytes=int(case.cache_share * codes),
         max_sequences=case.batch,
         prefill_chunk=PROMPT_TOKENS,
