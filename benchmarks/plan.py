@@ -12,22 +12,23 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.plan_link import UNBOUNDED, tier_over
 from benchmarks.plan_runs import (
     EVERYTHING,
-    UNBOUNDED,
     Case,
     config_of,
     dense_cost,
+    learned_device,
     measured_costs,
     predict_run,
-    run,
+    run_together,
     system_of_run,
-    tier_over,
 )
 from benchmarks.record import RESULTS, provenance, table
 from cluster.plan.answer import answer
@@ -49,7 +50,7 @@ WAYS: tuple[tuple[NearDataPolicy, float], ...] = (
 )  # fmt: skip
 DECODE_STEPS = 12
 GPUS, NODES = (1, 8, 64), (1, 16, 256)
-SIMULATED = {"max_layers": 2, "warm_up": 4, "steps": 2, "chunk": 512}
+SIMULATED = PlanInputs(max_layers=2, warm_up=4, steps=2, chunk=512)
 Rows = list[dict[str, Any]]
 
 
@@ -82,7 +83,7 @@ def _kept(name: str, folder: Path | None) -> dict[str, Any]:
 
 
 def validation() -> Rows:
-    """Every case beside its prediction; between any two, a run whose experts are all there."""
+    """Every case beside its prediction."""
     rows: Rows = []
     for bits, bytes_per_s in LINKS.items():
         store = compressed_store(MIXTRAL_MINI, CompressionConfig(recipe="paper", bits=bits))
@@ -100,18 +101,25 @@ def validation() -> Rows:
 def _validate(segment: Segment, bits: int, batch: int, bytes_per_s: float) -> Rows:
     manifest = segment.manifest
     resident = Case(batch, "off", EVERYTHING, UNBOUNDED, DECODE_STEPS)
+    cases = [Case(batch, way, share, bytes_per_s, DECODE_STEPS) for way, share in WAYS]
     with tier_over(segment, UNBOUNDED) as free, tier_over(segment, bytes_per_s) as tier:
-        run(segment, resident, free)
-        around, runs = [run(segment, resident, free)], []
-        for way, cache_share in WAYS:
-            case = Case(batch, way, cache_share, bytes_per_s, DECODE_STEPS)
-            costs = measured_costs(segment, tier, config_of(manifest, case))
-            runs.append((case, costs, run(segment, case, tier)))
-            around.append(run(segment, resident, free))
+        run_together(segment, [(resident, free)])
+        costs = measured_costs(segment, tier, config_of(manifest, cases[-1]))
+        without, around, *runs = run_together(
+            segment,
+            [
+                (replace(resident, has_experts=False), free),
+                (resident, free),
+                *((case, tier) for case in cases),
+            ],
+        )
+    dense = dense_cost(manifest, batch, without)
     rows = []
-    for case, costs, found in runs:
-        dense = dense_cost(manifest, batch, around, costs)
-        predicted = predict_run(found, system_of_run(manifest, case, costs, dense))
+    for case, found in zip(cases, runs, strict=True):
+        system = system_of_run(manifest, case, costs, dense)
+        off = replace(system, near_data="off")
+        device = learned_device(off, batch, around).device
+        predicted = predict_run(found, replace(system, device=device))
         seconds, guess = found.decode_s(batch), statistics.median(predicted[batch:])
         rows.append(
             {
@@ -142,7 +150,7 @@ def clusters() -> Rows:
 
 
 def _planned(name: str, gpus: int, nodes: int, **more: Any) -> dict[str, Any]:
-    found = answer(SHAPES[name], PlanInputs(num_gpus=gpus, num_nodes=nodes, **SIMULATED, **more))
+    found = answer(SHAPES[name], replace(SIMULATED, num_gpus=gpus, num_nodes=nodes, **more))
     row = {
         "model": name,
         "gpus": gpus,
@@ -182,10 +190,12 @@ def page(found: dict[str, dict[str, Any]]) -> str:
 The bundled mixtral-mini, paper's recipe, Top-1 restored, in one process: engine, a source behind a
 link that lets so many bytes per second through (0.5 ms a request), a near-data worker over a unix
 socket behind the same link. Costs of link, device and near data are those that a worker measures at
-its start, in the same run; what a layer takes besides its experts is the median of runs around the
-cases whose experts are all on the device, and is not predicted. The routing is replayed; planner
-and cache are the real ones; prefetching is off. A step is the median of {DECODE_STEPS} decode
-steps; "first" is the first prompt of 32 tokens, with nothing cached.
+its start, in the same run. Two things are not predicted but measured by runs that go beside the
+cases, step by step in turn with them: what a layer takes besides its experts (a run without any),
+and how much slower the device is than its probe (a run whose experts are all there; a worker
+learns that too). The routing is replayed; planner and cache are the real ones; prefetching is off.
+A step is the median of {DECODE_STEPS} decode steps; "first" is the first prompt of 32 tokens, with
+nothing cached: one sample. The machine was shared with other work.
 
 {_validation_table(found["validation"]["rows"])}
 
@@ -216,7 +226,7 @@ cached; experts' popularity Zipf with exponent {defaults.skew:g}, tokens indepen
 {hardware.gpu_gb_per_s:g} GB/s and {hardware.gpu_tflops:g} TFLOP/s of which kernels reach
 {hardware.gpu_share:.0%}; node {hardware.node_gb_per_s:g} GB/s, {hardware.node_cores:g} cores of
 {hardware.core_gb_per_s:g} GB/s and {hardware.core_gops:g} GOP/s each; {hardware.call_us:g} us a
-call, {hardware.layer_us:g} us a layer. {SIMULATED["max_layers"]} MoE layers are simulated and
+call, {hardware.layer_us:g} us a layer. {SIMULATED.max_layers} MoE layers are simulated and
 stand for all.
 """
 

@@ -2,7 +2,7 @@
 
 One process: an engine, a source behind a link of so many bytes per second, a near-data worker over
 a unix socket behind the same link. Costs are measured as a worker measures them at its start; what
-a layer takes besides its experts, from steps whose experts are all on the device.
+a layer takes besides its experts, from steps without any.
 
 Legend: S token rows, K top-k.
 """
@@ -10,26 +10,23 @@ Legend: S token rows, K top-k.
 from __future__ import annotations
 
 import statistics
-import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from benchmarks.plan_link import UNBOUNDED, Tier
 from cluster.plan.routing import ReplayedRouting
 from cluster.plan.simulation import simulate_steps
 from cluster.plan.system import System
 from expert_store.segment import Segment
-from expert_store.types import ExpertOutputs, ExpertTokens, Manifest, RecordRequest
+from expert_store.types import Manifest
 from gpu_worker.build import open_model
 from gpu_worker.config import NearDataPolicy, WorkerConfig
-from gpu_worker.cost_model import LayerCosts, RunCost
-from gpu_worker.cost_probe import Probe, start_costs
+from gpu_worker.cost_model import LayerCosts, LinkCost, NearCost, RunCost
+from gpu_worker.cost_probe import GUESSED_FIXED_S, Probe, start_costs
 from gpu_worker.engine import Engine
 from gpu_worker.expert_math import KernelMath
 from gpu_worker.model import ModelRunner, StepReport, bind_experts
@@ -39,87 +36,18 @@ from gpu_worker.routing import Routing
 from gpu_worker.sequence import SamplingParams
 from gpu_worker.sequence import Sequence as Request
 from kernels import ops
-from ndp_worker.executor import Executor
-from ndp_worker.rpc import NdpClient, NdpServer
 
 PROMPT_TOKENS = 32
-CALL_S = 5e-4
-"""A request and its answer over the bounded link, without their bytes."""
-UNBOUNDED = 1e18
-"""Bytes per second of a link that takes no time."""
+PROBES = 5
 EVERYTHING = 1e3
 """A cache share that holds all codes and factors."""
 
 
-class BoundedLink:
-    """So many bytes per second, first come, first served; who waits sleeps."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._free_s = 0.0
-        self._lock = threading.Lock()
-
-    def carry(self, num_bytes: float, delay_s: float) -> None:
-        """Returns when they are over: `delay_s` of waiting besides, half of it before."""
-        with self._lock:
-            begin_s = max(time.monotonic() + delay_s / 2, self._free_s)
-            self._free_s = begin_s + num_bytes / self._bytes_per_s
-            end_s = self._free_s + delay_s / 2
-        time.sleep(max(0.0, end_s - time.monotonic()))
-
-
-class BoundedSource:
-    """A segment behind a link."""
-
-    tier = "bounded link"
-
-    def __init__(self, inner: Segment, link: BoundedLink) -> None:
-        self._inner, self._link = inner, link
-
-    @property
-    def manifest(self) -> Manifest:
-        return self._inner.manifest
-
-    def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
-        datas = self._inner.fetch(requests)
-        self._link.carry(sum(data.numel() for data in datas), CALL_S)
-        return datas
-
-    def close(self) -> None:
-        """The segment is its owner's."""
-
-
-class BoundedNearData:
-    """A near-data client whose activations cross a link: there on one way, back on the records'."""
-
-    def __init__(self, inner: NdpClient, there: BoundedLink, back: BoundedLink) -> None:
-        self._inner, self._there, self._back = inner, there, back
-        self._pool = ThreadPoolExecutor(4)
-
-    @property
-    def bytes_moved(self) -> tuple[int, int]:
-        return self._inner.bytes_moved
-
-    def submit(
-        self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
-    ) -> Future[ExpertOutputs]:
-        return self._pool.submit(self._run, hidden_TH, tuple(work))
-
-    def _run(self, hidden_TH: torch.Tensor, work: tuple[ExpertTokens, ...]) -> ExpertOutputs:
-        self._there.carry(hidden_TH.numel() * hidden_TH.itemsize, CALL_S / 2)
-        outputs = self._inner.submit(hidden_TH, work).result()
-        self._back.carry(outputs.output_PH.numel() * hidden_TH.itemsize, CALL_S / 2)
-        return outputs
-
-    def close(self) -> None:
-        self._pool.shutdown()
-
-
 class RoutingRecorder:
-    """`StepExperts` that passes on and keeps each step's routings."""
+    """`StepExperts` that keeps each step's routings and passes on, or gives zeros instead."""
 
-    def __init__(self, inner: Any, policy: PairPolicy) -> None:
-        self._inner, self._policy = inner, policy
+    def __init__(self, inner: Any, policy: PairPolicy, *, gives_zeros: bool) -> None:
+        self._inner, self._policy, self._gives_zeros = inner, policy, gives_zeros
         self.steps: list[dict[int, Routing]] = []
 
     def begin(self, valid_S: torch.Tensor | None, token_tags_S: torch.Tensor | None = None) -> None:
@@ -130,6 +58,8 @@ class RoutingRecorder:
         self, layer: int, hidden_SH: torch.Tensor, ids_SK: torch.Tensor, weights_SK: torch.Tensor
     ) -> torch.Tensor:
         self.steps[-1][layer] = route(layer, ids_SK, weights_SK, policy=self._policy)
+        if self._gives_zeros:
+            return torch.zeros_like(hidden_SH)
         output: torch.Tensor = self._inner.run_layer(layer, hidden_SH, ids_SK, weights_SK)
         return output
 
@@ -140,13 +70,15 @@ class RoutingRecorder:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run: how many sequences decode, with how large a cache, and who runs near data."""
+    """One run: how many sequences decode, with how large a cache, and who runs near data; or, with
+    `has_experts` false, no expert at all."""
 
     batch: int
     near_data: NearDataPolicy
     cache_share: float
     link_bytes_per_s: float
     decode_steps: int = 16
+    has_experts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,44 +87,58 @@ class Run:
 
     step_s: tuple[float, ...]
     steps: tuple[dict[int, Routing], ...]
-    moved_bytes: int
 
     def decode_s(self, batch: int) -> float:
         """Median of the steps in which all sequences decode."""
         return statistics.median(self.step_s[batch:])
 
 
-def run(segment: Segment, case: Case, tier: Tier) -> Run:
-    """The case on the real engine: each prompt in a step of its own, then all decode."""
-    config = config_of(segment.manifest, case)
-    opened = open_model(segment.store, tier.source, tier.near_data, config)
-    policy = opened.config.pair_policy(segment.manifest)
-    recorder = RoutingRecorder(opened.runner.experts, policy)
-    bind_experts(opened.runner.model, recorder)
-    engine = Engine(
-        ModelRunner(opened.runner.model, recorder),
-        None,
-        max_sequences=case.batch,
-        max_context=PROMPT_TOKENS + case.decode_steps + 1,
-        prefill_chunk=PROMPT_TOKENS,
-        max_waiting=case.batch,
-        on_close=opened.close,
-    )
-    generator = torch.Generator().manual_seed(0)
-    vocab = segment.manifest.model.vocab_size
-    # Every sequence lives as long as the last prompt's, so that all decode together at the end.
-    for index in range(case.batch):
-        prompt = torch.randint(3, vocab, (PROMPT_TOKENS,), generator=generator).tolist()
+def run_together(segment: Segment, cases: Sequence[tuple[Case, Tier]]) -> list[Run]:
+    """The cases on real engines, a step of each in turn, so that all feel the same load."""
+    runs = [_Running(segment, case, tier) for case, tier in cases]
+    while any(each.engine.has_work for each in runs):
+        for each in runs:
+            each.step()
+    return [each.finish() for each in runs]
+
+
+class _Running:
+    """A case under way: each prompt in a step of its own, then all decode."""
+
+    def __init__(self, segment: Segment, case: Case, tier: Tier) -> None:
+        config = config_of(segment.manifest, case)
+        opened = open_model(segment.store, tier.source, tier.near_data, config)
+        policy = opened.config.pair_policy(segment.manifest)
+        self._recorder = RoutingRecorder(
+            opened.runner.experts, policy, gives_zeros=not case.has_experts
+        )
+        bind_experts(opened.runner.model, self._recorder)
+        self.engine = Engine(
+            ModelRunner(opened.runner.model, self._recorder),
+            None,
+            max_sequences=case.batch,
+            max_context=PROMPT_TOKENS + case.decode_steps + 1,
+            prefill_chunk=PROMPT_TOKENS,
+            max_waiting=case.batch,
+            on_close=opened.close,
+        )
+        self._step_s: list[float] = []
+        generator = torch.Generator().manual_seed(0)
+        vocab = segment.manifest.model.vocab_size
         params = SamplingParams(max_tokens=case.decode_steps + 1, temperature=0.0, ignore_eos=True)
-        engine.add(Request(str(index), tuple(prompt), params))
-    step_s, moved = [], 0
-    with closing(engine):
-        while engine.has_work:
+        for index in range(case.batch):
+            prompt = torch.randint(3, vocab, (PROMPT_TOKENS,), generator=generator).tolist()
+            self.engine.add(Request(str(index), tuple(prompt), params))
+
+    def step(self) -> None:
+        if self.engine.has_work:
             started_s = time.perf_counter()
-            output = engine.step()
-            step_s.append(time.perf_counter() - started_s)
-            moved += output.counters.total_moved_bytes
-    return Run(tuple(step_s), tuple(recorder.steps), moved)
+            self.engine.step()
+            self._step_s.append(time.perf_counter() - started_s)
+
+    def finish(self) -> Run:
+        self.engine.close()
+        return Run(tuple(self._step_s), tuple(self._recorder.steps))
 
 
 def config_of(manifest: Manifest, case: Case) -> WorkerConfig:
@@ -209,34 +155,34 @@ def config_of(manifest: Manifest, case: Case) -> WorkerConfig:
     ).resolve(manifest)
 
 
-@dataclass(frozen=True, slots=True)
-class Tier:
-    """Where a run's experts come from."""
-
-    source: BoundedSource
-    near_data: BoundedNearData
-
-
-@contextmanager
-def tier_over(segment: Segment, bytes_per_s: float) -> Iterator[Tier]:
-    """A source and a near-data worker behind one link."""
-    there, back = BoundedLink(bytes_per_s), BoundedLink(bytes_per_s)
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="moetier-"))
-        server = NdpServer(Executor(segment), [f"unix:{folder}/near"])
-        stack.enter_context(closing(server))
-        version = segment.manifest.version
-        client = NdpClient(server.addresses, version=version, deadline_s=60.0)
-        stack.enter_context(closing(client))
-        near_data = BoundedNearData(client, there, back)
-        stack.enter_context(closing(near_data))
-        yield Tier(BoundedSource(segment, back), near_data)
-
-
 def measured_costs(segment: Segment, tier: Tier, config: WorkerConfig) -> LayerCosts:
-    """What a worker measures at its start over this link."""
-    math_ = KernelMath(segment.manifest, ops.default_backend("cpu"))
-    return start_costs(Probe(tier.source, tier.near_data, math_, config, time.perf_counter))
+    """What a worker measures at its start over this link: of several starts the median."""
+    math = KernelMath(segment.manifest, ops.default_backend("cpu"))
+    probe = Probe(tier.source, tier.near_data, math, config, time.perf_counter)
+    seen = [start_costs(probe) for _ in range(PROBES)]
+    near = [each.near for each in seen if each.near is not None]
+
+    def typical(values: Iterable[float]) -> float:
+        return statistics.median(values)
+
+    return LayerCosts(
+        LinkCost(
+            typical(each.link.bytes_per_s for each in seen),
+            typical(each.link.call_s for each in seen),
+            seen[0].link.request_bytes,
+        ),
+        RunCost(
+            typical(each.device.pair_s for each in seen),
+            typical(each.device.bytes_per_s for each in seen),
+        ),
+        NearCost(
+            RunCost(
+                typical(each.run.pair_s for each in near),
+                typical(each.run.bytes_per_s for each in near),
+            ),
+            typical(each.call_s for each in near),
+        ),
+    )
 
 
 def system_of_run(manifest: Manifest, case: Case, costs: LayerCosts, dense: RunCost) -> System:
@@ -263,7 +209,7 @@ def system_of_run(manifest: Manifest, case: Case, costs: LayerCosts, dense: RunC
         ends_bytes=0.0,
         device=costs.device,
         near=near,
-        fixed_s=0.0,
+        fixed_s=GUESSED_FIXED_S,
         gpu_bytes_per_s=UNBOUNDED,
         node_bytes_per_s=costs.link.bytes_per_s,
         call_s=costs.link.call_s,
@@ -278,22 +224,23 @@ def predict_run(found: Run, system: System) -> tuple[float, ...]:
     return tuple(simulate_steps(system, routing, len(found.steps)))
 
 
-def dense_cost(manifest: Manifest, batch: int, runs: Sequence[Run], costs: LayerCosts) -> RunCost:
-    """What a layer takes besides its experts, a start and each token: from runs whose experts are
-    on the device, by the line through their decode steps and their later prompts' steps, less what
-    their experts take."""
-    case = Case(batch, "off", EVERYTHING, UNBOUNDED)
-    nothing = RunCost(pair_s=1e-12)
-    system = replace(
-        system_of_run(manifest, case, costs, nothing), node_bytes_per_s=UNBOUNDED, call_s=0.0
-    )
-    decode_s, prompt_s = [], []
-    for found in runs:
-        experts_s = predict_run(found, system)
-        layers_s = [step - expert for step, expert in zip(found.step_s, experts_s, strict=True)]
-        prompt_s += layers_s[:batch]
-        decode_s += layers_s[batch:]
+def dense_cost(manifest: Manifest, batch: int, without: Run) -> RunCost:
+    """What a layer takes besides its experts, a start and each token: the line through the decode
+    steps and the prompts' steps of a run without experts."""
     num_layers = len(manifest.model.moe_layers)
-    low_s, high_s = (statistics.median(each) / num_layers for each in (decode_s, prompt_s))
+    low_s, high_s = (
+        statistics.median(part) / num_layers
+        for part in (without.step_s[batch:], without.step_s[:batch])
+    )
     pair_s = max(1e-12, (high_s - low_s) / (PROMPT_TOKENS - batch))
     return RunCost(pair_s, expert_s=max(0.0, low_s - batch * pair_s))
+
+
+def learned_device(system: System, batch: int, resident: Run) -> System:
+    """The system with its device as fast as in a run whose experts are all there: what a worker
+    learns of it in its first steps (`gpu_worker/cost_table.py`)."""
+    fast = replace(system, node_bytes_per_s=UNBOUNDED, call_s=0.0, cache_bytes=1 << 40)
+    rest = len(system.layers) * (system.dense_s(batch) + system.fixed_s)
+    predicted = statistics.median(predict_run(resident, fast)[batch:])
+    factor = (resident.decode_s(batch) - rest) / (predicted - rest)
+    return replace(system, device=system.device.scaled(max(0.1, factor)))
