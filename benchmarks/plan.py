@@ -24,7 +24,7 @@ from benchmarks.plan_runs import (
     Case,
     config_of,
     dense_cost,
-    learned_device,
+    learned,
     measured_costs,
     predict_run,
     run_together,
@@ -105,11 +105,12 @@ def _validate(segment: Segment, bits: int, batch: int, bytes_per_s: float) -> Ro
     with tier_over(segment, UNBOUNDED) as free, tier_over(segment, bytes_per_s) as tier:
         run_together(segment, [(resident, free)])
         costs = measured_costs(segment, tier, config_of(manifest, cases[-1]))
-        without, around, *runs = run_together(
+        without, around, near, *runs = run_together(
             segment,
             [
                 (replace(resident, has_experts=False), free),
                 (resident, free),
+                (replace(resident, near_data="all"), free),
                 *((case, tier) for case in cases),
             ],
         )
@@ -117,9 +118,7 @@ def _validate(segment: Segment, bits: int, batch: int, bytes_per_s: float) -> Ro
     rows = []
     for case, found in zip(cases, runs, strict=True):
         system = system_of_run(manifest, case, costs, dense)
-        off = replace(system, near_data="off")
-        device = learned_device(off, batch, around).device
-        predicted = predict_run(found, replace(system, device=device))
+        predicted = predict_run(found, learned(system, batch, around, near))
         seconds, guess = found.decode_s(batch), statistics.median(predicted[batch:])
         rows.append(
             {
@@ -190,12 +189,13 @@ def page(found: dict[str, dict[str, Any]]) -> str:
 The bundled mixtral-mini, paper's recipe, Top-1 restored, in one process: engine, a source behind a
 link that lets so many bytes per second through (0.5 ms a request), a near-data worker over a unix
 socket behind the same link. Costs of link, device and near data are those that a worker measures at
-its start, in the same run. Two things are not predicted but measured by runs that go beside the
-cases, step by step in turn with them: what a layer takes besides its experts (a run without any),
-and how much slower the device is than its probe (a run whose experts are all there; a worker
-learns that too). The routing is replayed; planner and cache are the real ones; prefetching is off.
-A step is the median of {DECODE_STEPS} decode steps; "first" is the first prompt of 32 tokens, with
-nothing cached: one sample. The machine was shared with other work.
+its start, in the same run. Three things are measured by runs that go beside the cases, step by step
+in turn with them: what a layer takes besides its experts (a run without any), and how far the probe
+was off for the device (a run whose experts are all there) and for near data (a run that leaves all
+to it, without a link): a worker learns these two while it runs. What is predicted is the link, who
+runs what, and how they overlap. The routing is replayed; planner and cache are the real ones;
+prefetching is off. A step is the median of {DECODE_STEPS} decode steps; "first" is the first prompt
+of 32 tokens, with nothing cached: one sample. The machine was shared with other work.
 
 {_validation_table(found["validation"]["rows"])}
 

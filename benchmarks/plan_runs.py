@@ -236,11 +236,21 @@ def dense_cost(manifest: Manifest, batch: int, without: Run) -> RunCost:
     return RunCost(pair_s, expert_s=max(0.0, low_s - batch * pair_s))
 
 
-def learned_device(system: System, batch: int, resident: Run) -> System:
-    """The system with its device as fast as in a run whose experts are all there: what a worker
-    learns of it in its first steps (`gpu_worker/cost_table.py`)."""
-    fast = replace(system, node_bytes_per_s=UNBOUNDED, call_s=0.0, cache_bytes=1 << 40)
-    rest = len(system.layers) * (system.dense_s(batch) + system.fixed_s)
-    predicted = statistics.median(predict_run(resident, fast)[batch:])
-    factor = (resident.decode_s(batch) - rest) / (predicted - rest)
-    return replace(system, device=system.device.scaled(max(0.1, factor)))
+def learned(system: System, batch: int, resident: Run, near: Run) -> System:
+    """The system with its device as fast as in a run whose experts are all there, and near data as
+    fast as in one that leaves every pair to it, both over a link that takes no time: what a worker
+    learns of them in its first steps (`gpu_worker/cost_table.py`)."""
+    free = replace(system, node_bytes_per_s=UNBOUNDED, call_s=0.0, cache_bytes=1 << 40)
+    rest_s = len(system.layers) * (system.dense_s(batch) + system.fixed_s)
+
+    def factor(found: Run, way: NearDataPolicy) -> float:
+        predicted = statistics.median(predict_run(found, replace(free, near_data=way))[batch:])
+        return max(0.1, (found.decode_s(batch) - rest_s) / (predicted - rest_s))
+
+    near_factor = factor(near, "all")
+    return replace(
+        system,
+        device=system.device.scaled(factor(resident, "off")),
+        near=system.near.scaled(near_factor),
+        near_call_s=system.near_call_s * near_factor,
+    )
