@@ -97,6 +97,7 @@ def encode_call(request_id: int, hidden_TH: torch.Tensor, work: Sequence[ExpertT
     blocks = [_ALL_BLOCKS if item.num_blocks is None else item.num_blocks for item in work]
     rows = [row for item in work for row in item.token_rows]
     indices = np.array(experts + counts + blocks + rows, dtype="<i4").tobytes()
+    # bytes(n) are n zeros: the flags of an expert without a restored row.
     restored = b"".join(bytes(item.restored or len(item.token_rows)) for item in work)
     restored += bytes(_padding(len(rows)))
     return b"".join((_pack(header), indices, restored, _tensor_bytes(hidden_TH)))
