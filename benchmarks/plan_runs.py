@@ -197,6 +197,7 @@ def system_of_run(manifest: Manifest, case: Case, costs: LayerCosts, dense: RunC
     return System(
         num_gpus=1,
         num_nodes=1,
+        num_experts=max(manifest.model.num_experts.values()),
         layers=tuple(sorted(manifest.model.moe_layers)),
         layer_scale=1.0,
         sizes=RecordSizes.of(manifest),

@@ -79,7 +79,8 @@ class PlanInputs:
     - skew: exponent of a Zipf distribution of the experts' popularity; 0 is uniform. The tokens of
       a step are drawn independently of each other and of earlier steps, which real text is not.
     - seed, steps, warm_up, max_layers: of the simulation: what is drawn, how many steps are
-      measured after how many, and of how many MoE layers (the others count as like them).
+      measured after how many, and of how many MoE layers (the others count as like them), or of as
+      many more as give every node an expert.
     """
 
     num_gpus: int = 1

@@ -54,8 +54,16 @@ class _Cluster:
         self.gpus = [Machine() for _ in range(system.num_gpus)]
         self.nodes = [Machine() for _ in range(system.num_nodes)]
         self.workers = [
-            SimulatedWorker(system, self.events, gpu, self.nodes, routing, self._on_step)
-            for gpu, routing in zip(self.gpus, routings, strict=True)
+            SimulatedWorker(
+                system,
+                self.events,
+                gpu,
+                self.nodes,
+                routing,
+                self._on_step,
+                first_layer=index % len(system.layers),
+            )
+            for index, (gpu, routing) in enumerate(zip(self.gpus, routings, strict=True))
         ]
         self._routings = routings
         self.begun_s: float | None = None

@@ -7,6 +7,7 @@ Legend: H hidden, F ffn.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cluster.plan.inputs import PlanInputs, Recipe
@@ -54,6 +55,7 @@ class System:
 
     num_gpus: int
     num_nodes: int
+    num_experts: int
     layers: tuple[int, ...]
     layer_scale: float
     sizes: RecordSizes
@@ -74,8 +76,8 @@ class System:
     request_bytes: int | None = None
 
     def node_of(self, key: ExpertKey) -> int:
-        """Experts are dealt out one by one, every layer from another node on."""
-        return (key.expert + 7 * key.layer) % self.num_nodes
+        """Experts are dealt out one by one, a layer where the one before it ended."""
+        return (key.layer * self.num_experts + key.expert) % self.num_nodes
 
     def layer_costs(self) -> LayerCosts:
         """What a worker alone in the cluster would measure at its start."""
@@ -114,7 +116,9 @@ def system_of(shape: ModelShape, inputs: PlanInputs, stored: RecordBytes | None 
         raise ValueError(f"top_n: got {inputs.top_n}, {shape.name} has {shape.top_k} per token")
     records = stored or record_bytes(shape, inputs.recipe)
     codes, factors = records.codes, records.factors
-    num_layers = min(shape.num_moe_layers, inputs.max_layers)
+    # Fewer would leave nodes without an expert that have some.
+    enough = math.ceil(inputs.num_nodes / shape.num_experts)
+    num_layers = min(shape.num_moe_layers, max(inputs.max_layers, enough))
     layers = tuple(range(num_layers))
     scale = shape.num_moe_layers / num_layers
     keys = [ExpertKey(layer, expert) for layer in layers for expert in range(shape.num_experts)]
@@ -132,6 +136,7 @@ def system_of(shape: ModelShape, inputs: PlanInputs, stored: RecordBytes | None 
     return System(
         num_gpus=inputs.num_gpus,
         num_nodes=inputs.num_nodes,
+        num_experts=shape.num_experts,
         layers=layers,
         layer_scale=scale,
         sizes=RecordSizes(

@@ -23,7 +23,8 @@ from gpu_worker.record_sizes import PlannedCopy
 
 
 class SimulatedWorker:
-    """Runs steps until it is stopped; `on_step` is told the time each one ended.
+    """Runs steps until it is stopped; `on_step` is told the time each one ended. Its first step may
+    begin with a later layer, so that workers do not go through the layers side by side.
 
     In a layer copies and near-data calls go out at once; the device computes what is there
     meanwhile, and each request's experts as it lands.
@@ -37,6 +38,8 @@ class SimulatedWorker:
         nodes: Sequence[Machine],
         routing: RoutingSource,
         on_step: Callable[[SimulatedWorker, float], None],
+        *,
+        first_layer: int = 0,
     ) -> None:
         self._system = system
         self._events = events
@@ -48,7 +51,7 @@ class SimulatedWorker:
         self.cache = warm_cache(system, routing)
         self.steps_done = 0
         self.reset_counts()
-        self._layer = 0  # place among the system's layers
+        self._layer = first_layer  # place among the system's layers
         self._outstanding = 0
         self._landed_s = 0.0
         self._pinned: list[RecordRequest] = []

@@ -6,6 +6,7 @@ Method: small systems with round figures, worked out by hand where they can be; 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from cluster.plan.inputs import PlanInputs
 from cluster.plan.routing import DrawnRouting, ReplayedRouting, routing_of
 from cluster.plan.shapes import SHAPES, ModelShape
 from cluster.plan.simulation import Simulated, simulate_decode, simulate_steps
-from cluster.plan.system import System
+from cluster.plan.system import System, system_of
 from expert_store.types import ExpertKey
 from gpu_worker.cost_model import RunCost
 from gpu_worker.record_sizes import RecordSizes
@@ -27,6 +28,7 @@ KEYS = [ExpertKey(layer, expert) for layer in range(2) for expert in range(4)]
 SYSTEM = System(
     num_gpus=1,
     num_nodes=1,
+    num_experts=4,
     layers=(0, 1),
     layer_scale=1.0,
     sizes=RecordSizes(dict.fromkeys(KEYS, 1000), dict.fromkeys(KEYS, 500)),
@@ -135,6 +137,14 @@ def test_a_lone_worker_s_closed_form_is_its_simulation() -> None:
         found = estimate(system, routing, range(1))
         assert found.step_s == pytest.approx(steps_of(system)[0], rel=0.01)
     assert estimate(SYSTEM, routing, range(1)).bottleneck == "node links"
+
+
+def test_every_node_has_experts_as_even_as_can_be() -> None:
+    for name, nodes in (("Mixtral-8x7B", 256), ("Mixtral-8x7B", 100), ("Qwen3-30B-A3B", 256)):
+        system = system_of(SHAPES[name], PlanInputs(num_nodes=nodes, max_layers=1))
+        counts = Counter(system.node_of(key) for key in system.sizes.codes)
+        assert set(counts) == set(range(nodes))
+        assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_a_shape_s_answer_follows_the_link_and_the_widths() -> None:
