@@ -49,8 +49,9 @@ WAYS: tuple[tuple[NearDataPolicy, float], ...] = (
     ("off", 0.0), ("off", 0.25), ("low_bit", 0.0), ("all", 0.0), ("cost", 0.25)
 )  # fmt: skip
 DECODE_STEPS = 12
-GPUS, NODES = (1, 8, 64), (1, 16, 256)
-SIMULATED = PlanInputs(max_layers=2, warm_up=4, steps=2, chunk=512)
+CLUSTERS = ((1, 1), (1, 16), (8, 1), (8, 16), (64, 16), (64, 256))
+"""GPU workers and memory nodes."""
+SIMULATED = PlanInputs(max_layers=2, warm_up=3, steps=2, chunk=512)
 Rows = list[dict[str, Any]]
 
 
@@ -145,7 +146,7 @@ def policies() -> Rows:
 
 def clusters() -> Rows:
     """The default policy, from one machine of each kind to many."""
-    return [_planned(name, gpus, nodes) for name in SHAPES for gpus in GPUS for nodes in NODES]
+    return [_planned(name, gpus, nodes) for name in SHAPES for gpus, nodes in CLUSTERS]
 
 
 def _planned(name: str, gpus: int, nodes: int, **more: Any) -> dict[str, Any]:
@@ -219,15 +220,15 @@ time.
 
 Assumed throughout (`moetier plan --help` says where each is from): links of
 {defaults.link_gbps:g} Gbit/s each way, batch {defaults.batch} per GPU at context
-{defaults.context}, first token of a {defaults.prompt}-token prompt while the other GPUs decode;
+{defaults.context}, first token of a {defaults.prompt}-token prompt on an idle cluster;
 {defaults.recipe.bits}-bit codes, mean rank {defaults.recipe.rank} at
 {defaults.recipe.factor_bits} bits for Top-{defaults.top_n}, {defaults.cache_share:.0%} of the codes
 cached; experts' popularity Zipf with exponent {defaults.skew:g}, tokens independent; GPU
 {hardware.gpu_gb_per_s:g} GB/s and {hardware.gpu_tflops:g} TFLOP/s of which kernels reach
 {hardware.gpu_share:.0%}; node {hardware.node_gb_per_s:g} GB/s, {hardware.node_cores:g} cores of
 {hardware.core_gb_per_s:g} GB/s and {hardware.core_gops:g} GOP/s each; {hardware.call_us:g} us a
-call, {hardware.layer_us:g} us a layer. {SIMULATED.max_layers} MoE layers are simulated and
-stand for all.
+call, {hardware.layer_us:g} us a layer. {SIMULATED.max_layers} MoE layers, or as many as
+give every node an expert, are simulated and stand for all.
 """
 
 

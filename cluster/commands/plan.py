@@ -33,7 +33,11 @@ _CLUSTER = {
     "link": ("link_gbps", "GBPS", "Gbit/s of every machine's network link, each way"),
     "batch": ("batch", "B", "sequences that each GPU worker decodes side by side"),
     "context": ("context", "T", "positions of each sequence"),
-    "prompt": ("prompt", "T", "tokens of the prompt whose first token is awaited"),
+    "prompt": (
+        "prompt",
+        "T",
+        "tokens of the prompt whose first token is awaited, on an idle cluster",
+    ),
     "chunk": ("chunk", "T", "tokens of one prefill step"),
     "top-n": ("top_n", "N", "experts of a token that get their compensator"),
     "cache-share": ("cache_share", "S", "part of all codes that a GPU keeps, if it has room"),

@@ -9,7 +9,7 @@ from cluster.plan.estimate import Estimate, estimate
 from cluster.plan.inputs import PlanInputs
 from cluster.plan.routing import DrawnRouting
 from cluster.plan.shapes import ModelShape
-from cluster.plan.simulation import Simulated, simulate_decode, simulate_prompt
+from cluster.plan.simulation import Simulated, simulate_decode, simulate_steps
 from cluster.plan.system import RecordBytes, System, system_of
 
 ESTIMATED_STEPS = 4
@@ -56,16 +56,17 @@ def answer(shape: ModelShape, inputs: PlanInputs, stored: RecordBytes | None = N
 
 
 def _first_token_s(shape: ModelShape, inputs: PlanInputs, system: System) -> float:
-    """One worker takes in a prompt, the others decode."""
+    """One worker takes in a prompt, no other has work."""
     num_chunks = math.ceil(inputs.prompt / inputs.chunk)
     chunks = [inputs.chunk] * (num_chunks - 1)
     chunks.append(inputs.prompt - sum(chunks))
     decoding = [inputs.batch] * inputs.warm_up
-    routings = [_routing(shape, inputs, 0, [*decoding, *chunks])]
-    routings += [
-        _routing(shape, inputs, worker, [inputs.batch]) for worker in range(1, inputs.num_gpus)
-    ]
-    return simulate_prompt(system, routings, warm_up=inputs.warm_up, chunks=num_chunks)
+    steps = simulate_steps(
+        replace(system, num_gpus=1),
+        _routing(shape, inputs, 0, [*decoding, *chunks]),
+        inputs.warm_up + num_chunks,
+    )
+    return sum(steps[inputs.warm_up :]) * system.layer_scale
 
 
 def _routing(

@@ -72,7 +72,8 @@ class PlanInputs:
       each with its part of the experts and a near-data worker.
     - link_gbps: Gbit/s of every machine's network link, in each direction.
     - batch: sequences that decode side by side on each GPU worker; context: positions of each.
-    - prompt, chunk: tokens of the prompt whose first token is awaited, and of one prefill step.
+    - prompt, chunk: tokens of the prompt whose first token is awaited while no other worker has
+      anything to do, and of one prefill step.
     - top_n: experts of a token that get their compensator.
     - cache_share: part of all experts' codes that a GPU keeps; less where it has no room for them.
     - near_data: as worker.near_data.

@@ -136,7 +136,7 @@ def simulate_decode(
 
 
 def simulate_steps(system: System, routing: RoutingSource, num_steps: int) -> list[float]:
-    """Seconds of each of the first steps of a lone worker."""
+    """Seconds of each of the first steps of a lone worker, of the layers that are simulated."""
     cluster = _Cluster(system, [routing])
     ends = [0.0]
 
@@ -149,24 +149,3 @@ def simulate_steps(system: System, routing: RoutingSource, num_steps: int) -> li
     cluster.workers[0].start()
     cluster.events.run()
     return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
-
-
-def simulate_prompt(
-    system: System, routings: Sequence[RoutingSource], *, warm_up: int, chunks: int
-) -> float:
-    """Seconds until the first worker has taken in its prompt, `chunks` steps after `warm_up`, while
-    the others decode: what a lone request waits for its first token."""
-    cluster = _Cluster(system, routings)
-    times = {}
-
-    def on_step(worker: SimulatedWorker, now_s: float) -> None:
-        if worker is cluster.workers[0]:
-            times[worker.steps_done] = now_s
-            if worker.steps_done == warm_up + chunks:
-                cluster.events.stop()
-
-    for worker in cluster.workers:
-        worker.on_step = on_step
-        worker.start()
-    cluster.events.run()
-    return (times[warm_up + chunks] - times.get(warm_up, 0.0)) * system.layer_scale
