@@ -36,7 +36,7 @@ _CLUSTER = {
     "prompt": (
         "prompt",
         "T",
-        "tokens of the prompt whose first token is awaited, on an idle cluster",
+        "tokens of a prompt whose first token is awaited, nothing else to do",
     ),
     "chunk": ("chunk", "T", "tokens of one prefill step"),
     "top-n": ("top_n", "N", "experts of a token that get their compensator"),
