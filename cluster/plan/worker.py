@@ -16,7 +16,7 @@ from cluster.plan.system import System
 from expert_store.types import ExpertKey, RecordRequest
 from gpu_worker.cost_model import ExpertLoad
 from gpu_worker.cost_table import CopyTime, CostTable
-from gpu_worker.expert_cache import ExpertCache
+from gpu_worker.expert_cache import CacheBudgets, ExpertCache
 from gpu_worker.expert_math import Record
 from gpu_worker.planner import DispatchPlan, ExpertWork, Policy, plan
 from gpu_worker.record_sizes import PlannedCopy
@@ -248,7 +248,7 @@ class SimulatedWorker:
 
 def warm_cache(system: System, routing: RoutingSource) -> ExpertCache:
     """That of a worker that has run for long: the codes of the most used experts of every layer."""
-    cache = ExpertCache(system.cache_bytes)
+    cache = ExpertCache(CacheBudgets(system.cache_bytes))
     ranked = [routing.popular(layer) for layer in system.layers]
     kept = []
     for place in range(min(map(len, ranked))):
