@@ -183,13 +183,13 @@ def near_data_rows(machine: Machine, folder: Path) -> list[Row]:
                 for expert in range(NUM_EXPERTS)
             ]
             contestants: dict[str, Callable[[], torch.Tensor]] = {
-                "near data: in process": lambda h=hidden_TH, w=work: executor.run(h, w)
+                "near data: in process": lambda h=hidden_TH, w=work: executor.run(h, w).output_PH
             }
             for kind, client in clients.items():
-                contestants[f"near data: {kind}"] = lambda c=client, h=hidden_TH, w=work: c.submit(
-                    h, w
-                ).result(WAIT_S)
-            truth = executor.run(hidden_TH, work)
+                contestants[f"near data: {kind}"] = lambda c=client, h=hidden_TH, w=work: (
+                    c.submit(h, w).result(WAIT_S).output_PH
+                )
+            truth = executor.run(hidden_TH, work).output_PH
             for name, run in contestants.items():
                 assert torch.equal(run(), truth), f"{name} gave other outputs"
             before = clients["tcp"].bytes_moved

@@ -29,6 +29,7 @@ COMMANDS = {
     "trace": "run a store's model and record where every token goes",
     "replay": "what expert caches find on a recorded trace, against Belady's optimum",
     "study": "what error-bounded experts cost, by depth of layer and heat of expert",
+    "plan": "predict speed and bottleneck of a cluster for a model, from the cost model",
     "generate": "continue a prompt in this process, without Ray",
     "serve": "start the cluster with its OpenAI-style HTTP endpoint",
     "demo": "the whole path once: compress, serve, ask, measure, shut down",

@@ -113,9 +113,10 @@ def check_worker_if_readable(worker: WorkerConfig, store: StoreSettings) -> None
 
 
 def _check_near_data(worker: WorkerConfig, manifest: Manifest) -> None:
-    """A layer's batch is one message: every pair of a step's tokens, in float32, with its row."""
+    """A layer's batch is one message: every pair of a step's tokens, in float32, with its row and
+    its flag."""
     limit = NdpConfig().max_message_bytes - NEAR_DATA_HEAD_BYTES
-    token_bytes = 4 * manifest.model.top_k * (manifest.model.expert.hidden + 1)
+    token_bytes = 4 * manifest.model.top_k * (manifest.model.expert.hidden + 2)
     for name in ("prefill_chunk", "max_sequences"):
         num_tokens = getattr(worker, name)
         if num_tokens * token_bytes > limit:

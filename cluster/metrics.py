@@ -101,9 +101,7 @@ def _bytes_and_pairs(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
         for w in workers
         for how in ("restored", "low_bit", "degraded", "near_data")
     ]
-    help_text = (
-        "(token, expert) pairs: restored, low_bit and degraded are all; near_data of low_bit."
-    )
+    help_text = "(token, expert) pairs: restored, low_bit and degraded are all; near_data of these."
     yield "moetier_pairs_total", "counter", help_text, pairs
     wire: list[Sample] = [
         ({"replica": w.replica, "direction": way}, w.counters.get(f"{way}_bytes", 0))

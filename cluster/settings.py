@@ -56,9 +56,9 @@ class StoreSettings:
 
 @dataclass(frozen=True, slots=True)
 class NdpSettings:
-    """Near-data workers: they run low-bit experts beside the store, so only activations travel.
+    """Near-data workers: they run experts beside the store, so only activations travel.
 
-    - enabled: whether they are started; worker.near_data then becomes low_bit unless it says cost.
+    - enabled: whether they are started; worker.near_data then becomes low_bit if it is off.
     - replicas: number of workers, spread over the nodes that carry the label.
     - num_threads: compute threads of each; null is the cores of its node.
     - label: Ray node label, "key=value", that a node must carry; null is any node.

@@ -23,7 +23,7 @@ from expert_store.format import load_manifest
 from expert_store.holder import OpenDirectory
 from expert_store.listing import Listing
 from expert_store.rpc import GrpcSource
-from expert_store.types import ExpertTokens, Manifest, RecordRequest
+from expert_store.types import ExpertOutputs, ExpertTokens, Manifest, RecordRequest
 from gpu_worker.protocols import ExpertSource, WireCounted
 from ndp_worker.group import Member, NearDataGroup
 from ndp_worker.rpc import NdpClient
@@ -155,7 +155,9 @@ class FollowingNearData:
         self._clients: dict[Listing, NdpClient] = {}
         self._group = self._regroup(listings)
 
-    def submit(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> Future[torch.Tensor]:
+    def submit(
+        self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
+    ) -> Future[ExpertOutputs]:
         with self._lock:
             return self._group.submit(hidden_TH, work)
 

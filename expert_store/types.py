@@ -39,6 +39,7 @@ __all__ = [
     "ExpertCodes",
     "ExpertInfo",
     "ExpertKey",
+    "ExpertOutputs",
     "ExpertShape",
     "ExpertTokens",
     "ExpertWeights",
@@ -92,10 +93,45 @@ class RecordRequest(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExpertTokens:
-    """The tokens that one expert is asked to run: row numbers into the call's hidden states."""
+    """The tokens that one expert is asked to run: row numbers into the call's hidden states.
+
+    Its compensator, or the first `num_blocks` blocks of it, is applied in rows where `restored` is
+    true. An expert without a restored row has `restored` () and `num_blocks` None, so that the
+    same work is written in one way only. Raises ValueError otherwise.
+    """
 
     key: ExpertKey
     token_rows: tuple[int, ...]
+    restored: tuple[bool, ...] = ()
+    num_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.restored:
+            fits = len(self.restored) == len(self.token_rows) and any(self.restored)
+            is_right = fits and (self.num_blocks is None or self.num_blocks >= 0)
+        else:
+            is_right = self.num_blocks is None
+        if not is_right:
+            raise ValueError(
+                f"restored of {self.key}: got {self.restored} with num_blocks {self.num_blocks} "
+                f"for {len(self.token_rows)} token rows"
+            )
+
+    @property
+    def num_restored(self) -> int:
+        return sum(self.restored)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertOutputs:
+    """What experts made of their tokens, in the order asked; not weighted by the router.
+
+    `degraded` are places in the work asked for: these experts' compensators could not be had, so
+    their restored rows were run from codes alone.
+    """
+
+    output_PH: torch.Tensor  # [P, H] on the CPU, in the dtype of the hidden states
+    degraded: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

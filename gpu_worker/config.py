@@ -16,12 +16,13 @@ from gpu_worker.eviction import CachePolicy
 from gpu_worker.prefetch_switch import Prefetch
 from gpu_worker.restoring import PairPolicy, Restore, repaired_errors
 
-NearDataPolicy = Literal["off", "low_bit", "cost"]
+NearDataPolicy = Literal["off", "low_bit", "all", "cost"]
 """Which (token, expert) pairs run near their bytes.
 
 - off: none; every expert a step needs is copied to the device.
 - low_bit: every pair that is not restored, whatever lies on the device, so that who runs a pair
   depends on the router alone and never on the state of a cache.
+- all: every pair; restored ones get their compensators there.
 - cost: those experts with which a layer is predicted to end soonest (`gpu_worker/assignment.py`).
   The prediction is from costs measured while running, so who runs a pair depends on timing, and
   near data's other rounding with it: answers are not the same bit for bit from run to run.
@@ -48,8 +49,8 @@ class WorkerConfig:
     - factor_share: how much of each compensator is fetched: the first blocks that have this share
       of its bytes, 0 to 1, or less. A pair whose share holds no block runs from codes alone.
     - near_data: which (token, expert) pairs run near their bytes: off is none, low_bit all that are
-      not restored, cost those with which the layer is predicted to end soonest; by measured times,
-      so that equal requests may get answers that differ by rounding.
+      not restored, all every pair, cost those with which the layer is predicted to end soonest; by
+      measured times, so that equal requests may get answers that differ by rounding.
     - cache_bytes: device memory for experts kept between steps; 0 keeps none.
     - cache_policy: which records stay there: those most used lately (lfu), the same with uses
       counted by router weight (score), or those used last, by layer or over all (layer_lru, lru).

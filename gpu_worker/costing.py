@@ -107,5 +107,8 @@ class Costing:
 
     def _near_load(self, part: ExpertTokens) -> ExpertLoad:
         num_pairs = len(part.token_rows)
-        run_bytes = self.source.manifest.experts[part.key].codes.num_bytes
+        info = self.source.manifest.experts[part.key]
+        run_bytes = info.codes.num_bytes
+        if part.restored and info.factors is not None:
+            run_bytes += info.factors.num_bytes
         return ExpertLoad(num_pairs, run_bytes, act_bytes=2 * num_pairs * self._row_bytes)

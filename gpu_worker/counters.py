@@ -30,7 +30,7 @@ class StepCounters:
     - restored_pairs, low_bit_pairs, degraded_pairs: pairs whose compensator was applied, whose plan
       was codes alone, and whose compensator could not be had.
     - skipped_pairs: pairs that were not run, because of their small router weight.
-    - near_data_pairs: the low-bit pairs that ran near data.
+    - near_data_pairs: how many of the pairs ran near data, restored, low-bit or degraded.
     - sent_bytes, received_bytes: activations to and from near data, counted by the transport.
     - ahead_bytes, ahead_used_bytes: of moved_bytes those fetched by a guess of what a layer would
       need, and those of them that it did need: what moved is what was planned and the difference.

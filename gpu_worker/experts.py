@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from expert_store.errors import StoreError
-from expert_store.types import ExpertKey, ExpertTokens, RecordRequest
+from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens, RecordRequest
 from gpu_worker.combine import Part, combine
 from gpu_worker.config import WorkerConfig
 from gpu_worker.costing import Costing
@@ -218,7 +218,7 @@ class StoreExperts:
 
     def _submit(
         self, remote: Sequence[ExpertWork], hidden_SH: torch.Tensor
-    ) -> Future[torch.Tensor] | None:
+    ) -> Future[ExpertOutputs] | None:
         if not remote:
             return None
         assert self._near_data is not None, "a plan without near data has no remote work"
@@ -229,17 +229,22 @@ class StoreExperts:
             hidden_SH = hidden_SH[torch.tensor(rows, device=hidden_SH.device)]
         return self._near_data.submit(
             hidden_SH.cpu(),
-            [
-                ExpertTokens(work.key, tuple(sent_at[row] for row in work.token_rows))
-                for work in remote
-            ],
+            [self._near_work(work, sent_at) for work in remote],
+        )
+
+    def _near_work(self, work: ExpertWork, sent_at: Mapping[int, int]) -> ExpertTokens:
+        rows = tuple(sent_at[row] for row in work.token_rows)
+        if not work.num_restored:
+            return ExpertTokens(work.key, rows)
+        return ExpertTokens(
+            work.key, rows, work.restored, self._sizes.factors_of(work.key).num_blocks
         )
 
     def _collect(
         self,
         layer: int,
         remote: tuple[ExpertWork, ...],
-        near: Future[torch.Tensor] | None,
+        near: Future[ExpertOutputs] | None,
         local: LocalRun,
     ) -> list[Part]:
         """What near data computed. When it is lost, its experts run on the device instead."""
@@ -251,16 +256,17 @@ class StoreExperts:
         self._tally.wait_s += waited_s
         self._tally.near_wait_s += waited_s
         try:
-            output_PH = near.result()
+            answer = near.result()
         except StoreError as error:
             logger.warning("layer %d: near data lost, its experts are copied: %s", layer, error)
             on_device = self.cache.of_layer(layer)
             local.run(plan_local(remote, on_device=on_device, sizes=self._sizes))
             return []
         counts = [len(work.token_rows) for work in remote]
-        self._tally.near_data_pairs += sum(counts)
-        self._tally.low_bit_pairs += sum(counts)
-        outputs = output_PH.split(counts)
+        for place, work in enumerate(remote):
+            self._tally.near_data_pairs += len(work.token_rows)
+            local.count_pairs(work, has_factors=place not in answer.degraded)
+        outputs = answer.output_PH.split(counts)
         return [Part(work, rows_PH) for work, rows_PH in zip(remote, outputs, strict=True)]
 
     def _near_bytes(self) -> tuple[int, int]:

@@ -243,17 +243,18 @@ class LocalRun:
         outputs = self._device.math.run(calls)
         for gathering, output_PH in zip(gatherings, outputs, strict=True):
             self.parts.append(Part(gathering.work, output_PH))
-            self._count_pairs(gathering)
+            self.count_pairs(gathering.work, has_factors=gathering.factors is not None)
 
-    def _count_pairs(self, gathering: _Gathering) -> None:
-        work = gathering.work
+    def count_pairs(self, work: ExpertWork, *, has_factors: bool) -> None:
+        """Count the pairs of an expert that was run; its restored ones are degraded if its factors
+        could not be had."""
         self._tally.low_bit_pairs += len(work.token_rows) - work.num_restored
-        if gathering.factors is not None:
+        if has_factors:
             self._tally.restored_pairs += work.num_restored
-        elif work.num_restored:
-            self._tally.degraded_pairs += work.num_restored
-            pairs = zip(work.token_rows, work.restored, strict=True)
-            self.degraded_rows.update(row for row, restored in pairs if restored)
+            return
+        self._tally.degraded_pairs += work.num_restored
+        pairs = zip(work.token_rows, work.restored, strict=True)
+        self.degraded_rows.update(row for row, restored in pairs if restored)
 
     def _pin(self, request: RecordRequest) -> Record:
         record = self._device.cache.pin(request)

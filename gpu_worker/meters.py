@@ -11,7 +11,7 @@ from concurrent.futures import Future
 
 import torch
 
-from expert_store.types import ExpertTokens, Manifest, RecordRequest
+from expert_store.types import ExpertOutputs, ExpertTokens, Manifest, RecordRequest
 from gpu_worker.cost_model import ExpertLoad
 from gpu_worker.cost_table import CopyTime, CostTable
 from gpu_worker.protocols import ExpertSource, NearData
@@ -101,13 +101,15 @@ class MeteredNearData:
         self._load_of = load_of
         self._clock = clock
 
-    def submit(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> Future[torch.Tensor]:
+    def submit(
+        self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
+    ) -> Future[ExpertOutputs]:
         """As the inner client."""
         loads = [self._load_of(part) for part in work]
         started_s = self._clock()
         future = self._inner.submit(hidden_TH, work)
 
-        def ended(done: Future[torch.Tensor]) -> None:
+        def ended(done: Future[ExpertOutputs]) -> None:
             if done.exception() is None:
                 self._table.ran_near(loads, self._clock() - started_s)
             else:

@@ -42,7 +42,7 @@ class DispatchPlan:
 
     resident: tuple[ExpertWork, ...]  # every record it needs is on the device
     streamed: tuple[ExpertWork, ...]  # needs at least one of `copies`
-    remote: tuple[ExpertWork, ...]  # runs near data, from codes alone
+    remote: tuple[ExpertWork, ...]  # runs near data, restored pairs with their factors
     hits: tuple[RecordRequest, ...]  # records on the device that the plan uses
     copies: tuple[PlannedCopy, ...]  # codes before factors, an expert's records side by side
 
@@ -64,8 +64,8 @@ class Policy:
     """Who may run near data. "cost" takes whichever way the layer is predicted to end soonest.
 
     `costs` are what that prediction knows of link, device and workers; only "cost" chooses by them.
-    Near data has codes alone, so an expert with a restored pair stays on the device. `row_bytes`
-    are those of one token's hidden state on its way there.
+    Near data has codes and factors: an expert goes there with all its pairs, restored ones and
+    others. `row_bytes` are those of one token's hidden state on its way there.
     """
 
     near_data: NearDataPolicy = "off"
@@ -179,20 +179,19 @@ def _split(
     """Of each expert's pairs the part for the device, and the part for near data."""
     if policy.near_data == "off":
         return [(work, None) for work in works]
+    if policy.near_data == "all":
+        return [(None, work) for work in works]
     if policy.near_data == "low_bit":
         return [(_part(work, restored=True), _part(work, restored=False)) for work in works]
     assert policy.costs is not None, "Policy checks the costs"
-    free = [work for work in works if not work.num_restored]
     near = choose_near(
         [
             Choice(_local_load(work, held, sizes), _near_load(work, sizes, policy.row_bytes))
-            for work in free
+            for work in works
         ],
         policy.costs,
-        fixed=[_local_load(work, held, sizes) for work in works if work.num_restored],
     )
-    remote = {free[index].key for index in near}
-    return [(None, work) if work.key in remote else (work, None) for work in works]
+    return [(None, work) if index in near else (work, None) for index, work in enumerate(works)]
 
 
 def _local_load(work: ExpertWork, held: _Held, sizes: RecordSizes) -> ExpertLoad:
@@ -207,7 +206,7 @@ def _local_load(work: ExpertWork, held: _Held, sizes: RecordSizes) -> ExpertLoad
 def _near_load(work: ExpertWork, sizes: RecordSizes, row_bytes: int) -> ExpertLoad:
     # A row that several experts there need travels once; counted for each, it is a bound.
     num_pairs = len(work.token_rows)
-    run_bytes = sizes.codes[work.key]
+    run_bytes = sum(sizes.bytes_of(request) for request in _needed(work, sizes))
     return ExpertLoad(num_pairs, run_bytes, act_bytes=2 * num_pairs * row_bytes)
 
 

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from expert_store.types import ExpertTokens, Manifest, RecordRequest
+from expert_store.types import ExpertOutputs, ExpertTokens, Manifest, RecordRequest
 
 
 class ExpertSource(Protocol):
@@ -48,13 +48,15 @@ class WireCounted(Protocol):
 
 
 class NearData(Protocol):
-    """Runs low-bit experts where their bytes are. Thread-safe; does not block."""
+    """Runs experts where their bytes are, restored where asked. Thread-safe; does not block."""
 
-    def submit(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> Future[torch.Tensor]:
-        """Start one layer's batch: output rows [sum of token_rows, H], in the order of `work`.
+    def submit(
+        self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
+    ) -> Future[ExpertOutputs]:
+        """Start one layer's batch: its outputs in the order of `work`.
 
-        Outputs are not yet weighted by the router. dtype is that of `hidden_TH`, device CPU.
-        The future raises a StoreError when the worker is lost.
+        dtype is that of `hidden_TH`, device CPU. The future raises a StoreError when the worker is
+        lost.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Runs experts where their bytes are: packed codes straight from a mapped segment, no copies.
+"""Runs experts where their bytes are: codes and factors straight from a mapped segment, no copies.
 
 Owns the parsed views of experts. Knows no network and no router weights.
 
@@ -7,22 +7,26 @@ Legend: T tokens of the call, P (expert, token) pairs, H hidden.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from expert_store.format import device_form, parse_codes
-from expert_store.types import ExpertKey, ExpertTokens, Manifest, RecordRequest
+from expert_store.errors import StoreError
+from expert_store.format import device_form, parse_codes, parse_factors
+from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens, Manifest, RecordRequest
 from kernels.ops import Backend, gated_mlp_many
-from kernels.types import GatedMLP, MlpCall
+from kernels.types import GatedMLP, GatedRepair, MlpCall
+
+logger = logging.getLogger(__name__)
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class RecordSource(Protocol):
-    """Where codes come from; a `Segment`, so that they are views of mapped pages."""
+    """Where records come from; a `Segment`, so that they are views of mapped pages."""
 
     @property
     def manifest(self) -> Manifest: ...
@@ -31,8 +35,9 @@ class RecordSource(Protocol):
 
 
 class Executor:
-    """Runs the low-bit experts of a source on the CPU. Thread-safe: one batch computes at a time,
-    on `num_threads` threads, so that concurrent callers do not fight for the cores.
+    """Runs the experts of a source on the CPU, restored where asked. Thread-safe: one batch
+    computes at a time, on `num_threads` threads, so that concurrent callers do not fight for the
+    cores.
     """
 
     def __init__(
@@ -44,6 +49,8 @@ class Executor:
         self._num_threads = num_threads
         self._backend = backend
         self._experts: dict[ExpertKey, GatedMLP] = {}
+        # Of each expert the prefix that was asked for last: which one it is seldom changes.
+        self._repairs: dict[ExpertKey, tuple[int | None, GatedRepair]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -51,25 +58,33 @@ class Executor:
         """That of the source."""
         return self._source.manifest
 
-    def run(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> torch.Tensor:
+    def run(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> ExpertOutputs:
         """Outputs [P, H] of each expert on its rows of hidden_TH, in the order of `work`.
 
-        hidden_TH is a CPU tensor, float32, bfloat16 or float16; the outputs have its dtype, are
-        accumulated in float32 and not weighted by the router. Raises ValueError for rows, shapes,
-        dtypes or experts that do not exist, a StoreError when codes cannot be read.
+        hidden_TH is a CPU tensor, float32, bfloat16 or float16; the outputs are accumulated in
+        float32. An expert whose factors cannot be read runs from codes alone and is named in
+        `degraded`. Raises ValueError for rows, shapes, dtypes, experts or blocks that do not
+        exist, a StoreError when codes cannot be read.
         """
         check_work(hidden_TH, work, self.manifest.model.expert.hidden)
         with self._lock:
             experts = self._parsed([item.key for item in work])
+            repairs = [self._repair(item) for item in work]
             calls = [
-                MlpCall(hidden_TH[list(item.token_rows)], experts[item.key])
-                for item in work
+                MlpCall(hidden_TH[list(item.token_rows)], experts[item.key], repair, _mask(item))
+                for item, repair in zip(work, repairs, strict=True)
                 if item.token_rows
             ]
             outputs = gated_mlp_many(calls, backend=self._backend, num_threads=self._num_threads)
-        if not outputs:
-            return hidden_TH.new_empty(0, hidden_TH.shape[1])
-        return torch.cat(outputs).to(hidden_TH.dtype)
+        output_PH = hidden_TH.new_empty(0, hidden_TH.shape[1])
+        if outputs:
+            output_PH = torch.cat(outputs).to(hidden_TH.dtype)
+        degraded = [
+            place
+            for place, (item, repair) in enumerate(zip(work, repairs, strict=True))
+            if item.restored and repair is None
+        ]
+        return ExpertOutputs(output_PH, tuple(degraded))
 
     def _parsed(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, GatedMLP]:
         """The experts, views that are kept; what had to be decoded (sz3) is not, it would fill the
@@ -84,6 +99,32 @@ class Executor:
             if form == device_form(form):
                 self._experts[key] = codes.mlp
         return experts
+
+    def _repair(self, item: ExpertTokens) -> GatedRepair | None:
+        """The blocks asked for; None when there is no restored row, or the record is lost."""
+        if not item.restored:
+            return None
+        num_blocks, repair = self._repairs.get(item.key, (None, None))
+        if repair is not None and num_blocks == item.num_blocks:
+            return repair
+        request = RecordRequest(item.key, "factors", item.num_blocks)
+        try:
+            (data,) = self._source.fetch([request])
+            form = self.manifest.experts[item.key].repair
+            if item.num_blocks is not None:
+                form = form.prefix(item.num_blocks)
+            shape = self.manifest.model.expert
+            repair = parse_factors(item.key, data, shape, form).factors
+        except StoreError as error:
+            logger.warning("%s runs from codes alone: %s", item.key, error)
+            return None
+        self._repairs[item.key] = (item.num_blocks, repair)
+        return repair
+
+
+def _mask(item: ExpertTokens) -> torch.Tensor | None:
+    """Which rows the repair is for; None means all of them."""
+    return None if all(item.restored) else torch.tensor(item.restored)
 
 
 def check_work(hidden_TH: torch.Tensor, work: Sequence[ExpertTokens], hidden: int) -> None:

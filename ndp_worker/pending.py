@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from expert_store.types import ExpertOutputs
 from ndp_worker.wire import Answer
 
 Owner = TypeVar("Owner")
@@ -26,7 +27,8 @@ class PendingCall(Generic[Owner]):
     deadline: float
     shape: tuple[int, int]  # [P, H]
     dtype: torch.dtype
-    future: Future[torch.Tensor] = field(default_factory=Future)
+    restorable: frozenset[int] = frozenset()  # places in the call of experts with restored rows
+    future: Future[ExpertOutputs] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
         self.future.set_running_or_notify_cancel()  # what was sent cannot be taken back
@@ -57,17 +59,23 @@ class PendingCalls(Generic[Owner]):
         call = self._calls.get(answer.request_id)
         if call is None:
             raise ValueError(f"no call has id {answer.request_id}: {answer.result}")
-        outputs = answer.result
-        if isinstance(outputs, torch.Tensor) and (
-            tuple(outputs.shape) != call.shape or outputs.dtype != call.dtype
-        ):
-            raise ValueError(
-                f"outputs: expected {call.dtype} {call.shape}, got {outputs.dtype} "
-                f"{tuple(outputs.shape)}"
-            )
+        if isinstance(answer.result, ExpertOutputs):
+            _check_outputs(call, answer.result)
         return self._calls.pop(answer.request_id)
 
     def take_all(self, owner: Owner) -> list[PendingCall[Owner]]:
         """Every call that was sent on one connection."""
         ids = [request_id for request_id, call in self._calls.items() if call.owner is owner]
         return [self._calls.pop(request_id) for request_id in ids]
+
+
+def _check_outputs(call: PendingCall[Owner], outputs: ExpertOutputs) -> None:
+    output_PH = outputs.output_PH
+    if tuple(output_PH.shape) != call.shape or output_PH.dtype != call.dtype:
+        raise ValueError(
+            f"outputs: expected {call.dtype} {call.shape}, got {output_PH.dtype} "
+            f"{tuple(output_PH.shape)}"
+        )
+    strange = sorted(set(outputs.degraded) - call.restorable)
+    if strange:
+        raise ValueError(f"degraded: place {strange[0]} of the call has no restored row")

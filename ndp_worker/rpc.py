@@ -23,7 +23,7 @@ import torch
 from expert_store.errors import ExpertUnavailableError, StoreError
 from expert_store.listing import is_reachable
 from expert_store.rpc import open_channel, start_server
-from expert_store.types import ExpertTokens
+from expert_store.types import ExpertOutputs, ExpertTokens
 from ndp_worker.executor import Executor, check_work
 from ndp_worker.pending import PendingCall, PendingCalls
 from ndp_worker.wire import (
@@ -89,8 +89,8 @@ class NdpServer:
     def _answer(self, message: bytes) -> bytes:
         try:
             call = decode_call(message)
-            outputs_PH = self._executor.run(call.hidden_TH, call.work)
-            answer = encode_answer(call.request_id, outputs_PH)
+            outputs = self._executor.run(call.hidden_TH, call.work)
+            answer = encode_answer(call.request_id, outputs)
             if len(answer) > self._max_message_bytes:
                 raise ValueError(f"outputs: {len(answer)} bytes are over the limit; split the call")
         except (ValueError, StoreError) as error:
@@ -143,8 +143,10 @@ class NdpClient:
         """Bytes of frames (sent, received) since the start."""
         return self._bytes_sent, self._bytes_received
 
-    def submit(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> Future[torch.Tensor]:
-        """Start one layer's batch: outputs [P, H] in the order of `work`, hidden_TH's dtype, CPU.
+    def submit(
+        self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
+    ) -> Future[ExpertOutputs]:
+        """Start one layer's batch: outputs in the order of `work`.
 
         Only the rows that some expert needs travel. Raises ValueError for rows, dtypes or limits;
         the future raises ExpertUnavailableError when the worker is lost, CorruptRecordError when
@@ -154,7 +156,8 @@ class NdpClient:
         rows, work = used_rows(work)
         shape = (sum(len(item.token_rows) for item in work), hidden_TH.shape[1])
         if not shape[0]:
-            return _resolved(hidden_TH.new_empty(shape, device="cpu"))
+            return _resolved(ExpertOutputs(hidden_TH.new_empty(shape, device="cpu")))
+        restorable = frozenset(place for place, item in enumerate(work) if item.restored)
         request_id = next(self._ids)
         frame = encode_call(request_id, hidden_TH[rows].cpu(), work)
         if len(frame) > self._max_message_bytes:
@@ -164,7 +167,8 @@ class NdpClient:
                 state = "closed" if self._closed else "at its limit of calls in flight"
                 return _resolved(ExpertUnavailableError(f"the near-data client is {state}"))
             stream = self._stream = self._stream or self._connect()
-            call = PendingCall(stream, self._clock() + self._deadline_s, shape, hidden_TH.dtype)
+            deadline = self._clock() + self._deadline_s
+            call = PendingCall(stream, deadline, shape, hidden_TH.dtype, restorable)
             self._pending.add(request_id, call)
             self._changed.notify()
             stream.frames.put(frame)
@@ -220,7 +224,7 @@ class NdpClient:
         answer = decode_answer(message)
         with self._changed:
             call = self._pending.take(answer)
-        if isinstance(answer.result, torch.Tensor):
+        if isinstance(answer.result, ExpertOutputs):
             call.future.set_result(answer.result)
         else:
             call.future.set_exception(answer.result)
@@ -277,9 +281,9 @@ class _Stream:
         self._channel.close()
 
 
-def _resolved(outcome: torch.Tensor | StoreError) -> Future[torch.Tensor]:
-    future: Future[torch.Tensor] = Future()
-    if isinstance(outcome, torch.Tensor):
+def _resolved(outcome: ExpertOutputs | StoreError) -> Future[ExpertOutputs]:
+    future: Future[ExpertOutputs] = Future()
+    if isinstance(outcome, ExpertOutputs):
         future.set_result(outcome)
     else:
         future.set_exception(outcome)

@@ -3,11 +3,15 @@
 A frame is a 40-byte header, little-endian, then the body:
     magic "MTND" | u16 wire version | u16 kind | u64 request id | u32 layer | u32 experts
     | u32 rows | u32 tokens | u32 hidden | u16 dtype | u16 reserved, 0
-    call (kind 1):   i32 expert ids [experts], i32 row counts [experts], i32 token rows [rows],
+    call (kind 1):   i32 expert ids [experts], i32 row counts [experts], i32 block counts [experts],
+                     i32 token rows [rows], u8 restored [rows], zeros up to a multiple of 4 bytes,
                      activations [tokens, hidden]
-    answer (kind 2): outputs [rows, hidden]; layer, experts and tokens are 0
+    answer (kind 2): i32 degraded [experts], outputs [rows, hidden]; layer and tokens are 0
     error (kinds 3 to 5: the caller's fault, unavailable, corrupt): UTF-8 text of `rows` bytes
-dtype 0 is float32, 1 bfloat16, 2 float16. Knows no transport.
+dtype 0 is float32, 1 bfloat16, 2 float16. A row is restored (1) or not (0); the block count of an
+expert is how many blocks of its compensator its restored rows get, -1 for all of them and for an
+expert that has no restored row. Degraded are, in rising order, the places in the call of experts
+whose restored rows ran from codes alone. Knows no transport.
 
 Legend: T tokens, P (expert, token) pairs, H hidden.
 """
@@ -16,16 +20,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreError
-from expert_store.types import ExpertKey, ExpertTokens
+from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens
 
 MAGIC = b"MTND"
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_EXPERTS = 4096
 MAX_TOKENS = 65536
 MAX_PAIRS = 2**20
@@ -33,6 +37,7 @@ MAX_HIDDEN = 65536
 MAX_ERROR_BYTES = 4096
 
 CALL, ANSWER, BAD_CALL, UNAVAILABLE, CORRUPT = 1, 2, 3, 4, 5
+_ALL_BLOCKS = -1
 _HEADER = struct.Struct("<4sHHQIIIIIHH")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ERRORS: dict[int, type[StoreError] | type[ValueError]] = {
@@ -56,7 +61,7 @@ class Answer:
     """A decoded answer: outputs, or what went wrong."""
 
     request_id: int
-    result: torch.Tensor | StoreError | ValueError  # [P, H]
+    result: ExpertOutputs | StoreError | ValueError
 
 
 def used_rows(work: Sequence[ExpertTokens]) -> tuple[list[int], tuple[ExpertTokens, ...]]:
@@ -66,7 +71,7 @@ def used_rows(work: Sequence[ExpertTokens]) -> tuple[list[int], tuple[ExpertToke
     rows = sorted({row for item in work for row in item.token_rows})
     place = {row: index for index, row in enumerate(rows)}
     return rows, tuple(
-        ExpertTokens(item.key, tuple(place[row] for row in item.token_rows)) for item in work
+        replace(item, token_rows=tuple(place[row] for row in item.token_rows)) for item in work
     )
 
 
@@ -89,46 +94,71 @@ def encode_call(request_id: int, hidden_TH: torch.Tensor, work: Sequence[ExpertT
     )
     _check_limits(header)
     experts = [item.key.expert for item in work]
+    blocks = [_ALL_BLOCKS if item.num_blocks is None else item.num_blocks for item in work]
     rows = [row for item in work for row in item.token_rows]
-    indices = np.array(experts + counts + rows, dtype="<i4").tobytes()
-    return b"".join((_pack(header), indices, _tensor_bytes(hidden_TH)))
+    indices = np.array(experts + counts + blocks + rows, dtype="<i4").tobytes()
+    # bytes(n) are n zeros: the flags of an expert without a restored row.
+    restored = b"".join(bytes(item.restored or len(item.token_rows)) for item in work)
+    restored += bytes(_padding(len(rows)))
+    return b"".join((_pack(header), indices, restored, _tensor_bytes(hidden_TH)))
 
 
 def decode_call(message: bytes) -> Call:
     """The call in a message. Raises ValueError, naming the field, for anything malformed.
 
-    Token rows are checked against the number of tokens; experts are the executor's to check.
+    Token rows are checked against the number of tokens; experts and their blocks are the
+    executor's to check.
     """
     header = _unpack(message)
     if header.kind != CALL:
         raise ValueError(f"kind: got {header.kind}, a server expects calls ({CALL})")
     _check_limits(header)
     num_experts, num_pairs, num_tokens = header.num_experts, header.num_rows, header.num_tokens
-    start = _HEADER.size + 4 * (2 * num_experts + num_pairs)
+    num_indices = 3 * num_experts + num_pairs
+    flags_start = _HEADER.size + 4 * num_indices
+    start = flags_start + num_pairs + _padding(num_pairs)
     _check_length(message, start + num_tokens * header.hidden * header.dtype.itemsize)
-    indices = np.frombuffer(message, "<i4", 2 * num_experts + num_pairs, _HEADER.size)
-    experts, counts = indices[:num_experts], indices[num_experts : 2 * num_experts]
-    rows = indices[2 * num_experts :]
+    indices = np.frombuffer(message, "<i4", num_indices, _HEADER.size)
+    experts, counts, blocks = indices[: 3 * num_experts].reshape(3, num_experts)
+    rows = indices[3 * num_experts :]
+    flags = np.frombuffer(message, np.uint8, start - flags_start, flags_start)
     if (experts < 0).any():
         raise ValueError("expert ids: negative")
     if (counts < 0).any() or int(counts.sum(dtype=np.int64)) != num_pairs:
         raise ValueError(f"row counts: do not add up to the {num_pairs} rows of the header")
     if ((rows < 0) | (rows >= num_tokens)).any():
         raise ValueError(f"token rows: outside 0 to {num_tokens - 1}")
+    if (flags > 1).any() or flags[num_pairs:].any():
+        raise ValueError("restored: a flag other than 0 and 1, or padding other than 0")
+    if (blocks < _ALL_BLOCKS).any():
+        raise ValueError(f"block counts: below {_ALL_BLOCKS}")
     ends = counts.cumsum()
     work = tuple(
-        ExpertTokens(ExpertKey(header.layer, int(expert)), tuple(rows[end - count : end].tolist()))
-        for expert, count, end in zip(experts, counts, ends, strict=True)
+        _expert_tokens(
+            ExpertKey(header.layer, int(expert)),
+            rows[end - count : end],
+            flags[end - count : end],
+            int(num_blocks),
+        )
+        for expert, count, num_blocks, end in zip(experts, counts, blocks, ends, strict=True)
     )
     hidden_TH = _tensor(message, start, header.dtype, num_tokens, header.hidden)
     return Call(header.request_id, hidden_TH, work)
 
 
-def encode_answer(request_id: int, outputs_PH: torch.Tensor) -> bytes:
-    """The bytes of an answer; outputs_PH [P, H] on the CPU."""
-    num_rows, hidden = outputs_PH.shape
-    header = _Header(ANSWER, request_id, num_rows=num_rows, hidden=hidden, dtype=outputs_PH.dtype)
-    return _pack(header) + _tensor_bytes(outputs_PH)
+def encode_answer(request_id: int, outputs: ExpertOutputs) -> bytes:
+    """The bytes of an answer."""
+    num_rows, hidden = outputs.output_PH.shape
+    header = _Header(
+        kind=ANSWER,
+        request_id=request_id,
+        num_experts=len(outputs.degraded),
+        num_rows=num_rows,
+        hidden=hidden,
+        dtype=outputs.output_PH.dtype,
+    )
+    degraded = np.array(outputs.degraded, dtype="<i4").tobytes()
+    return _pack(header) + degraded + _tensor_bytes(outputs.output_PH)
 
 
 def encode_error(request_id: int, error: StoreError | ValueError) -> bytes:
@@ -148,9 +178,13 @@ def decode_answer(message: bytes) -> Answer:
     if header.kind == ANSWER:
         _check_limits(header)
         num_rows, hidden, dtype = header.num_rows, header.hidden, header.dtype
-        _check_length(message, _HEADER.size + num_rows * hidden * dtype.itemsize)
-        outputs_PH = _tensor(message, _HEADER.size, dtype, num_rows, hidden)
-        return Answer(header.request_id, outputs_PH)
+        start = _HEADER.size + 4 * header.num_experts
+        _check_length(message, start + num_rows * hidden * dtype.itemsize)
+        degraded = np.frombuffer(message, "<i4", header.num_experts, _HEADER.size)
+        if (np.diff(degraded, prepend=-1) < 1).any():
+            raise ValueError("degraded: places in a call are 0 or more and rise")
+        output_PH = _tensor(message, start, dtype, num_rows, hidden)
+        return Answer(header.request_id, ExpertOutputs(output_PH, tuple(degraded.tolist())))
     if header.kind not in _ERRORS:
         raise ValueError(f"kind: got {header.kind}, a client expects an answer or an error")
     _check_length(message, _HEADER.size + header.num_rows)
@@ -170,7 +204,7 @@ class _Header:
     kind: int
     request_id: int
     layer: int = 0
-    num_experts: int = 0
+    num_experts: int = 0  # of a call, or those degraded of an answer
     num_rows: int = 0  # pairs of a call, outputs of an answer, text bytes of an error
     num_tokens: int = 0
     hidden: int = 0
@@ -236,6 +270,19 @@ def _check_limits(header: _Header) -> None:
 def _check_length(message: bytes, expected: int) -> None:
     if len(message) != expected:
         raise ValueError(f"message: got {len(message)} bytes, its header announces {expected}")
+
+
+def _expert_tokens(
+    key: ExpertKey, rows: np.ndarray, flags: np.ndarray, num_blocks: int
+) -> ExpertTokens:
+    restored = tuple(flags.astype(bool).tolist()) if flags.any() else ()
+    return ExpertTokens(
+        key, tuple(rows.tolist()), restored, None if num_blocks == _ALL_BLOCKS else num_blocks
+    )
+
+
+def _padding(num_bytes: int) -> int:
+    return -num_bytes % 4
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> bytes:

@@ -112,7 +112,7 @@ def test_worker_settings_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 def test_steps_that_are_no_near_data_message_are_refused(tmp_path: Path) -> None:
     manifest = build_store(tmp_path / "store")
-    token_bytes = 4 * manifest.model.top_k * (manifest.model.expert.hidden + 1)
+    token_bytes = 4 * manifest.model.top_k * (manifest.model.expert.hidden + 2)
     most = (64 * 2**20 - 64 * 2**10) // token_bytes
     for name in ("prefill_chunk", "max_sequences"):
         fits = WorkerConfig(near_data="low_bit", **{name: most})

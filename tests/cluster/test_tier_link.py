@@ -118,7 +118,7 @@ def test_near_data_goes_on_with_another_worker_and_counts_all_bytes(tiers: Tiers
     link = link_to(tiers, Endpoints(1, (store,), (first_listing,)))
     try:
         assert link.near_data is not None
-        before = link.near_data.submit(hidden_TH, WORK).result(20)
+        before = link.near_data.submit(hidden_TH, WORK).result(20).output_PH
         moved = link.near_data.bytes_moved
         assert min(moved) > 0
         first.close(0)
@@ -128,7 +128,8 @@ def test_near_data_goes_on_with_another_worker_and_counts_all_bytes(tiers: Tiers
         with pytest.raises(ExpertUnavailableError):
             link.near_data.submit(hidden_TH, WORK).result(20)
         link.follow(Endpoints(3, (store,), (second_listing,)))
-        assert torch.equal(link.near_data.submit(hidden_TH, WORK).result(20), before)
+        after = link.near_data.submit(hidden_TH, WORK).result(20).output_PH
+        assert torch.equal(after, before)
         assert all(now > then for now, then in zip(link.near_data.bytes_moved, moved, strict=True))
     finally:
         link.close()
@@ -142,9 +143,10 @@ def test_two_near_data_workers_share_and_one_is_enough(tiers: Tiers) -> None:
     link = link_to(tiers, Endpoints(1, (store,), (first_listing, second_listing)))
     try:
         assert link.near_data is not None
-        before = link.near_data.submit(hidden_TH, WORK).result(20)
+        before = link.near_data.submit(hidden_TH, WORK).result(20).output_PH
         first.close(0)
-        assert torch.equal(link.near_data.submit(hidden_TH, WORK).result(20), before)
+        after = link.near_data.submit(hidden_TH, WORK).result(20).output_PH
+        assert torch.equal(after, before)
     finally:
         link.close()
 

@@ -14,13 +14,12 @@ from concurrent.futures import Future
 import torch
 
 from expert_store.errors import ExpertUnavailableError, StoreError
-from expert_store.format import parse_codes
-from expert_store.types import ExpertKey, ExpertTokens, Manifest, RecordRequest
+from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens, Manifest, RecordRequest
 from gpu_worker.protocols import ExpertSource
 from gpu_worker.record_sizes import PlannedCopy
 from gpu_worker.streamer import Stream, Streamer
 from kernels import ops
-from kernels.types import MlpCall
+from ndp_worker.executor import Executor
 
 
 class CountingSource:
@@ -125,33 +124,27 @@ class ShuffledSource(CountingSource):
 
 
 class InProcessNearData:
-    """Runs codes with the near-data kernels in the own process; counts bytes as a wire would."""
+    """A near-data worker's executor in the own process; counts bytes as a wire would."""
 
     def __init__(self, source: ExpertSource, backend: ops.Backend = "cpu_int8") -> None:
-        self._source = source
-        self._backend = backend
+        self._executor = Executor(source, backend=backend)
         self._sent = self._received = 0
         self.num_pairs = 0
         self.error: StoreError | None = None
 
-    def submit(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> Future[torch.Tensor]:
-        future: Future[torch.Tensor] = Future()
+    def submit(
+        self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
+    ) -> Future[ExpertOutputs]:
+        future: Future[ExpertOutputs] = Future()
         if self.error is not None:
             future.set_exception(self.error)
             return future
-        model = self._source.manifest.model
-        datas = self._source.fetch([RecordRequest(part.key, "codes") for part in work])
-        calls = []
-        for part, data in zip(work, datas, strict=True):
-            form = self._source.manifest.experts[part.key].form
-            mlp = parse_codes(part.key, data, model.expert, form).mlp
-            calls.append(MlpCall(hidden_TH[list(part.token_rows)], mlp))
-        output = torch.cat(ops.gated_mlp_many(calls, backend=self._backend, num_threads=1))
-        output = output.to(hidden_TH.dtype)
-        self.num_pairs += output.shape[0]
+        outputs = self._executor.run(hidden_TH, work)
+        output_PH = outputs.output_PH
+        self.num_pairs += output_PH.shape[0]
         self._sent += hidden_TH.numel() * hidden_TH.element_size()
-        self._received += output.numel() * output.element_size()
-        future.set_result(output)
+        self._received += output_PH.numel() * output_PH.element_size()
+        future.set_result(outputs)
         return future
 
     @property

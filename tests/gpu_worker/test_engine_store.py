@@ -156,10 +156,11 @@ def test_a_lost_compensator_degrades_and_says_so(store: Path) -> None:
         assert tokens_of(found) == tokens_of(static[name]), "codes alone, as if none were asked for"
 
 
-def test_near_data_serves_requests_and_its_loss_is_survived(store: Path) -> None:
+@pytest.mark.parametrize("policy", ["low_bit", "all"])
+def test_near_data_serves_requests_and_its_loss_is_survived(store: Path, policy: str) -> None:
     segment = Segment(store)
     near_data = InProcessNearData(segment, backend="cpu_fp32")
-    engine = engine_over(store, segment, near_data="low_bit", client=near_data)
+    engine = engine_over(store, segment, near_data=policy, client=near_data)
     first = play(engine, {0: requests(temperature=0.0)})
     assert near_data.num_pairs > 0
     near_data.error = StoreError("the near-data worker has gone (test)")

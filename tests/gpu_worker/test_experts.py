@@ -338,6 +338,46 @@ class TestNearData:
         error = float((output - expected).norm() / expected.norm())
         assert 0 < error < INT8_CLOSE
 
+    def test_all_runs_every_pair_there_and_copies_nothing(self, segment: Segment) -> None:
+        step, source = Step(num_rows=9), CountingSource(segment)
+        near = InProcessNearData(segment)
+        with running(source, near, near_data="all", top_n=2) as experts:
+            output = step.run(experts)
+            report = experts.end()
+        counters = report.counters
+        assert counters.near_data_pairs == near.num_pairs == 27
+        assert (counters.restored_pairs, counters.low_bit_pairs) == (18, 9)
+        assert (counters.degraded_pairs, report.degraded_rows) == (0, {})
+        assert counters.total_moved_bytes == 0 == sum(source.bytes.values())
+        expected = oracle(segment, step, 2)
+        assert relative(output, expected) > 0
+        assert float((output - expected).norm() / expected.norm()) < INT8_CLOSE
+
+    def test_a_compensator_lost_there_degrades_its_pairs_and_no_other(self, plain: Segment) -> None:
+        step = Step(num_rows=9)
+        restore = restore_mask(step.weights, 1)
+        lost = int(step.ids[restore][0])
+        source = LossySource(plain, [RecordRequest(ExpertKey(0, lost), "factors")])
+        with running(plain, InProcessNearData(source, "reference"), near_data="all") as experts:
+            output = step.run(experts)
+            report = experts.end()
+        rows = ((step.ids == lost) & restore).any(dim=1).nonzero().flatten().tolist()
+        assert report.degraded_rows == dict.fromkeys(rows, 1)
+        counters = report.counters
+        assert counters.degraded_pairs == len(rows) > 0
+        assert (counters.restored_pairs, counters.low_bit_pairs) == (9 - len(rows), 18)
+        assert relative(output, oracle(plain, step, 1, lost_factors=(lost,))) < CLOSE
+
+    def test_the_same_blocks_are_used_there_as_on_the_device(self, plain: Segment) -> None:
+        """A share of the compensators: 3 of the 4 blocks of a store made by hand."""
+        step, outputs = Step(num_rows=9), []
+        for near_data in ("off", "all"):
+            near = InProcessNearData(plain, "reference")
+            with running(plain, near, near_data=near_data, factor_share=0.8) as experts:
+                outputs.append(step.run(experts))
+        assert relative(outputs[1], outputs[0]) < CLOSE
+        assert relative(outputs[0], oracle(plain, step, 1)) > 1e-3
+
     def test_rows_that_nobody_there_needs_do_not_travel(self, plain: Segment) -> None:
         step, near = Step(num_rows=4), InProcessNearData(plain, "reference")
         with running(plain, near, near_data="low_bit") as experts:
@@ -349,7 +389,7 @@ class TestNearData:
 
     def test_with_exact_near_data_the_answer_is_that_of_off(self, plain: Segment) -> None:
         step, near = Step(num_rows=9), InProcessNearData(plain, "reference")
-        for policy in ({"near_data": "low_bit"}, COST):
+        for policy in ({"near_data": "low_bit"}, {"near_data": "all"}, COST):
             with running(plain, near, **policy) as experts:
                 output = step.run(experts)
             assert relative(output, oracle(plain, step, 1)) < CLOSE
@@ -373,11 +413,14 @@ class TestNearData:
             step.run(experts)
             assert experts.end().counters.near_data_pairs == 0
 
-    def test_when_near_data_is_lost_its_experts_are_copied(self, plain: Segment) -> None:
+    @pytest.mark.parametrize("policy", ["low_bit", "all"])
+    def test_when_near_data_is_lost_its_experts_are_copied(
+        self, plain: Segment, policy: str
+    ) -> None:
         step, near = Step(num_rows=9), InProcessNearData(plain)
         near.error = ExpertUnavailableError("worker lost (test)")
         source = CountingSource(plain)
-        with running(source, near, near_data="low_bit") as experts:
+        with running(source, near, near_data=policy) as experts:
             output = step.run(experts)
             counters = experts.end().counters
         assert relative(output, oracle(plain, step, 1)) < CLOSE

@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "routing": routing_of(ids, restore, active),
         "on_device": frozenset(draw(st.sets(st.sampled_from(everything)))),
-        "policy": draw(st.sampled_from([Policy("off"), Policy("low_bit"), COST])),
+        "policy": draw(st.sampled_from([Policy("off"), Policy("low_bit"), Policy("all"), COST])),
     }
 
 
@@ -104,7 +104,10 @@ def test_every_active_pair_is_planned_once_and_every_missing_record_is_copied_on
         for row, column, restored in zip(work.token_rows, work.columns, work.restored, strict=True):
             wanted = bool(routing.restore_TK[row, column]) and work.key in SIZES.factors
             assert restored is wanted
-    assert all(work.num_restored == 0 for work in dispatch.remote)
+    if case["policy"].near_data == "all":
+        assert not dispatch.resident + dispatch.streamed
+    if case["policy"].near_data == "low_bit":
+        assert all(work.num_restored == 0 for work in dispatch.remote)
     for works in (dispatch.resident, dispatch.streamed, dispatch.remote):
         assert [work.key for work in works] == sorted(work.key for work in works)
 
@@ -166,12 +169,22 @@ def test_cost_policy_weighs_seconds_of_copying_against_seconds_of_near_data() ->
         assert bool(dispatch.remote) is is_remote
 
 
-def test_cost_policy_counts_residents_and_codes_that_come_anyway_as_free() -> None:
+def test_cost_policy_sends_restored_pairs_near_with_their_expert() -> None:
+    """Codes and factors take 1.1 s to copy: as long as 2.75 tokens at 0.4 s."""
+    for num_tokens, is_remote in ((2, True), (3, False)):
+        routing = routing_of([[0]] * num_tokens, [[True]] + [[False]] * (num_tokens - 1))
+        dispatch = plan(LAYER, routing, on_device=frozenset(), sizes=SIZES, policy=COST)
+        assert sum(work.num_restored for work in dispatch.remote) == int(is_remote)
+        assert bool(dispatch.streamed) is not is_remote
+
+
+def test_cost_policy_counts_residents_as_free() -> None:
     codes = frozenset([RecordRequest(KEYS[0], "codes")])
     low_bit = routing_of([[0]], [[False]])
     assert plan(LAYER, low_bit, on_device=codes, sizes=SIZES, policy=COST).remote == ()
-    shared = routing_of([[0], [0]], [[True], [False]])
-    assert plan(LAYER, shared, on_device=frozenset(), sizes=SIZES, policy=COST).remote == ()
+    restored = routing_of([[0]], [[True]])
+    both = codes | {RecordRequest(KEYS[0], "factors")}
+    assert plan(LAYER, restored, on_device=both, sizes=SIZES, policy=COST).remote == ()
 
 
 def test_cost_policy_keeps_link_and_near_data_busy_together() -> None:

@@ -35,7 +35,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
         ({"restore_seed": -1}, "restore_seed: got -1"),
         ({"skip_below": float("nan")}, "skip_below: got nan, expected 0 to 1"),
         ({"skip_below": 2}, "skip_below: got 2"),
-        ({"near_data": "on"}, "near_data: got 'on', expected one of off, low_bit, cost"),
+        ({"near_data": "on"}, "near_data: got 'on', expected one of off, low_bit, all, cost"),
         ({"device": "tpu"}, "device: got 'tpu', expected one of auto, cpu, cuda"),
         ({"dtype": "int8"}, "dtype: got 'int8', expected one of auto, float32"),
         ({"top_n": -1}, "top_n: got -1, expected a whole number of at least 0"),

@@ -58,7 +58,7 @@ def test_a_compressed_store_is_served_whole_and_run(
         for layer in manifest.model.moe_layers:
             keys = [key for key in manifest.experts if key.layer == layer]
             work = [ExpertTokens(key, (key.expert, 4)) for key in keys]
-            outputs_PH = client.submit(hidden_TH, work).result(WAIT_S)
+            outputs_PH = client.submit(hidden_TH, work).result(WAIT_S).output_PH
             truth_PH = torch.cat([_reference(segment, hidden_TH, item) for item in work])
             # Codes: two roundings of activations to int8. bf16 originals run in float32.
             tolerance = 1e-5 if recipe == "original" else 3e-2

@@ -14,27 +14,16 @@ import pytest
 import torch
 
 from expert_store.errors import CorruptRecordError, ExpertUnavailableError
-from expert_store.format import parse_codes
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey, ExpertTokens, RecordRequest
-from kernels import reference
 from ndp_worker.config import NdpConfig
 from ndp_worker.executor import Executor
+from tests.gpu_worker.sources import CountingSource, LossySource
 from tests.hand_store import build_store
+from tests.ndp_worker.truth import reference_outputs
 
 TOLERANCE = {"cpu_fp32": 1e-5, "cpu_int8": 3e-2}
 HIDDEN = 64
-
-
-def expected(segment: Segment, hidden_TH: torch.Tensor, work: list[ExpertTokens]) -> torch.Tensor:
-    """The truth: one reference MLP per item, in order."""
-    outputs = [torch.empty(0, hidden_TH.shape[1])]
-    for item in work:
-        (data,) = segment.fetch([RecordRequest(item.key, "codes")])
-        info = segment.manifest.experts[item.key]
-        codes = parse_codes(item.key, data, segment.manifest.model.expert, info.form)
-        outputs.append(reference.gated_mlp(hidden_TH[list(item.token_rows)].float(), codes.mlp))
-    return torch.cat(outputs)
 
 
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -57,8 +46,8 @@ def test_agrees_with_the_reference(tmp_path: Path, backend: str, bits: int, has_
     executor = Executor(segment, num_threads=2, backend=backend)
     hidden_TH = torch.randn(5, HIDDEN)
     for work in (MIXED, work_of((1, (3,))), work_of((0, tuple(range(5))))):
-        outputs_PH = executor.run(hidden_TH, work)
-        truth = expected(segment, hidden_TH, work)
+        outputs_PH = executor.run(hidden_TH, work).output_PH
+        truth = reference_outputs(segment, hidden_TH, work)
         assert outputs_PH.shape == truth.shape
         assert relative_error(outputs_PH, truth) < TOLERANCE[backend]
 
@@ -79,12 +68,91 @@ def test_every_form_of_codes_runs(tmp_path: Path, backend: Any, form: str) -> No
     segment = Segment(tmp_path)
     executor = Executor(segment, num_threads=2, backend=backend)
     hidden_TH = torch.randn(5, HIDDEN)
-    truth = expected(segment, hidden_TH, MIXED)
+    truth = reference_outputs(segment, hidden_TH, MIXED)
     for _ in range(2):
-        outputs_PH = executor.run(hidden_TH, MIXED)
+        outputs_PH = executor.run(hidden_TH, MIXED).output_PH
         assert relative_error(outputs_PH, truth) < TOLERANCE[backend]
     # Views stay; what had to be decoded would fill the memory.
     assert len(executor._experts) == (0 if form == "sz3" else 3)
+
+
+RESTORED = [
+    ExpertTokens(ExpertKey(1, 2), (0, 3, 4), (True, False, True)),
+    ExpertTokens(ExpertKey(1, 0), (1, 2)),
+    ExpertTokens(ExpertKey(1, 1), (4, 0), (True, True), 2),
+]
+
+
+@pytest.mark.parametrize("backend", ["cpu_fp32", "cpu_int8"])
+@pytest.mark.parametrize("blocks", ["gudg", "GUDgud"])  # rank blocks, and planes before them
+def test_restored_rows_get_their_blocks(tmp_path: Path, backend: Any, blocks: str) -> None:
+    build_store(tmp_path, blocks=blocks)
+    segment = Segment(tmp_path)
+    source = CountingSource(segment)
+    executor = Executor(source, num_threads=2, backend=backend)
+    hidden_TH = torch.randn(5, HIDDEN)
+    truth = reference_outputs(segment, hidden_TH, RESTORED)
+    low_bit = [ExpertTokens(item.key, item.token_rows) for item in RESTORED]
+    assert relative_error(reference_outputs(segment, hidden_TH, low_bit), truth) > 0.1
+    for _ in range(3):
+        outputs = executor.run(hidden_TH, RESTORED)
+        assert relative_error(outputs.output_PH, truth) < TOLERANCE[backend]
+        assert outputs.degraded == ()
+    factors = [r for call in source.calls for r in call if r.kind == "factors"]
+    assert [(r.key.expert, r.num_blocks) for r in factors] == [(2, None), (1, 2)], "parsed once"
+
+
+def test_another_prefix_of_a_compensator_gives_that_prefix(tmp_path: Path) -> None:
+    build_store(tmp_path)
+    segment = Segment(tmp_path)
+    executor = Executor(segment, backend="cpu_fp32")
+    hidden_TH = torch.randn(5, HIDDEN)
+    for num_blocks in (2, 4, None, 0, 1, 2):
+        work = [ExpertTokens(ExpertKey(1, 1), (4, 0), (True, False), num_blocks)]
+        outputs_PH = executor.run(hidden_TH, work).output_PH
+        truth = reference_outputs(segment, hidden_TH, work)
+        assert relative_error(outputs_PH, truth) < 1e-5
+
+
+def test_an_expert_without_its_factors_runs_from_codes_and_is_named(tmp_path: Path) -> None:
+    manifest = build_store(tmp_path)
+    record = manifest.experts[ExpertKey(1, 2)].factors
+    assert record is not None
+    data = bytearray((tmp_path / record.file).read_bytes())
+    data[record.offset] ^= 1
+    (tmp_path / record.file).write_bytes(data)
+    segment = Segment(tmp_path)
+    lost = RecordRequest(ExpertKey(1, 1), "factors", 2)
+    executor = Executor(LossySource(segment, [lost]), backend="cpu_fp32")
+    hidden_TH = torch.randn(5, HIDDEN)
+    low_bit = [ExpertTokens(item.key, item.token_rows) for item in RESTORED]
+    for _ in range(2):
+        outputs = executor.run(hidden_TH, RESTORED)
+        assert outputs.degraded == (0, 2), "one damaged, one lost; the second asked for none"
+        truth = reference_outputs(segment, hidden_TH, low_bit)
+        assert relative_error(outputs.output_PH, truth) < 1e-5
+
+
+def test_blocks_that_no_store_has_are_the_callers_mistake(tmp_path: Path) -> None:
+    build_store(tmp_path / "four")
+    build_store(tmp_path / "none", blocks="")
+    hidden_TH = torch.zeros(5, HIDDEN)
+    work = [ExpertTokens(ExpertKey(1, 1), (0,), (True,), 9)]
+    with pytest.raises(ValueError, match="num_blocks 9 of layer 1 expert 1, which has 4 blocks"):
+        Executor(Segment(tmp_path / "four")).run(hidden_TH, work)
+    with pytest.raises(ValueError, match="layer 1 expert 2 has no factors record"):
+        Executor(Segment(tmp_path / "none")).run(hidden_TH, RESTORED)
+
+
+@pytest.mark.parametrize(
+    ("restored", "num_blocks"),
+    [((True,), None), ((False, False), None), ((), 1), ((True, False), -1), ((), -1)],
+)
+def test_tokens_with_flags_that_do_not_fit(
+    restored: tuple[bool, ...], num_blocks: int | None
+) -> None:
+    with pytest.raises(ValueError, match="restored of layer 1 expert 0"):
+        ExpertTokens(ExpertKey(1, 0), (0, 1), restored, num_blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -92,10 +160,10 @@ def test_outputs_have_the_callers_dtype(tmp_path: Path, dtype: torch.dtype) -> N
     build_store(tmp_path)
     segment = Segment(tmp_path)
     hidden_TH = torch.randn(5, HIDDEN).to(dtype)
-    outputs_PH = Executor(segment, backend="cpu_fp32").run(hidden_TH, MIXED)
+    outputs_PH = Executor(segment, backend="cpu_fp32").run(hidden_TH, MIXED).output_PH
     assert outputs_PH.dtype == dtype
     rounding = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
-    assert relative_error(outputs_PH, expected(segment, hidden_TH, MIXED)) < rounding
+    assert relative_error(outputs_PH, reference_outputs(segment, hidden_TH, MIXED)) < rounding
 
 
 def test_an_unknown_backend(tmp_path: Path) -> None:
@@ -109,11 +177,11 @@ def test_nothing_to_do_and_experts_without_rows(tmp_path: Path) -> None:
     segment = Segment(tmp_path)
     executor = Executor(segment, backend="cpu_fp32")
     hidden_TH = torch.randn(5, HIDDEN)
-    assert executor.run(hidden_TH, []).shape == (0, HIDDEN)
-    assert executor.run(torch.empty(0, HIDDEN), []).shape == (0, HIDDEN)
+    assert executor.run(hidden_TH, []).output_PH.shape == (0, HIDDEN)
+    assert executor.run(torch.empty(0, HIDDEN), []).output_PH.shape == (0, HIDDEN)
     work = work_of((0, ()), (1, (2,)), (2, ()))
-    outputs_PH = executor.run(hidden_TH, work)
-    assert relative_error(outputs_PH, expected(segment, hidden_TH, work)) < 1e-5
+    outputs_PH = executor.run(hidden_TH, work).output_PH
+    assert relative_error(outputs_PH, reference_outputs(segment, hidden_TH, work)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -152,7 +220,7 @@ def test_a_damaged_and_an_absent_expert(tmp_path: Path) -> None:
         executor.run(hidden_TH, work_of((0, (0,))))
     with pytest.raises(ExpertUnavailableError, match="layer 1 expert 2"):
         executor.run(hidden_TH, work_of((2, (0,))))
-    assert executor.run(hidden_TH, work_of((1, (0,)))).shape == (1, HIDDEN)
+    assert executor.run(hidden_TH, work_of((1, (0,)))).output_PH.shape == (1, HIDDEN)
 
 
 def test_experts_are_views_and_parsed_once(tmp_path: Path) -> None:
@@ -181,11 +249,11 @@ def test_many_threads_get_their_own_answers(tmp_path: Path) -> None:
     segment = Segment(tmp_path)
     executor = Executor(segment, num_threads=2)
     batches = [torch.randn(5, HIDDEN) for _ in range(8)]
-    alone = [executor.run(batch, MIXED) for batch in batches]
+    alone = [executor.run(batch, MIXED).output_PH for batch in batches]
     together: list[torch.Tensor | None] = [None] * len(batches)
 
     def run(index: int) -> None:
-        together[index] = executor.run(batches[index], MIXED)
+        together[index] = executor.run(batches[index], MIXED).output_PH
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(batches))]
     for thread in threads:

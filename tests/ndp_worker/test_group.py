@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from expert_store.errors import CorruptRecordError, ExpertUnavailableError
-from expert_store.types import ExpertKey, ExpertTokens
+from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens
 from ndp_worker.group import Member, NearDataGroup
 
 KEYS = [ExpertKey(2, expert) for expert in range(4)]
@@ -31,15 +31,22 @@ def outputs(work: Sequence[ExpertTokens]) -> torch.Tensor:
 
 
 class FakeWorker:
-    """Answers when told to; or fails every call with `error`."""
+    """Answers when told to; or fails every call with `error`; has lost the factors of `lost`."""
 
-    def __init__(self, error: Exception | None = None, *, at_once: bool = True) -> None:
+    def __init__(
+        self,
+        error: Exception | None = None,
+        *,
+        at_once: bool = True,
+        lost: Sequence[ExpertKey] = (),
+    ) -> None:
         self.error = error
+        self.lost = lost
         self.at_once = at_once
-        self.calls: list[tuple[list[ExpertTokens], Future[torch.Tensor]]] = []
+        self.calls: list[tuple[list[ExpertTokens], Future[ExpertOutputs]]] = []
         self.closed = False
 
-    def submit(self, hidden_TH: torch.Tensor, work: list[ExpertTokens]) -> Future[torch.Tensor]:
+    def submit(self, hidden_TH: torch.Tensor, work: list[ExpertTokens]) -> Future[ExpertOutputs]:
         assert hidden_TH is HIDDEN_TH
         self.calls.append((work, Future()))
         if self.at_once:
@@ -51,7 +58,10 @@ class FakeWorker:
         if self.error is not None:
             future.set_exception(self.error)
         else:
-            future.set_result(outputs(work))
+            future.set_result(ExpertOutputs(outputs(work), self._degraded(work)))
+
+    def _degraded(self, work: list[ExpertTokens]) -> tuple[int, ...]:
+        return tuple(i for i, item in enumerate(work) if item.restored and item.key in self.lost)
 
     @property
     def bytes_moved(self) -> tuple[int, int]:
@@ -71,7 +81,7 @@ def test_each_expert_goes_to_its_holder_and_comes_back_in_order() -> None:
     low, high = FakeWorker(), FakeWorker()
     near = group((low, KEYS[:2]), (high, KEYS[2:]))
     found = near.submit(HIDDEN_TH, WORK).result(0)
-    assert torch.equal(found, outputs(WORK))
+    assert torch.equal(found.output_PH, outputs(WORK))
     assert [item.key.expert for item in low.calls[0][0]] == [0, 1]
     assert [item.key.expert for item in high.calls[0][0]] == [3, 2]
     assert near.bytes_moved == (20, 2)
@@ -83,7 +93,7 @@ def test_each_expert_goes_to_its_holder_and_comes_back_in_order() -> None:
 def test_copies_share_the_load() -> None:
     workers = [FakeWorker(), FakeWorker()]
     near = group(*((worker, None) for worker in workers))
-    assert torch.equal(near.submit(HIDDEN_TH, WORK).result(0), outputs(WORK))
+    assert torch.equal(near.submit(HIDDEN_TH, WORK).result(0).output_PH, outputs(WORK))
     assert [len(worker.calls[0][0]) for worker in workers] == [2, 2]
 
 
@@ -93,14 +103,14 @@ def test_the_order_of_arrival_does_not_matter() -> None:
     second.answer()
     assert not future.done()
     first.answer()
-    assert torch.equal(future.result(0), outputs(WORK))
+    assert torch.equal(future.result(0).output_PH, outputs(WORK))
 
 
 @pytest.mark.parametrize("error", [ExpertUnavailableError("gone"), CorruptRecordError("bits")])
 def test_a_lost_workers_experts_go_to_the_next(error: Exception) -> None:
     bad, good = FakeWorker(error), FakeWorker()
     near = group((bad, None), (good, None))
-    assert torch.equal(near.submit(HIDDEN_TH, WORK).result(0), outputs(WORK))
+    assert torch.equal(near.submit(HIDDEN_TH, WORK).result(0).output_PH, outputs(WORK))
     assert len(bad.calls) == 1
 
 
@@ -124,5 +134,32 @@ def test_the_callers_mistakes_are_not_retried() -> None:
 
 def test_nothing_to_do_asks_nobody() -> None:
     worker = FakeWorker()
-    assert group((worker, None)).submit(HIDDEN_TH, []).result(0).shape == (0, 4)
+    assert group((worker, None)).submit(HIDDEN_TH, []).result(0).output_PH.shape == (0, 4)
     assert not worker.calls
+
+
+RESTORED = [
+    ExpertTokens(KEYS[3], (0, 2), (True, False)),
+    ExpertTokens(KEYS[0], (1,)),
+    ExpertTokens(KEYS[1], (2,), (True,), 3),
+    ExpertTokens(KEYS[2], (2, 0), (True, True)),
+]
+
+
+def test_degraded_experts_keep_their_places_in_the_whole() -> None:
+    low = FakeWorker(lost=[KEYS[0], KEYS[1]], at_once=False)
+    high = FakeWorker(lost=[KEYS[2]], at_once=False)
+    future = group((low, KEYS[:2]), (high, KEYS[2:])).submit(HIDDEN_TH, RESTORED)
+    high.answer()
+    low.answer()
+    assert future.result(0).degraded == (2, 3)
+    assert torch.equal(future.result(0).output_PH, outputs(RESTORED))
+
+
+def test_who_has_lost_factors_is_not_asked_to_restore_again_while_another_can() -> None:
+    workers = [FakeWorker(lost=KEYS), FakeWorker(lost=[KEYS[1]])]
+    near = group(*((worker, None) for worker in workers))
+    assert near.submit(HIDDEN_TH, RESTORED).result(0).degraded == (2, 3)
+    assert near.submit(HIDDEN_TH, RESTORED).result(0).degraded == (2,)  # the other has key 2's
+    assert near.submit(HIDDEN_TH, RESTORED).result(0).degraded == (2,)  # nobody has key 1's
+    assert [item.key.expert for item in workers[0].calls[-1][0]] == [0]  # low-bit work goes on

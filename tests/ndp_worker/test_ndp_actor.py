@@ -66,10 +66,11 @@ def test_it_answers_on_both_addresses_until_it_is_killed(cluster: None, store: P
     assert listing.node_id == ray.get_runtime_context().get_node_id()
     assert status.num_experts == 2
     hidden_TH = torch.randn(5, 64)
-    expected = Executor(Segment(store)).run(hidden_TH, WORK)
+    expected = Executor(Segment(store)).run(hidden_TH, WORK).output_PH
     for address in listing.addresses:
         with closing(NdpClient((address,), version=listing.version, deadline_s=WAIT_S)) as client:
-            assert torch.equal(client.submit(hidden_TH, WORK).result(WAIT_S), expected)
+            found = client.submit(hidden_TH, WORK).result(WAIT_S)
+            assert torch.equal(found.output_PH, expected)
             absent = [ExpertTokens(ExpertKey(1, 1), (0,))]
             with pytest.raises(ExpertUnavailableError, match="not in this segment"):
                 client.submit(hidden_TH, absent).result(WAIT_S)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -22,16 +23,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreError
-from expert_store.format import parse_codes
 from expert_store.segment import Segment
-from expert_store.types import ExpertKey, ExpertTokens, RecordRequest
-from kernels import reference
+from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens, RecordRequest
 from ndp_worker import wire
 from ndp_worker.executor import Executor
 from ndp_worker.pending import PendingCall, PendingCalls
 from ndp_worker.rpc import NdpClient, NdpServer
 from ndp_worker.wire import Answer
+from tests.gpu_worker.sources import LossySource
 from tests.hand_store import build_store
+from tests.ndp_worker.truth import reference_outputs
 
 HIDDEN = 64
 WAIT_S = 20.0
@@ -58,7 +59,7 @@ class Gated:
         self.gate = threading.Event()
         self.arrived = threading.Semaphore(0)
 
-    def run(self, hidden_TH: torch.Tensor, work: tuple[ExpertTokens, ...]) -> torch.Tensor:
+    def run(self, hidden_TH: torch.Tensor, work: tuple[ExpertTokens, ...]) -> ExpertOutputs:
         self.arrived.release()
         assert self.gate.wait(WAIT_S)
         return self.inner.run(hidden_TH, work)
@@ -81,14 +82,49 @@ def work_of(*items: tuple[int, tuple[int, ...]], layer: int = 1) -> list[ExpertT
 MIXED = work_of((2, (0, 3, 4)), (0, (1,)), (1, (4, 0, 3, 3)))
 
 
-def truth(segment: Segment, hidden_TH: torch.Tensor, work: list[ExpertTokens]) -> torch.Tensor:
-    outputs = []
-    for item in work:
-        (data,) = segment.fetch([RecordRequest(item.key, "codes")])
-        form = segment.manifest.experts[item.key].form
-        mlp = parse_codes(item.key, data, segment.manifest.model.expert, form).mlp
-        outputs.append(reference.gated_mlp(hidden_TH[list(item.token_rows)].float(), mlp))
-    return torch.cat(outputs)
+RESTORED = [
+    ExpertTokens(ExpertKey(1, 2), (0, 3, 4), (True, False, True)),
+    ExpertTokens(ExpertKey(1, 0), (1,)),
+    ExpertTokens(ExpertKey(1, 1), (4, 0), (True, True), 2),
+]
+
+
+@pytest.mark.parametrize(("backend", "tolerance"), [("cpu_fp32", 1e-5), ("cpu_int8", 3e-2)])
+def test_restored_rows_agree_with_the_reference(
+    stack: ExitStack, segment: Segment, backend: str, tolerance: float
+) -> None:
+    server = serve(stack, Executor(segment, backend=backend))
+    client = connect(stack, segment, *server.addresses)
+    hidden_TH = torch.randn(5, HIDDEN)
+    found = client.submit(hidden_TH, RESTORED).result(WAIT_S)
+    expected = reference_outputs(segment, hidden_TH, RESTORED)
+    assert found.degraded == ()
+    assert (found.output_PH - expected).norm() / expected.norm() < tolerance
+
+
+def test_a_lost_compensator_is_told_over_the_wire(stack: ExitStack, segment: Segment) -> None:
+    lost = ExpertKey(1, 2)
+    source = LossySource(segment, [RecordRequest(lost, "factors")])
+    server = serve(stack, Executor(source, backend="cpu_fp32"))
+    client = connect(stack, segment, *server.addresses)
+    hidden_TH = torch.randn(5, HIDDEN)
+    found = client.submit(hidden_TH, RESTORED).result(WAIT_S)
+    assert found.degraded == (0,)
+    low_bit = [ExpertTokens(lost, (0, 3, 4)), *RESTORED[1:]]
+    expected = reference_outputs(segment, hidden_TH, low_bit)
+    assert (found.output_PH - expected).norm() / expected.norm() < 1e-5
+
+
+def test_an_answer_that_degrades_what_was_not_restored_ends_the_stream(
+    stack: ExitStack, segment: Segment
+) -> None:
+    class Confused(Executor):
+        def run(self, hidden_TH: torch.Tensor, work: tuple[ExpertTokens, ...]) -> ExpertOutputs:
+            return replace(super().run(hidden_TH, work), degraded=(1,))
+
+    client = connect(stack, segment, *serve(stack, Confused(segment)).addresses)
+    with pytest.raises(ExpertUnavailableError, match="place 1 of the call has no restored row"):
+        client.submit(torch.randn(5, HIDDEN), RESTORED).result(WAIT_S)
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
@@ -101,8 +137,8 @@ def test_answers_agree_with_the_reference(
     client = connect(stack, segment, *server.addresses)
     hidden_TH = torch.randn(5, HIDDEN)
     for work in (MIXED, work_of((0, (2,))), work_of((1, tuple(range(5))), layer=0)):
-        found = client.submit(hidden_TH, work).result(WAIT_S)
-        expected = truth(segment, hidden_TH, work)
+        found = client.submit(hidden_TH, work).result(WAIT_S).output_PH
+        expected = reference_outputs(segment, hidden_TH, work)
         assert found.shape == expected.shape
         assert (found - expected).norm() / expected.norm() < tolerance
 
@@ -114,18 +150,19 @@ def test_the_dtype_travels_and_only_used_rows_do(
     executor = Executor(segment)
     client = connect(stack, segment, *serve(stack, executor).addresses)
     hidden_TH = torch.randn(100, HIDDEN).to(dtype)
-    found = client.submit(hidden_TH, MIXED).result(WAIT_S)
+    found = client.submit(hidden_TH, MIXED).result(WAIT_S).output_PH
     assert found.dtype == dtype
-    assert torch.equal(found, executor.run(hidden_TH, MIXED))
-    # 40 of header, 3 experts and counts, 8 rows, and the 4 of 100 hidden states that are used.
-    sent = 40 + 4 * (3 + 3 + 8) + 4 * HIDDEN * dtype.itemsize
+    assert torch.equal(found, executor.run(hidden_TH, MIXED).output_PH)
+    # 40 of header, 3 experts with counts and blocks, 8 rows and flags, 4 of 100 hidden states.
+    sent = 40 + 4 * (3 + 3 + 3 + 8) + 8 + 4 * HIDDEN * dtype.itemsize
     assert client.bytes_moved == (sent, 40 + 8 * HIDDEN * dtype.itemsize)
 
 
 def test_nothing_to_do_needs_no_worker(stack: ExitStack, segment: Segment) -> None:
     client = connect(stack, segment, "127.0.0.1:1")
-    assert client.submit(torch.zeros(3, HIDDEN), []).result(0).shape == (0, HIDDEN)
-    assert client.submit(torch.zeros(3, HIDDEN), work_of((0, ()))).result(0).shape == (0, HIDDEN)
+    for work in ([], work_of((0, ()))):
+        found = client.submit(torch.zeros(3, HIDDEN), work).result(0)
+        assert found.output_PH.shape == (0, HIDDEN)
     assert client.bytes_moved == (0, 0)
 
 
@@ -142,7 +179,7 @@ def test_submit_returns_at_once_with_many_calls_in_flight(
         client.submit(batches[0], MIXED).result(WAIT_S)
     gated.gate.set()
     for batch, future in zip(batches, futures, strict=True):
-        assert torch.equal(future.result(WAIT_S), gated.inner.run(batch, MIXED))
+        assert torch.equal(future.result(WAIT_S).output_PH, gated.inner.run(batch, MIXED).output_PH)
 
 
 def test_many_threads_and_clients_get_their_own_answers(stack: ExitStack, segment: Segment) -> None:
@@ -153,7 +190,7 @@ def test_many_threads_and_clients_get_their_own_answers(stack: ExitStack, segmen
     found: list[torch.Tensor | None] = [None] * len(batches)
 
     def run(index: int) -> None:
-        found[index] = clients[index % 2].submit(batches[index], MIXED).result(WAIT_S)
+        found[index] = clients[index % 2].submit(batches[index], MIXED).result(WAIT_S).output_PH
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(batches))]
     for thread in threads:
@@ -162,7 +199,7 @@ def test_many_threads_and_clients_get_their_own_answers(stack: ExitStack, segmen
         thread.join()
     for batch, outputs_PH in zip(batches, found, strict=True):
         assert outputs_PH is not None
-        assert torch.equal(outputs_PH, executor.run(batch, MIXED))
+        assert torch.equal(outputs_PH, executor.run(batch, MIXED).output_PH)
 
 
 def test_the_callers_mistakes(stack: ExitStack, segment: Segment) -> None:
@@ -183,7 +220,7 @@ def test_the_callers_mistakes(stack: ExitStack, segment: Segment) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             client.submit(bad_hidden, work).result(WAIT_S)
-    assert client.submit(hidden_TH, MIXED).result(WAIT_S).shape == (8, HIDDEN)
+    assert client.submit(hidden_TH, MIXED).result(WAIT_S).output_PH.shape == (8, HIDDEN)
 
 
 def test_damage_and_absence_keep_their_types(stack: ExitStack, segment: Segment) -> None:
@@ -199,7 +236,8 @@ def test_damage_and_absence_keep_their_types(stack: ExitStack, segment: Segment)
         client.submit(hidden_TH, work_of((0, (0,)))).result(WAIT_S)
     with pytest.raises(ExpertUnavailableError, match="layer 1 expert 2 .* not in this segment"):
         client.submit(hidden_TH, work_of((2, (0,)))).result(WAIT_S)
-    assert client.submit(hidden_TH, work_of((1, (0,)))).result(WAIT_S).shape == (1, HIDDEN)
+    found = client.submit(hidden_TH, work_of((1, (0,)))).result(WAIT_S)
+    assert found.output_PH.shape == (1, HIDDEN)
 
 
 def test_an_answer_over_the_limit_is_refused(stack: ExitStack, segment: Segment) -> None:
@@ -229,7 +267,7 @@ def test_a_lost_worker_fails_its_calls_and_is_found_again(
     with pytest.raises(ExpertUnavailableError):
         client.submit(hidden_TH, MIXED).result(WAIT_S)
     serve(stack, Executor(segment), address)
-    assert client.submit(hidden_TH, MIXED).result(WAIT_S).shape == (8, HIDDEN)
+    assert client.submit(hidden_TH, MIXED).result(WAIT_S).output_PH.shape == (8, HIDDEN)
 
 
 def test_the_next_address_is_tried_after_a_loss(stack: ExitStack, segment: Segment) -> None:
@@ -239,7 +277,7 @@ def test_the_next_address_is_tried_after_a_loss(stack: ExitStack, segment: Segme
     hidden_TH = torch.randn(5, HIDDEN)
     with pytest.raises(ExpertUnavailableError):
         client.submit(hidden_TH, MIXED).result(WAIT_S)
-    assert client.submit(hidden_TH, MIXED).result(WAIT_S).shape == (8, HIDDEN)
+    assert client.submit(hidden_TH, MIXED).result(WAIT_S).output_PH.shape == (8, HIDDEN)
 
 
 def test_a_hung_worker_is_lost_at_the_deadline(stack: ExitStack, segment: Segment) -> None:
@@ -313,7 +351,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RawStream]:
         yield RawStream(stack, server, segment.manifest.version)
 
 
-FRAME = wire.encode_call(5, torch.ones(5, HIDDEN), MIXED)
+FRAME = wire.encode_call(5, torch.ones(5, HIDDEN), [*MIXED, *RESTORED])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -327,12 +365,12 @@ def test_a_mutated_frame_is_answered_and_the_stream_goes_on(
         frame[data.draw(places)] = data.draw(st.integers(0, 255))
     cut = data.draw(st.just(len(frame)) | st.integers(0, len(frame)))
     answer = raw.ask(bytes(frame[:cut]))
-    assert isinstance(answer.result, torch.Tensor | ValueError | StoreError)
-    if not isinstance(answer.result, torch.Tensor):
+    assert isinstance(answer.result, ExpertOutputs | ValueError | StoreError)
+    if not isinstance(answer.result, ExpertOutputs):
         assert str(answer.result)
     good = raw.ask(FRAME)
     assert good.request_id == 5
-    assert isinstance(good.result, torch.Tensor)
+    assert isinstance(good.result, ExpertOutputs)
 
 
 def pending(owner: str, shape: tuple[int, int] = (1, 2)) -> PendingCall[str]:
@@ -350,10 +388,10 @@ def test_pending_calls_are_taken_once_and_by_the_right_answer() -> None:
         calls.add(4, pending("c"))
     for wrong in (torch.zeros(2, 2), torch.zeros(1, 2, dtype=torch.float16)):
         with pytest.raises(ValueError, match=r"outputs: expected torch.float32 \(1, 2\)"):
-            calls.take(Answer(1, wrong))
-    assert calls.take(Answer(1, torch.zeros(1, 2))) is first
+            calls.take(Answer(1, ExpertOutputs(wrong)))
+    assert calls.take(Answer(1, ExpertOutputs(torch.zeros(1, 2)))) is first
     with pytest.raises(ValueError, match="no call has id 1"):
-        calls.take(Answer(1, torch.zeros(1, 2)))
+        calls.take(Answer(1, ExpertOutputs(torch.zeros(1, 2))))
     assert calls.take_all("a") == [third]
     assert calls.take(Answer(2, ValueError("x"))) is second
     assert calls.oldest is None

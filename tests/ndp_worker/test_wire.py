@@ -18,10 +18,17 @@ from expert_store.errors import (
     StoreError,
     StoreFormatError,
 )
-from expert_store.types import ExpertKey, ExpertTokens
+from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens
 from ndp_worker import wire
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def tokens_of(
+    key: ExpertKey, pairs: list[tuple[int, bool]], num_blocks: int | None
+) -> ExpertTokens:
+    rows, flags = tuple(row for row, _ in pairs), tuple(flag for _, flag in pairs)
+    return ExpertTokens(key, rows, flags, num_blocks) if any(flags) else ExpertTokens(key, rows)
 
 
 @st.composite
@@ -29,8 +36,10 @@ def calls(draw: st.DrawFn) -> tuple[torch.Tensor, tuple[ExpertTokens, ...]]:
     num_tokens, hidden = draw(st.integers(1, 5)), draw(st.sampled_from([1, 3, 8]))
     hidden_TH = torch.arange(num_tokens * hidden).view(num_tokens, hidden)
     layer = draw(st.integers(0, 2**32 - 1))
-    rows = st.lists(st.integers(0, num_tokens - 1), max_size=4).map(tuple)
-    items = st.builds(ExpertTokens, st.builds(ExpertKey, st.just(layer), st.integers(0, 300)), rows)
+    keys = st.builds(ExpertKey, st.just(layer), st.integers(0, 300))
+    pairs = st.lists(st.tuples(st.integers(0, num_tokens - 1), st.booleans()), max_size=4)
+    blocks = st.none() | st.integers(0, 2**31 - 1)
+    items = st.builds(tokens_of, keys, pairs, blocks)
     work = tuple(draw(st.lists(items, min_size=1, max_size=4)))
     return hidden_TH.to(draw(st.sampled_from(DTYPES))), work
 
@@ -50,15 +59,17 @@ def test_calls_survive_the_wire(
 
 
 @settings(deadline=None)
-@given(st.integers(1, 2**64 - 1), calls())
+@given(st.integers(1, 2**64 - 1), calls(), st.sets(st.integers(0, 4095), max_size=5))
 def test_answers_survive_the_wire(
-    request_id: int, call: tuple[torch.Tensor, tuple[ExpertTokens, ...]]
+    request_id: int, call: tuple[torch.Tensor, tuple[ExpertTokens, ...]], degraded: set[int]
 ) -> None:
-    found = wire.decode_answer(wire.encode_answer(request_id, call[0]))
+    outputs = ExpertOutputs(call[0], tuple(sorted(degraded)))
+    found = wire.decode_answer(wire.encode_answer(request_id, outputs))
     assert found.request_id == request_id
-    assert isinstance(found.result, torch.Tensor)
-    assert found.result.dtype == call[0].dtype
-    assert torch.equal(found.result, call[0])
+    assert isinstance(found.result, ExpertOutputs)
+    assert found.result.degraded == outputs.degraded
+    assert found.result.output_PH.dtype == call[0].dtype
+    assert torch.equal(found.result.output_PH, call[0])
 
 
 @settings(deadline=None)
@@ -89,25 +100,42 @@ def test_noise_is_a_value_error(noise: bytes) -> None:
 
 def header(**changes: int) -> bytes:
     fields = {
-        "version": 1, "kind": 1, "id": 9, "layer": 3, "experts": 1, "rows": 1,
+        "version": 2, "kind": 1, "id": 9, "layer": 3, "experts": 1, "rows": 1,
         "tokens": 1, "hidden": 2, "dtype": 0, "reserved": 0, **changes,
     }  # fmt: skip
     return struct.pack("<4sHHQIIIIIHH", b"MTND", *fields.values())
 
 
-BODY = struct.pack("<iii", 5, 1, 0) + struct.pack("<ff", 0.5, -2.0)
+ACTIVATIONS = struct.pack("<ff", 0.5, -2.0)
+# expert, count, blocks, row; then its flag and three bytes of padding
+BODY = struct.pack("<iiii4B", 5, 1, -1, 0, 0, 0, 0, 0) + ACTIVATIONS
+RESTORED = struct.pack("<iiii4B", 5, 1, 3, 0, 1, 0, 0, 0) + ACTIVATIONS
 
 
 def test_the_bytes_of_a_call_are_fixed() -> None:
-    work = (ExpertTokens(ExpertKey(3, 5), (0,)),)
-    frame = wire.encode_call(9, torch.tensor([[0.5, -2.0]]), work)
-    assert frame == header() + BODY
+    hidden_TH = torch.tensor([[0.5, -2.0]])
+    low_bit = ExpertTokens(ExpertKey(3, 5), (0,))
+    assert wire.encode_call(9, hidden_TH, [low_bit]) == header() + BODY
+    restored = ExpertTokens(ExpertKey(3, 5), (0,), (True,), 3)
+    assert wire.encode_call(9, hidden_TH, [restored]) == header() + RESTORED
+
+
+def test_the_bytes_of_an_answer_are_fixed() -> None:
+    outputs = ExpertOutputs(torch.tensor([[0.5, -2.0]]), (1, 4))
+    frame = wire.encode_answer(9, outputs)
+    expected = header(kind=2, layer=0, experts=2, tokens=0)
+    assert frame == expected + struct.pack("<ii", 1, 4) + ACTIVATIONS
+
+
+def body(expert: int = 5, count: int = 1, blocks: int = -1, row: int = 0, flags: int = 0) -> bytes:
+    return struct.pack("<iiiiI", expert, count, blocks, row, flags) + ACTIVATIONS
 
 
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
-        (header(version=2) + BODY, "wire version: got 2"),
+        (header(version=1) + BODY, "wire version: got 1"),
+        (header(version=3) + BODY, "wire version: got 3"),
         (header(kind=2) + BODY, "kind: got 2"),
         (header(dtype=3) + BODY, "dtype and reserved: got 3"),
         (header(reserved=1) + BODY, "got 0 and 1"),
@@ -115,12 +143,16 @@ def test_the_bytes_of_a_call_are_fixed() -> None:
         (header(rows=2**21) + BODY, "rows: got 2097152"),
         (header(tokens=2**17) + BODY, "tokens: got 131072"),
         (header(hidden=2**17) + BODY, "hidden: got 131072"),
-        (header(tokens=2) + BODY, "announces 68"),
-        (header() + BODY + b"x", "got 61 bytes"),
-        (header() + struct.pack("<iiiff", -5, 1, 0, 0, 0), "expert ids: negative"),
-        (header() + struct.pack("<iiiff", 5, 2, 0, 0, 0), "do not add up to the 1 rows"),
-        (header() + struct.pack("<iiiff", 5, 1, 1, 0, 0), "token rows: outside 0 to 0"),
-        (header() + struct.pack("<iiiff", 5, 1, -1, 0, 0), "token rows: outside 0 to 0"),
+        (header(tokens=2) + BODY, "announces 76"),
+        (header() + BODY + b"x", "got 69 bytes"),
+        (header() + body(expert=-5), "expert ids: negative"),
+        (header() + body(count=2), "do not add up to the 1 rows"),
+        (header() + body(row=1), "token rows: outside 0 to 0"),
+        (header() + body(row=-1), "token rows: outside 0 to 0"),
+        (header() + body(blocks=-2), "block counts: below -1"),
+        (header() + body(flags=2), "restored: a flag other than 0 and 1"),
+        (header() + body(flags=1 << 8), "padding other than 0"),
+        (header() + body(blocks=3), r"restored of layer 3 expert 5: got \(\) with num_blocks 3"),
         (b"", "a header has 40"),
         (b"X" * 60, "magic"),
     ],
@@ -128,6 +160,22 @@ def test_the_bytes_of_a_call_are_fixed() -> None:
 def test_malformed_calls_are_named(frame: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wire.decode_call(frame)
+
+
+@pytest.mark.parametrize(
+    ("degraded", "message"),
+    [
+        ((-1,), "degraded: places in a call are 0 or more and rise"),
+        ((3, 3), "degraded: places"),
+        ((2, 1), "degraded: places"),
+        ((), "announces 52"),
+    ],
+)
+def test_malformed_answers_are_named(degraded: tuple[int, ...], message: str) -> None:
+    places = struct.pack(f"<{len(degraded)}i", *degraded)
+    frame = header(kind=2, layer=0, experts=len(degraded) or 1, tokens=0) + places + ACTIVATIONS
+    with pytest.raises(ValueError, match=message):
+        wire.decode_answer(frame)
 
 
 @pytest.mark.parametrize(

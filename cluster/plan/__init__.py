@@ -1,0 +1,1 @@
+"""What `moetier plan` predicts: shapes, costs, a simulated cluster, its bottleneck."""
