@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,13 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.offload_parts.contestants import chosen
+from benchmarks.offload_parts.beside import measure_beside
+from benchmarks.offload_parts.contestants import RESIDENT, chosen
 from benchmarks.offload_parts.hosts import HostsUnavailable, TwoHosts
 from benchmarks.offload_parts.quality import Judging, judge_all
 from benchmarks.offload_parts.report import Conditions, write
 from benchmarks.offload_parts.rows import Repetition
-from benchmarks.offload_parts.stage import Plan, Stage
+from benchmarks.offload_parts.stage import GateIsRed, Plan, Stage
 from benchmarks.offload_parts.stores import Stores
 from benchmarks.offload_parts.work import WorkSizes, works
 from cluster.eval_settings import EvalSettings
@@ -46,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_progress_bar()
     try:
         return run(args)
+    except GateIsRed as error:
+        print(f"offload: a gate is red, so there are no numbers: {error}", file=sys.stderr)
+        return 1
     except (HostsUnavailable, ValueError) as error:
         print(f"offload: {error}", file=sys.stderr)
         return 2
@@ -68,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--windows", type=int, default=16, help="of each text, for perplexity")
     parser.add_argument("--steps", type=int, default=SIZES.steps, help="decoding steps")
+    parser.add_argument("--no-rivals", action="store_true", help="leave out what needs no link")
     parser.add_argument("--out", type=Path, help="folder of the page (default: results/)")
 
 
@@ -89,7 +95,9 @@ def run(args: argparse.Namespace) -> int:
     judging = Judging(name, texts, settings, original)
     stores = Stores(model, args.calibration, judging.bits_moved)
     folders = stores.make(item.store for item in contestants)
-    caches = stores.make(item.cache_of or item.store for item in contestants)
+    more = [item.cache_of for item in contestants if item.cache_of is not None]
+    more += [] if args.no_rivals else [item.store for item in RESIDENT]
+    others = stores.make(more)
     say(f"{len(contestants)} contestants of {name}; stores are there")
     judged = judge_all(judging, contestants, folders)
     for quality, one in judged.items():
@@ -97,15 +105,19 @@ def run(args: argparse.Namespace) -> int:
     sizes = replace(SIZES, steps=args.steps)
     tokenizer = AutoTokenizer.from_pretrained(original, local_files_only=True)
     turns = works(tokenizer, texts, args.repetitions, sizes)
-    plan = Plan(contestants, folders | caches)
+    plan = Plan(contestants, folders | others)
     repetitions: list[Repetition] = []
     with TwoHosts() as hosts:
         stage = Stage(hosts, plan, say)
         stage.gate(turns[0], max(args.links))
         for link in args.links:
             repetitions += stage.measure(link, turns)
+        beside = None
+        if not args.no_rivals:
+            with tempfile.TemporaryDirectory(prefix="moetier-offload-") as scratch:
+                beside = measure_beside(hosts, stage, model, original, turns, Path(scratch), say)
     conditions = Conditions(name, [text.name for text in texts], settings, sizes, hosts.cores)
-    for path in write(args.out, conditions, contestants, repetitions, judged):
+    for path in write(args.out, conditions, contestants, repetitions, judged, beside):
         say(f"wrote {path}")
     return 0
 

@@ -63,6 +63,12 @@ CONTESTANTS = (
     Contestant("fs0", "(f) best 2.25, Top-0, low_bit", "best 2.25", near_data="low_bit", top_n=0),
 )
 
+RESIDENT = (
+    Contestant("ra", "moetier, bf16, all resident", "original", 200.0),
+    Contestant("rs", "moetier, best 2.25, all resident", "best 2.25", 200.0),
+)
+"""Our engine without a link, to be held against what a user would run on one machine."""
+
 
 def chosen(prefixes: Sequence[str]) -> list[Contestant]:
     """Those whose keys begin so, all without any. Raises ValueError for a prefix that is none."""

@@ -74,10 +74,14 @@ class GpuNode:
     def open(
         self, contestant: dict[str, Any], store: str, cache_store: str, endpoints: dict[str, str]
     ) -> dict[str, Any]:
-        """An engine of a contestant: its expert records and its near data are over the link."""
+        """An engine of a contestant: its expert records and its near data are over the link.
+
+        Without endpoints its experts are read from this node's own files.
+        """
         folder = Path(store)
         manifest = load_manifest(folder)
-        source = self._stack.enter_context(closing(_source(manifest, endpoints["records"])))
+        reach = _source(manifest, endpoints["records"]) if endpoints else Segment(folder)
+        source = self._stack.enter_context(closing(reach))
         near_data, costs = None, None
         if contestant["near_data"] != "off":
             near_data = self._stack.enter_context(
@@ -110,6 +114,15 @@ class GpuNode:
             truth = _log_probs(opened.store, segment, None, plain, windows_BT)
         got = _log_probs(opened.store, opened.source, opened.near_data, opened.config, windows_BT)
         return float((got - truth).norm() / truth.norm())
+
+    def nats(self, store: str, windows: list[list[int]]) -> list[float]:
+        """Loss of each window by a store whose experts are all on this node."""
+        with closing(Segment(Path(store))) as segment:
+            model = open_model(Path(store), segment, None, WorkerConfig(cache_bytes=1 << 40))
+            try:
+                return list(score_windows(model.runner, torch.tensor(windows)).window_nats)
+            finally:
+                model.close()
 
     def greedy(self, key: str, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         """The likeliest tokens of an open contestant, all prompts side by side."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.offload_parts.beside import Beside
 from benchmarks.offload_parts.contestants import Contestant
 from benchmarks.offload_parts.quality import INTERVAL, Judgement, Quality, difference
-from benchmarks.offload_parts.rows import MEASURES, Repetition, Results, Spread
+from benchmarks.offload_parts.rows import MEASURES, NO_LINK, Repetition, Results, Spread
 from benchmarks.offload_parts.work import WorkSizes
 from benchmarks.record import RESULTS, commit, processor, provenance, table, today, write_rows
 from cluster.eval_settings import EvalSettings
@@ -18,6 +19,9 @@ ANCHORS = (
     "6.69x with NDP, on Mixtral-8x7B-size experts over PCIe. Its hardware, its models and its "
     "baseline are others; the column x (a) is ours on this machine."
 )
+
+
+BESIDE_MEASURES = ("decode, batch 1", "decode, batch 8", "prefill", "first token", "codes, batch 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +52,8 @@ class CsvRow:
     against_a: float | str
     against_b: float | str
     repetitions: int
-    perplexity: float
-    bits_moved: float
+    perplexity: float | str
+    bits_moved: float | str
     hardware: str
     commit: str
     date: str
@@ -61,14 +65,19 @@ def write(
     contestants: Sequence[Contestant],
     repetitions: Sequence[Repetition],
     judged: Mapping[Quality, Judgement],
+    beside: Beside | None,
 ) -> list[Path]:
     """Both files; where they are."""
     folder = folder or RESULTS
     page, rows = (folder / f"offload-{conditions.model}.{end}" for end in ("md", "csv"))
     results = Results(repetitions)
     links = list(dict.fromkeys(one.link_gbit for one in repetitions))
-    write_rows(rows, list(csv_rows(links, contestants, results, judged)))
+    figures = list(csv_rows(links, contestants, results, judged))
     sections = [link_section(link, contestants, results, judged) for link in links]
+    if beside is not None:
+        figures += csv_rows_beside(beside)
+        sections.append(beside_section(beside))
+    write_rows(rows, figures)
     page.write_text("\n".join([head(conditions, contestants, judged, len(repetitions)), *sections]))
     return [page, rows]
 
@@ -79,32 +88,46 @@ def csv_rows(
     results: Results,
     judged: Mapping[Quality, Judgement],
 ) -> Iterator[CsvRow]:
-    hardware, made_of, date = processor(), commit(), today()
     for link in links:
         for item in contestants:
-            ran = results.repetitions(link, item.key)
-            for what, (unit, _) in MEASURES.items():
-                spread = results.spread(link, item.key, what)
-                ratios = [results.ratio(link, item.key, base, what) for base in "ab"]
-                yield CsvRow(
-                    link_gbit=link,
-                    link_measured_gbit=_digits(ran[0].link_bytes_per_s * 8 / 1e9),
-                    key=item.key,
-                    experts=item.label,
-                    what=what,
-                    low=_digits(spread.low),
-                    median=_digits(spread.median),
-                    high=_digits(spread.high),
-                    unit=unit,
-                    against_a=_digits(ratios[0].median) if ratios[0] else "",
-                    against_b=_digits(ratios[1].median) if ratios[1] else "",
-                    repetitions=len(ran),
-                    perplexity=_digits(judged[item.quality].perplexity),
-                    bits_moved=_digits(judged[item.quality].bits_moved),
-                    hardware=hardware,
-                    commit=made_of,
-                    date=date,
+            one = judged[item.quality]
+            for what in MEASURES:
+                row = _csv_row(link, item.key, item.label, what, results)
+                yield replace(
+                    row, perplexity=_digits(one.perplexity), bits_moved=_digits(one.bits_moved)
                 )
+
+
+def csv_rows_beside(beside: Beside) -> Iterator[CsvRow]:
+    results = Results(beside.repetitions)
+    for key, label in beside.labels.items():
+        for what in BESIDE_MEASURES:
+            yield _csv_row(NO_LINK, key, label, what, results)
+
+
+def _csv_row(link: float, key: str, label: str, what: str, results: Results) -> CsvRow:
+    ran = results.repetitions(link, key)
+    spread = results.spread(link, key, what)
+    ratios = [results.ratio(link, key, base, what) for base in "ab"]
+    return CsvRow(
+        link_gbit=link,
+        link_measured_gbit=_digits(ran[0].link_bytes_per_s * 8 / 1e9),
+        key=key,
+        experts=label,
+        what=what,
+        low=_digits(spread.low),
+        median=_digits(spread.median),
+        high=_digits(spread.high),
+        unit=MEASURES[what][0],
+        against_a=_digits(ratios[0].median) if ratios[0] else "",
+        against_b=_digits(ratios[1].median) if ratios[1] else "",
+        repetitions=len(ran),
+        perplexity="",
+        bits_moved="",
+        hardware=processor(),
+        commit=commit(),
+        date=today(),
+    )
 
 
 def head(
@@ -213,6 +236,31 @@ def link_section(
             ]
         )
     return f"## {link:g} Gbit/s (measured: {speed:.3f})\n\n{table(names, lines)}\n"
+
+
+def beside_section(beside: Beside) -> str:
+    """What has everything in local memory: an upper bound for what has to fetch."""
+    results = Results(beside.repetitions)
+    lines = []
+    for key, label in beside.labels.items():
+        spreads = [results.spread(NO_LINK, key, what) for what in BESIDE_MEASURES]
+        more = beside.more_nats.get(key)
+        cells = [_cell(spread) for spread in spreads[:4]]
+        cells += [f"{spreads[4].median:.0f}", "-" if more is None else f"{more:+.4f}"]
+        lines.append([label, *cells])
+    names = ["what", "tokens/s, batch 1", "tokens/s, batch 8", "prefill tokens/s"]
+    names += ["first token, ms", "KB loaded per token, batch 1", "more nats than bf16"]
+    left_out = "".join(f"\nLeft out: {label}: {why}.\n" for label, why in beside.left_out.items())
+    return f"""## No link: everything in this machine's memory
+
+What a user would run today on one machine, on the same core, the same text and in turns with our
+engine when all its experts are resident. They fetch nothing over a link, so this is an upper bound
+for a machine that has the memory, not a rival over the link. accelerate loads all experts of
+a layer for each forward (here from the page cache); the loss is that of the texts of the first
+repetition. Q2_K to Q4_K need rows of 256 weights, which this model's experts do not have.
+
+{table(names, lines)}
+{left_out}"""
 
 
 def _ratios(results: Results, link: float, key: str, base: str) -> str:

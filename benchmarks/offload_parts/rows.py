@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.offload_parts.turn import Phase
+
+NO_LINK = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,13 +18,39 @@ class Repetition:
     """One contestant's turn, over one link, in one repetition."""
 
     key: str
-    link_gbit: float
+    link_gbit: float  # NO_LINK: all experts are in this host's memory
     repetition: int
     link_bytes_per_s: float  # measured with a plain socket before the turns of this link
     prefill: Phase
     one: Phase
     many: Phase
     first_token_s: float
+
+    @classmethod
+    def of(
+        cls,
+        answer: Mapping[str, Any],
+        key: str,
+        repetition: int,
+        link_gbit: float,
+        link_bytes_per_s: float,
+    ) -> Repetition:
+        """What a node answered to the question "turn"."""
+        phases = {name: Phase(**answer[name]) for name in ("prefill", "one", "many")}
+        return cls(
+            key=key,
+            link_gbit=link_gbit,
+            repetition=repetition,
+            link_bytes_per_s=link_bytes_per_s,
+            first_token_s=answer["first_token_s"],
+            **phases,
+        )
+
+    @property
+    def told(self) -> str:
+        """Both decoding speeds, for a line of progress."""
+        one, many = self.one.tokens / self.one.seconds, self.many.tokens / self.many.seconds
+        return f"{one:8.1f} {many:8.1f} tokens/s"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.offload_parts.contestants import Contestant, StoreName
-from benchmarks.offload_parts.hosts import ADDRESS, TwoHosts
+from benchmarks.offload_parts.hosts import ADDRESS, Node, TwoHosts
 from benchmarks.offload_parts.rows import Repetition
-from benchmarks.offload_parts.turn import Phase, Work
+from benchmarks.offload_parts.turn import Work
 
 POUR_S = 3.0
 GREEDY_PROMPTS = 2
@@ -67,9 +67,12 @@ class Stage:
             if item.near_data != "off":
                 error = self._gpu.ask(do="near_data_error", key=item.key, windows=work.texts[:2])
                 self._say(f"gate: {item.label}: near data moves log-probabilities by {error:.1e}")
+                # Under "cost" a prompt's many tokens may all run here.
+                is_used = error > 0 or item.near_data == "cost"
                 _require(
-                    0 < error < NEAR_DATA_TOLERANCE,
-                    f"{item.label}: log-probabilities are off by {error:.1e}",
+                    is_used and error < NEAR_DATA_TOLERANCE,
+                    f"{item.label}: log-probabilities are off by {error:.1e}, expected some, less "
+                    f"than {NEAR_DATA_TOLERANCE}",
                 )
         self._gpu.ask(do="close_all")
         self._say("gate: green: answers are equal resident and streamed, and when asked again")
@@ -87,23 +90,20 @@ class Stage:
             shuffled.shuffle(order)
             for item in order:
                 answer = self._gpu.ask(do="turn", key=item.key, work=asdict(work))
-                phases = {name: Phase(**answer[name]) for name in ("prefill", "one", "many")}
-                one = Repetition(
-                    key=item.key,
-                    link_gbit=link_gbit,
-                    repetition=number,
-                    link_bytes_per_s=speed,
-                    first_token_s=answer["first_token_s"],
-                    **phases,
-                )
-                found.append(one)
-                self._say(
-                    f"{link_gbit:g} Gbit/s, {number}: {item.label:32} "
-                    f"{one.one.tokens / one.one.seconds:8.1f} "
-                    f"{one.many.tokens / one.many.seconds:8.1f} tokens/s"
-                )
+                found.append(Repetition.of(answer, item.key, number, link_gbit, speed))
+                self._say(f"{link_gbit:g} Gbit/s, {number}: {item.label:34} {found[-1].told}")
         self._gpu.ask(do="close_all")
         return found
+
+    def open_resident(self, contestants: Sequence[Contestant]) -> Node:
+        """The GPU node, with engines of these whose experts lie all on it."""
+        for item in contestants:
+            store = str(self._plan.stores[item.store])
+            contestant = item.as_plain()
+            self._gpu.ask(
+                do="open", contestant=contestant, store=store, cache_store=store, endpoints={}
+            )
+        return self._gpu
 
     def _pour(self, link_gbit: float) -> float:
         """What a socket gets through, after a first one that woke the link."""
