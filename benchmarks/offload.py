@@ -9,6 +9,7 @@ benchmarks/results/offload-MODEL.md and .csv. Gates come first; a red one writes
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from benchmarks.offload_parts.report import Conditions, write
 from benchmarks.offload_parts.rows import Repetition
 from benchmarks.offload_parts.stage import GateIsRed, Plan, Stage
 from benchmarks.offload_parts.stores import Stores
-from benchmarks.offload_parts.work import WorkSizes, works
+from benchmarks.offload_parts.work import WorkSizes, sizes_for, works
 from cluster.eval_settings import EvalSettings
 from cluster.models import find_model
 from cluster.stores import original_store
@@ -37,7 +38,6 @@ from expert_store.format import load_manifest
 HELD_OUT = Path(__file__).resolve().parents[2] / "shared" / "mini" / "eval"
 LINKS = (0.25, 1.0, 4.0)
 REPETITIONS = 3
-SIZES = WorkSizes()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GateIsRed as error:
         print(f"offload: a gate is red, so there are no numbers: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("offload: stopped; both hosts are removed", file=sys.stderr)
+        return 130
     except (HostsUnavailable, ValueError) as error:
         print(f"offload: {error}", file=sys.stderr)
         return 2
@@ -61,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", type=Path, help="folder of `moetier calibrate`")
     parser.add_argument("--text", type=Path, action="append", default=[], help="text or folder")
     parser.add_argument(
-        "--links", type=float, nargs="+", default=LINKS, metavar="GBIT", help="rates of the link"
+        "--links", type=float, nargs="+", metavar="GBIT", help="rates (default: 0.25, 1, 4)"
     )
     parser.add_argument(
         "--only",
@@ -72,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--windows", type=int, default=16, help="of each text, for perplexity")
-    parser.add_argument("--steps", type=int, default=SIZES.steps, help="decoding steps")
+    parser.add_argument("--steps", type=int, help="decoding steps of a lone text")
     parser.add_argument("--no-rivals", action="store_true", help="leave out what needs no link")
     parser.add_argument("--out", type=Path, help="folder of the page (default: results/)")
 
@@ -102,21 +105,26 @@ def run(args: argparse.Namespace) -> int:
     judged = judge_all(judging, contestants, folders)
     for quality, one in judged.items():
         say(f"{quality!s:40} perplexity {one.perplexity:.2f}, {one.bits_moved:.2f} bits moved")
-    sizes = replace(SIZES, steps=args.steps)
+    sizes = sizes_for(load_manifest(original))
+    sizes = replace(sizes, steps=args.steps or sizes.steps)
+    links = args.links or (LINKS if sizes == WorkSizes() else LINKS[-1:])
     tokenizer = AutoTokenizer.from_pretrained(original, local_files_only=True)
     turns = works(tokenizer, texts, args.repetitions, sizes)
     plan = Plan(contestants, folders | others)
     repetitions: list[Repetition] = []
+    load = [os.getloadavg()[0]]
     with TwoHosts() as hosts:
         stage = Stage(hosts, plan, say)
-        stage.gate(turns[0], max(args.links))
-        for link in args.links:
+        stage.gate(turns[0], max(links))
+        for link in links:
             repetitions += stage.measure(link, turns)
         beside = None
         if not args.no_rivals:
             with tempfile.TemporaryDirectory(prefix="moetier-offload-") as scratch:
                 beside = measure_beside(hosts, stage, model, original, turns, Path(scratch), say)
-    conditions = Conditions(name, [text.name for text in texts], settings, sizes, hosts.cores)
+    load.append(os.getloadavg()[0])
+    names = [text.name for text in texts]
+    conditions = Conditions(name, names, settings, sizes, hosts.cores, load)
     for path in write(args.out, conditions, contestants, repetitions, judged, beside):
         say(f"wrote {path}")
     return 0

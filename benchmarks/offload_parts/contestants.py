@@ -5,8 +5,8 @@ Knows no network and no measurement. Stores are named here and made in `stores.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from gpu_worker.config import NearDataPolicy
@@ -23,6 +23,7 @@ class Contestant:
     - cache_percent: device memory for experts, of all experts' codes in this very store; with
       `cache_of` of those in that store.
     - top_n: None is what the store says.
+    - settings: any other fields of the worker's config.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Contestant:
     cache_of: StoreName | None = None
     near_data: NearDataPolicy = "off"
     top_n: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def as_plain(self) -> dict[str, Any]:
         return asdict(self)

@@ -95,6 +95,7 @@ class GpuNode:
             max_sequences=MAX_SEQUENCES,
             link_bytes_per_s=costs and costs.link_bytes_per_s,
             near_data_token_s=costs and costs.near_data_token_s,
+            **contestant["settings"],
         )
         engine = build_engine(folder, source, near_data, config)
         self._stack.callback(engine.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from benchmarks.record import RESULTS, commit, processor, provenance, table, tod
 from cluster.eval_settings import EvalSettings
 
 ANCHORS = (
-    "Anchors: over fp16 offloading, arXiv 2512.17073 reports up to 7.64x on a GPU alone and up to "
-    "6.69x with NDP, on Mixtral-8x7B-size experts over PCIe. Its hardware, its models and its "
-    "baseline are others; the column x (a) is ours on this machine."
+    "Anchors: over fp16 offloading, arXiv 2512.17073 reports up to 7.64x on a GPU alone and up to\n"
+    "6.69x with NDP. Its hardware, its models and its baseline are others; the column x (a) is\n"
+    "ours, on this machine."
 )
 
 
@@ -33,6 +34,7 @@ class Conditions:
     settings: EvalSettings
     sizes: WorkSizes
     cores: Mapping[str, int]
+    load: Sequence[float]  # 1-minute load average before and after
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def write(
         figures += csv_rows_beside(beside)
         sections.append(beside_section(beside))
     write_rows(rows, figures)
-    page.write_text("\n".join([head(conditions, contestants, judged, len(repetitions)), *sections]))
+    page.write_text("\n".join([head(conditions, contestants, judged), *sections]))
     return [page, rows]
 
 
@@ -134,31 +136,34 @@ def head(
     conditions: Conditions,
     contestants: Sequence[Contestant],
     judged: Mapping[Quality, Judgement],
-    num_turns: int,
 ) -> str:
     sizes, settings = conditions.sizes, conditions.settings
+    texts = ", ".join(conditions.texts)
+    before, after = conditions.load
     return f"""# {conditions.model}: experts over a bounded link
 
-{provenance()}
+{provenance()} Load average {before:.1f} before and {after:.1f} after, on {os.cpu_count()} cores.
 
-Two hosts of one machine, network namespaces joined by a pair of interfaces with a token bucket in
-each direction (`tc tbf`). The memory node (core {conditions.cores["memory"]}) serves the records
-and runs near data; the "GPU node" (core {conditions.cores["gpu"]}) runs the engine and **computes
-on that one CPU core in float32**: there is no GPU in this page. The dense part of the model lies
-on the GPU node; expert records and activations cross the link by gRPC.
+Two hosts of one machine: network namespaces, joined by a pair of interfaces with a token bucket in
+each direction (`tc tbf`). The memory node, on core {conditions.cores["memory"]}, serves the records
+and runs near data. The "GPU node", on core {conditions.cores["gpu"]}, runs the engine and
+**computes on that one CPU core in float32**: there is no GPU in this page. The dense part of the
+model lies on the GPU node; expert records and activations cross the link by gRPC.
 
-Every contestant walks the same held-out text ({", ".join(conditions.texts)}), other places of it in
-every repetition, all in turns; the token that it chose is replaced by the text's. A repetition is
-a prompt of {sizes.prefill_tokens} tokens (prefill), one of {sizes.prompt_tokens} alone (first
-token), then {sizes.steps} steps of that sequence and {sizes.batch_steps} of {sizes.sequences}
-sequences side by side, each after {sizes.warm_up} steps. Caches stay as the turn before left them.
-Figures are medians, the spread in brackets is from the lowest to the highest repetition; ratios
-are medians of the ratios within a repetition. Link used is what gRPC's messages brought, over the
-speed of a plain socket measured just before.
+Every contestant walks the same held-out text ({texts}),
+other places of it in every repetition, all in turns; the token that it chose is replaced by the
+text's. A repetition is a prompt of {sizes.prefill_tokens} tokens (prefill), one of
+{sizes.prompt_tokens} alone (first token), then {sizes.steps} steps of that sequence and
+{sizes.batch_steps} of {sizes.sequences} side by side, each after {sizes.warm_up} steps. Caches stay
+as the turn before left them. Figures are medians, the spread in brackets goes from the lowest to
+the highest repetition; ratios are medians of the ratios within a repetition. Link used is what
+gRPC's messages brought, over the speed of a plain socket measured just before.
 
 Perplexity is without the link, over {settings.windows} windows of {settings.window_tokens} tokens
 of each text; more nats is the loss over (a), paired by window, with its 95 % interval. For near
 data it is that of policy low_bit, where every pair that is not restored has int8 activations.
+A quarter cached is a quarter of a contestant's own codes; "in (b)'s cache" has as many bytes as
+(b), which hold all of its experts.
 
 {ANCHORS}
 

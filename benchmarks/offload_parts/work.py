@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.offload_parts.turn import Work
 from cluster.texts import EvalText
+from expert_store.types import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,20 @@ class WorkSizes:
         """Of a sequence: prompt, a step for each sequence that starts after it, and what counts."""
         decoded = self.sequences + self.warm_up + max(self.steps, self.batch_steps) + 1
         return self.prompt_tokens + decoded
+
+
+LARGE_BYTES = 100_000_000
+"""Of bfloat16 experts that a lone token moves: larger models get less work."""
+
+
+def sizes_for(manifest: Manifest) -> WorkSizes:
+    """Of the original's manifest: as much as its bytes allow in minutes."""
+    model = manifest.model
+    num_layers = len({key.layer for key in manifest.experts})
+    expert_bytes = 2 * 3 * model.expert.hidden * model.expert.ffn
+    if num_layers * model.top_k * expert_bytes <= LARGE_BYTES:
+        return WorkSizes()
+    return WorkSizes(prefill_tokens=64, prompt_tokens=16, warm_up=1, steps=4, batch_steps=2)
 
 
 def works(
