@@ -43,7 +43,7 @@ class TwoHosts:
     """
 
     def __init__(self) -> None:
-        self._names: dict[Name, str] = {
+        self.names: dict[Name, str] = {
             "memory": f"moetier-mem-{os.getpid()}",
             "gpu": f"moetier-gpu-{os.getpid()}",
         }
@@ -72,15 +72,15 @@ class TwoHosts:
         """Bound the link, in each direction."""
         bits_per_s = round(gbit_per_s * 1e9)
         bucket_bytes = max(MIN_BUCKET_BYTES, round(bits_per_s / 8 * BUCKET_S))
-        for host in self._names:
+        for host in self.names:
             command = f"tc qdisc replace dev {_device(host)} root tbf rate {bits_per_s} "
             command += f"burst {bucket_bytes} limit {QUEUE_BYTES}"
-            self._call(f"ip netns exec {self._names[host]} {command}")
+            self._call(f"ip netns exec {self.names[host]} {command}")
 
     def start(self, host: Name, module: str, *arguments: str) -> Node:
         """Run a module of this checkout on a host, on that host's core."""
         node = Node(
-            ["ip", "netns", "exec", self._names[host], "taskset", "-c", str(self.cores[host])],
+            ["ip", "netns", "exec", self.names[host], "taskset", "-c", str(self.cores[host])],
             module,
             arguments,
         )
@@ -88,14 +88,14 @@ class TwoHosts:
         return node
 
     def _make(self) -> None:
-        memory, gpu = self._names["memory"], self._names["gpu"]
-        for name in self._names.values():
+        memory, gpu = self.names["memory"], self.names["gpu"]
+        for name in self.names.values():
             self._call(f"ip netns add {name}")
         self._call(
             f"ip link add {_device('memory')} netns {memory} type veth "
             f"peer name {_device('gpu')} netns {gpu}"
         )
-        for host, name in self._names.items():
+        for host, name in self.names.items():
             device = _device(host)
             self._call(f"ip -n {name} addr add {ADDRESS[host]}/30 dev {device}")
             self._call(f"ip -n {name} link set lo up")
@@ -106,7 +106,7 @@ class TwoHosts:
         """End what runs there, then delete the namespaces, and with them their interfaces."""
         for node in self._nodes:
             node.stop()
-        for name in self._names.values():
+        for name in self.names.values():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
     def _call(self, command: str) -> None:
