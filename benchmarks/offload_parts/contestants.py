@@ -40,8 +40,12 @@ class Contestant:
 
     @property
     def quality(self) -> tuple[StoreName, int | None, bool]:
-        """What its perplexity depends on: store, Top-n and whether int8 near data has a part."""
-        return self.store, self.top_n, self.near_data != "off"
+        """What its perplexity depends on: store, Top-n and whether int8 near data has a part.
+
+        A governed one may come down to no compensator at all, and is judged as if it always did.
+        """
+        top_n = 0 if "target_step_s" in self.settings else self.top_n
+        return self.store, top_n, self.near_data != "off"
 
 
 CONTESTANTS = (

@@ -7,9 +7,7 @@ computes on one CPU core: there is no GPU in this.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from expert_store.format import load_manifest
 from expert_store.listing import Listing
 from expert_store.rpc import GrpcSource
 from expert_store.segment import Segment
-from expert_store.types import ExpertKey, ExpertTokens, Manifest, RecordRequest
+from expert_store.types import Manifest
 from gpu_worker.build import build_engine, open_model
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
@@ -36,15 +34,6 @@ from ndp_worker.rpc import NdpClient
 
 MAX_SEQUENCES = 8
 DEADLINE_S = 120.0
-PROBES = 15
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What policy "cost" compares, measured over the link as it is now."""
-
-    link_bytes_per_s: float
-    near_data_token_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,29 +71,22 @@ class GpuNode:
         manifest = load_manifest(folder)
         reach = _source(manifest, endpoints["records"]) if endpoints else Segment(folder)
         source = self._stack.enter_context(closing(reach))
-        near_data, costs = None, None
+        near_data = None
         if contestant["near_data"] != "off":
             near_data = self._stack.enter_context(
                 closing(_near_data(manifest, endpoints["near_data"]))
             )
-            costs = measure(manifest, source, near_data)
         config = WorkerConfig(
             top_n=contestant["top_n"],
             near_data=contestant["near_data"],
             cache_bytes=cache_bytes(load_manifest(Path(cache_store)), contestant["cache_percent"]),
             max_sequences=MAX_SEQUENCES,
-            link_bytes_per_s=costs and costs.link_bytes_per_s,
-            near_data_token_s=costs and costs.near_data_token_s,
             **contestant["settings"],
         )
         engine = build_engine(folder, source, near_data, config)
         self._stack.callback(engine.close)
         self._opened[contestant["key"]] = Opened(folder, source, near_data, config, engine)
-        return {
-            "cache_bytes": config.cache_bytes,
-            "link_bytes_per_s": config.link_bytes_per_s,
-            "near_data_token_s": config.near_data_token_s,
-        }
+        return {"cache_bytes": config.cache_bytes}
 
     def near_data_error(self, key: str, windows: list[list[int]]) -> float:
         """Relative RMS between log-probabilities with near data, over the link, and without."""
@@ -147,24 +129,6 @@ class GpuNode:
         self._opened.clear()
         self._stack.close()
         self._stack = ExitStack()
-
-
-def measure(manifest: Manifest, source: ExpertSource, near_data: NearData) -> Costs:
-    """Medians of fetching, and of running near data, as many experts as a token has in a layer."""
-    layer = min(key.layer for key in manifest.experts)
-    keys = [ExpertKey(layer, expert) for expert in range(manifest.model.top_k)]
-    hidden_TH = torch.zeros(1, manifest.model.expert.hidden)
-    fetches, calls = [], []
-    num_bytes = 0
-    for _ in range(PROBES):
-        started = time.perf_counter()
-        records = source.fetch([RecordRequest(key, "codes") for key in keys])
-        fetched = time.perf_counter()
-        near_data.submit(hidden_TH, [ExpertTokens(key, (0,)) for key in keys]).result()
-        fetches.append(fetched - started)
-        calls.append(time.perf_counter() - fetched)
-        num_bytes = sum(record.numel() for record in records)
-    return Costs(num_bytes / statistics.median(fetches), statistics.median(calls) / len(keys))
 
 
 class _Kept:

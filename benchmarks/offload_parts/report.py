@@ -161,7 +161,8 @@ gRPC's messages brought, over the speed of a plain socket measured just before.
 
 Perplexity is without the link, over {settings.windows} windows of {settings.window_tokens} tokens
 of each text; more nats is the loss over (a), paired by window, with its 95 % interval. For near
-data it is that of policy low_bit, where every pair that is not restored has int8 activations.
+data it is that of policy low_bit, where every pair that is not restored has int8 activations; for
+the governor that of no compensator at all, the least it may come to.
 A quarter cached is a quarter of a contestant's own codes; "in (b)'s cache" has as many bytes as
 (b), which hold all of its experts.
 

@@ -91,6 +91,7 @@ def _phase(rival: Rival, seconds: float, tokens: int, steps: int) -> Phase:
         activation_bytes=0,
         wire_bytes=0,
         planned_bytes=moved,
+        vain_bytes=0,
         near_data_pairs=0,
         restored_pairs=0,
         degraded_pairs=0,

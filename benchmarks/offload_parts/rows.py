@@ -86,6 +86,8 @@ MEASURES: Mapping[str, tuple[str, Measure]] = {
     "codes, batch 1": ("KB/token", lambda r: r.one.codes_bytes / r.one.tokens / 1e3),
     "factors, batch 1": ("KB/token", lambda r: r.one.factors_bytes / r.one.tokens / 1e3),
     "activations, batch 1": ("KB/token", lambda r: r.one.activation_bytes / r.one.tokens / 1e3),
+    "in vain, batch 1": ("KB/token", lambda r: r.one.vain_bytes / r.one.tokens / 1e3),
+    "in vain, batch 8": ("KB/token", lambda r: r.many.vain_bytes / r.many.tokens / 1e3),
     "codes, batch 8": ("KB/token", lambda r: r.many.codes_bytes / r.many.tokens / 1e3),
     "factors, batch 8": ("KB/token", lambda r: r.many.factors_bytes / r.many.tokens / 1e3),
     "activations, batch 8": ("KB/token", lambda r: r.many.activation_bytes / r.many.tokens / 1e3),

@@ -121,18 +121,13 @@ class Stage:
                 if store in self._served[role]
             }
             cache_store = self._plan.stores[item.cache_of or item.store]
-            told = self._gpu.ask(
+            self._gpu.ask(
                 do="open",
                 contestant=item.as_plain(),
                 store=store,
                 cache_store=str(cache_store),
                 endpoints=endpoints,
             )
-            if told["near_data_token_s"] is not None:
-                self._say(
-                    f"{item.label}: copies {told['link_bytes_per_s'] / 1e6:.0f} MB/s, near data "
-                    f"{1e6 * told['near_data_token_s']:.0f} us a token"
-                )
 
 
 def _require(is_so: bool, message: str) -> None:

@@ -46,6 +46,7 @@ class Phase:
     activation_bytes: int
     wire_bytes: int  # messages that came to the GPU node: records and near-data answers
     planned_bytes: int
+    vain_bytes: int  # fetched ahead by a guess, and not needed
     near_data_pairs: int
     restored_pairs: int
     degraded_pairs: int
@@ -149,8 +150,10 @@ def _check(output: StepOutput) -> StepOutput:
     assert not errors, errors[0]
     counters = output.counters
     planned = sum(counters.planned_bytes.values())
-    assert counters.total_moved_bytes == planned, (
-        f"planned {planned} bytes, moved {counters.total_moved_bytes}; no row on a red gate"
+    in_vain = counters.ahead_bytes - counters.ahead_used_bytes
+    assert counters.total_moved_bytes == planned + in_vain, (
+        f"planned {planned} bytes, fetched {in_vain} in vain, moved {counters.total_moved_bytes}; "
+        "no row on a red gate"
     )
     assert not counters.degraded_pairs, f"{counters.degraded_pairs} pairs degraded"
     return output
@@ -166,6 +169,7 @@ def _phase(seconds: float, tokens: int, counters: StepCounters) -> Phase:
         activation_bytes=counters.sent_bytes + counters.received_bytes,
         wire_bytes=counters.wire_bytes + counters.received_bytes,
         planned_bytes=sum(counters.planned_bytes.values()),
+        vain_bytes=counters.ahead_bytes - counters.ahead_used_bytes,
         near_data_pairs=counters.near_data_pairs,
         restored_pairs=counters.restored_pairs,
         degraded_pairs=counters.degraded_pairs,
