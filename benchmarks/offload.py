@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         default=[],
         metavar="KEY,...",
-        help="beginnings of contestants' keys: a, b, c, d, e, s, f",
+        help="beginnings of contestants' keys: a, b, c, d, e, s, f, g",
     )
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--windows", type=int, default=16, help="of each text, for perplexity")
@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
     for quality, one in judged.items():
         say(f"{quality!s:40} perplexity {one.perplexity:.2f}, {one.bits_moved:.2f} bits moved")
     sizes = sizes_for(load_manifest(original))
-    sizes = replace(sizes, steps=args.steps or sizes.steps)
     links = args.links or (LINKS if sizes == WorkSizes() else LINKS[-1:])
+    sizes = replace(sizes, steps=args.steps or sizes.steps)
     tokenizer = AutoTokenizer.from_pretrained(original, local_files_only=True)
     turns = works(tokenizer, texts, args.repetitions, sizes)
     plan = Plan(contestants, folders | others)

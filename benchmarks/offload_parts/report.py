@@ -217,24 +217,17 @@ def link_section(
     ]
     lines = []
     for item in contestants:
-
-        def spread(what: str, key: str = item.key) -> Spread:
-            return results.spread(link, key, what)
-
-        def kilobytes(batch: int, spread=spread) -> str:  # type: ignore[no-untyped-def]
-            kinds = ("codes", "factors", "activations")
-            return " + ".join(f"{spread(f'{k}, batch {batch}').median:.0f}" for k in kinds)
-
-        shares = [spread(f"link share, batch {batch}").median for batch in (1, 8)]
+        figures = {what: results.spread(link, item.key, what) for what in MEASURES}
+        shares = [figures[f"link share, batch {batch}"].median for batch in (1, 8)]
         lines.append(
             [
                 item.label,
-                _cell(spread("decode, batch 1")),
-                _cell(spread("decode, batch 8")),
-                _cell(spread("prefill")),
-                _cell(spread("first token")),
-                kilobytes(1),
-                kilobytes(8),
+                _cell(figures["decode, batch 1"]),
+                _cell(figures["decode, batch 8"]),
+                _cell(figures["prefill"]),
+                _cell(figures["first token"]),
+                _kilobytes(figures, 1),
+                _kilobytes(figures, 8),
                 " / ".join(f"{100 * share:.0f} %" for share in shares),
                 f"{judged[item.quality].perplexity:.2f}",
                 _ratios(results, link, item.key, "a"),
@@ -267,6 +260,11 @@ repetition. Q2_K to Q4_K need rows of 256 weights, which this model's experts do
 
 {table(names, lines)}
 {left_out}"""
+
+
+def _kilobytes(figures: Mapping[str, Spread], batch: int) -> str:
+    kinds = ("codes", "factors", "activations")
+    return " + ".join(f"{figures[f'{kind}, batch {batch}'].median:.0f}" for kind in kinds)
 
 
 def _ratios(results: Results, link: float, key: str, base: str) -> str:
