@@ -112,21 +112,21 @@ def run(args: argparse.Namespace) -> int:
     turns = works(tokenizer, texts, args.repetitions, sizes)
     plan = Plan(contestants, folders | others)
     repetitions: list[Repetition] = []
-    load = [os.getloadavg()[0]]
+    load = os.getloadavg()[0]
     with TwoHosts() as hosts:
+        names = [text.name for text in texts]
+        conditions = Conditions(name, names, settings, sizes, hosts.cores, load)
         stage = Stage(hosts, plan, say)
         stage.gate(turns[0], max(links))
         for link in links:
             repetitions += stage.measure(link, turns)
-        beside = None
+            # After each link: what was measured is kept when the run is stopped.
+            paths = write(args.out, conditions, contestants, repetitions, judged, None)
         if not args.no_rivals:
             with tempfile.TemporaryDirectory(prefix="moetier-offload-") as scratch:
                 beside = measure_beside(hosts, stage, model, original, turns, Path(scratch), say)
-    load.append(os.getloadavg()[0])
-    names = [text.name for text in texts]
-    conditions = Conditions(name, names, settings, sizes, hosts.cores, load)
-    for path in write(args.out, conditions, contestants, repetitions, judged, beside):
-        say(f"wrote {path}")
+            paths = write(args.out, conditions, contestants, repetitions, judged, beside)
+    say(f"wrote {' and '.join(str(path) for path in paths)}")
     return 0
 
 

@@ -34,7 +34,7 @@ class Conditions:
     settings: EvalSettings
     sizes: WorkSizes
     cores: Mapping[str, int]
-    load: Sequence[float]  # 1-minute load average before and after
+    load: float  # 1-minute load average before the turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +139,10 @@ def head(
 ) -> str:
     sizes, settings = conditions.sizes, conditions.settings
     texts = ", ".join(conditions.texts)
-    before, after = conditions.load
     return f"""# {conditions.model}: experts over a bounded link
 
-{provenance()} Load average {before:.1f} before and {after:.1f} after, on {os.cpu_count()} cores.
+{provenance()} Load average {conditions.load:.1f} before and
+{os.getloadavg()[0]:.1f} after, on {os.cpu_count()} cores.
 
 Two hosts of one machine: network namespaces, joined by a pair of interfaces with a token bucket in
 each direction (`tc tbf`). The memory node, on core {conditions.cores["memory"]}, serves the records
