@@ -66,6 +66,14 @@ CONTESTANTS = (
     Contestant("fel", "(f) e cached, near data low_bit", "best", QUARTER, near_data="low_bit"),
     Contestant("fec", "(f) e cached, near data cost", "best", QUARTER, near_data="cost"),
     Contestant("fsc", "(f) best 2.25 cached, cost", "best 2.25", QUARTER, near_data="cost"),
+    Contestant(
+        "g",
+        "(g) e cached, cost, governed to 20 ms",
+        "best",
+        QUARTER,
+        near_data="cost",
+        settings={"target_step_s": 0.02},
+    ),
     Contestant("fs0", "(f) best 2.25, Top-0, low_bit", "best 2.25", near_data="low_bit", top_n=0),
 )
 
