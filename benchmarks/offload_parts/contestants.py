@@ -74,6 +74,7 @@ CONTESTANTS = (
         near_data="cost",
         settings={"target_step_s": 0.02},
     ),
+    Contestant("fe0", "(f) e, Top-0, near data low_bit", "best", near_data="low_bit", top_n=0),
     Contestant("fs0", "(f) best 2.25, Top-0, low_bit", "best 2.25", near_data="low_bit", top_n=0),
 )
 
