@@ -86,10 +86,8 @@ def gated_mlp(
         native = _native_or_warn()
         if native and _is_packed(mlp):
             threads = torch.get_num_threads()
-            if factors is None:
-                return native.gated_mlp_many([MlpCall(x_TH, mlp)], num_threads=threads)[0]
-            matmul = functools.partial(native.matmul, num_threads=threads)
-            low_rank_matmul = functools.partial(native.low_rank_matmul, num_threads=threads)
+            call = MlpCall(x_TH, mlp, factors, restored_T)
+            return native.gated_mlp_many([call], num_threads=threads)[0]
     return compose_gated_mlp(
         x_TH, mlp, factors, restored_T, matmul=matmul, low_rank_matmul=low_rank_matmul
     )
@@ -103,20 +101,21 @@ def gated_mlp_many(
 ) -> list[torch.Tensor]:
     """Several MLPs, each on its own tokens: [T_i, H] float32 per call, in order.
 
-    With cpu_int8 those without repair are one native call on at most num_threads threads (the GIL
-    is released); a token's result is the same to the bit alone and in any batch. The other backends
-    run one MLP after another. Raises ValueError as `gated_mlp` does and for num_threads below 1.
+    With cpu_int8 those with packed matrices are one native call on at most num_threads threads (the
+    GIL is released), repairs included; a token's result is the same to the bit alone and in any
+    batch. The other backends run one MLP after another. Raises ValueError as `gated_mlp` does and
+    for num_threads below 1.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads: got {num_threads}, expected at least 1")
     for call in calls:
         _check_gated_mlp(call.x_TH, call.mlp, call.repair, call.restored_T, backend)
     native = _native_or_warn() if backend == "cpu_int8" else None
-    plain = [call for call in calls if call.repair is None and _is_packed(call.mlp)]
-    fast = iter(native.gated_mlp_many(plain, num_threads=num_threads) if native else ())
+    packed = [call for call in calls if _is_packed(call.mlp)] if native else []
+    fast = iter(native.gated_mlp_many(packed, num_threads=num_threads) if native else ())
     return [
         next(fast)
-        if native and call.repair is None and _is_packed(call.mlp)
+        if native and _is_packed(call.mlp)
         else gated_mlp(call.x_TH, call.mlp, call.repair, call.restored_T, backend=backend)
         for call in calls
     ]

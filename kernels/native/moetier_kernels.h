@@ -44,10 +44,20 @@ struct MoetierLowRank {
   int32_t bits, grid;
 };
 
+// What is added to one matrix's product for restored tokens: left (right x), then each plane's
+// product. A plane is a matrix of the same shape.
+struct MoetierRepair {
+  MoetierLowRank low_rank;      // num_blocks may be 0
+  const MoetierMatrix* planes;  // [num_planes]
+  int64_t num_planes;
+};
+
 // One gated MLP and its tokens.
 struct MoetierGatedMlp {
-  MoetierMatrix gate, up;  // [ffn, hidden]
-  MoetierMatrix down;      // [hidden, ffn]
+  MoetierMatrix gate, up;     // [ffn, hidden]
+  MoetierMatrix down;         // [hidden, ffn]
+  const MoetierRepair* repair;  // [3], of gate, up and down, or null
+  const uint8_t* restored;  // [tokens], 0 for a token without repair; null: every token has it
   const float* gate_bias;  // [ffn] or null
   const float* up_bias;    // [ffn] or null
   const float* down_bias;  // [hidden] or null
