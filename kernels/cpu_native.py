@@ -19,13 +19,15 @@ import torch
 
 from kernels.cpu_records import (
     GatedMlpRecord,
+    LowRankRecord,
+    MatrixRecord,
     gated_mlp_record,
     low_rank_record,
     matrix_record,
 )
 from kernels.types import LowRank, MlpCall, QuantizedMatrix
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 Isa = Literal["scalar", "avx2", "avx512vnni"]
 """Instruction sets in the order of MoetierIsa; the later, the faster."""
 
@@ -48,7 +50,8 @@ def _library() -> ctypes.CDLL | None:
         )
     library.moetier_dequantize.argtypes = (_POINTER, _POINTER, _INT32, _INT32)
     product = (_POINTER, _POINTER, _INT64, _POINTER, _INT32, _INT32)
-    library.moetier_matmul.argtypes = library.moetier_low_rank_matmul.argtypes = product
+    for name in ("matmul", "low_rank_matmul", "matmul_fp32", "low_rank_matmul_fp32"):
+        getattr(library, f"moetier_{name}").argtypes = product
     library.moetier_gated_mlp_many.argtypes = (_POINTER, _INT64, _INT32, _INT32)
     library.moetier_decode_block_code.argtypes = (_POINTER, _POINTER, _INT32, _INT32)
     return library
@@ -92,15 +95,21 @@ def matmul(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ W.T as [T, N], x rounded to int8 per token and group of 64."""
-    x = _input(x_TK, matrix.cols)
-    y_TN = output(out, x.shape[0], matrix.rows)
     record = matrix_record("matrix", matrix)
-    status = loaded().moetier_matmul(
-        ctypes.addressof(record), x.data_ptr(), x.shape[0], y_TN.data_ptr(),
-        _threads(num_threads), isa_index(isa),
-    )  # fmt: skip
-    _check(status)
-    return y_TN
+    return _product("matmul", record, x_TK, num_threads, isa, out)
+
+
+def matmul_fp32(
+    matrix: QuantizedMatrix,
+    x_TK: torch.Tensor,
+    *,
+    num_threads: int = 1,
+    isa: Isa | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x @ W.T as [T, N], nothing rounded; a token's result does not depend on its batch."""
+    record = matrix_record("matrix", matrix)
+    return _product("matmul_fp32", record, x_TK, num_threads, isa, out)
 
 
 def low_rank_matmul(
@@ -112,11 +121,36 @@ def low_rank_matmul(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """left @ (right @ x) per token as [T, N]; x rounded to int8, the middle kept in float32."""
-    x = _input(x_TK, factors.cols)
-    y_TN = output(out, x.shape[0], factors.rows)
     keep: list[object] = []
     record = low_rank_record(factors, keep)
-    status = loaded().moetier_low_rank_matmul(
+    return _product("low_rank_matmul", record, x_TK, num_threads, isa, out)
+
+
+def low_rank_matmul_fp32(
+    factors: LowRank,
+    x_TK: torch.Tensor,
+    *,
+    num_threads: int = 1,
+    isa: Isa | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """left @ (right @ x) per token as [T, N], nothing rounded."""
+    keep: list[object] = []
+    record = low_rank_record(factors, keep)
+    return _product("low_rank_matmul_fp32", record, x_TK, num_threads, isa, out)
+
+
+def _product(
+    name: str,
+    record: MatrixRecord | LowRankRecord,
+    x_TK: torch.Tensor,
+    num_threads: int,
+    isa: Isa | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    x = _input(x_TK, record.cols)
+    y_TN = output(out, x.shape[0], record.rows)
+    status = getattr(loaded(), f"moetier_{name}")(
         ctypes.addressof(record), x.data_ptr(), x.shape[0], y_TN.data_ptr(),
         _threads(num_threads), isa_index(isa),
     )  # fmt: skip

@@ -83,8 +83,8 @@ void set_inputs(Work& work, int isa) {
 }
 
 void make_ranks(Work& work, Which which, int64_t block, const Inputs& inputs, Multiply* multiply) {
-  multiply_right(work.mlp->repair[which].low_rank, block, inputs, work.restored, multiply,
-                 work.ranks[which].data() + block * work.block_stride());
+  multiply(row_blocks(right_factor(work.mlp->repair[which].low_rank, block)), inputs,
+           work.restored, work.ranks[which].data() + block * work.block_stride(), kTileRows);
 }
 
 // values [n][64] += what the repair of one matrix makes of n restored places from `first` on.

@@ -1,12 +1,11 @@
 // The low-rank product: int8 on the right, float32 on the left.
 #include "low_rank.h"
 
-#include <algorithm>
 #include <new>
-#include <vector>
 
 #include "dequantize.h"
-#include "parallel.h"
+#include "inputs.h"
+#include "multiply.h"
 #include "target.h"
 #include "tile.h"
 
@@ -38,11 +37,6 @@ void add_left_tile_for(int isa, const float* weight, const float* z, float* y) {
 
 }  // namespace
 
-void multiply_right(const MoetierLowRank& factors, int64_t block, const Inputs& inputs,
-                    int64_t tokens, Multiply* multiply, float* ranks) {
-  multiply(row_blocks(right_factor(factors, block)), inputs, tokens, ranks, kTileRows);
-}
-
 void add_left(const MoetierLowRank& factors, const float* ranks, int64_t block_stride,
               int64_t tokens, int64_t group, float* y, int64_t row_stride, int isa) {
   float weight[kTileRows * kGroupSize];
@@ -60,21 +54,13 @@ int32_t moetier_low_rank_matmul(const MoetierLowRank* factors, const float* x, i
                                 float* y, int32_t num_threads, int32_t isa) {
   using namespace moetier;
   try {
-    const int64_t num_blocks = factors->num_blocks, rows = factors->rows;
     QuantizedInputs inputs(tokens, factors->cols);
     inputs.set_all(x, isa);
     const Inputs view = inputs.view();
-    const int64_t block_stride = tokens * kTileRows;
-    std::vector<float> ranks(static_cast<size_t>(num_blocks * block_stride));
-    parallel_for(num_blocks, num_threads, [&](int64_t block) {
-      multiply_right(*factors, block, view, tokens, multiply_for(isa),
-                     ranks.data() + block * block_stride);
-    });
-    parallel_for(rows / kGroupSize, num_threads, [&](int64_t group) {
-      float* out = y + group * kGroupSize;
-      for (int64_t t = 0; t < tokens; t++) std::fill_n(out + t * rows, kGroupSize, 0.f);
-      add_left(*factors, ranks.data(), block_stride, tokens, group, out, rows, isa);
-    });
+    low_rank_product(*factors, tokens, y, num_threads, isa,
+                     [&](const RowBlocks& right, float* ranks) {
+                       multiply_for(isa)(right, view, tokens, ranks, kTileRows);
+                     });
   } catch (const std::bad_alloc&) {
     return MOETIER_NO_MEMORY;
   }

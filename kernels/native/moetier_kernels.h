@@ -82,6 +82,13 @@ MOETIER_EXPORT int32_t moetier_matmul(const MoetierMatrix* matrix, const float* 
 MOETIER_EXPORT int32_t moetier_low_rank_matmul(const MoetierLowRank* factors, const float* x,
                                                int64_t tokens, float* y, int32_t num_threads,
                                                int32_t isa);
+// The same two without rounding the inputs: about 1e-6 of the reference.
+MOETIER_EXPORT int32_t moetier_matmul_fp32(const MoetierMatrix* matrix, const float* x,
+                                           int64_t tokens, float* y, int32_t num_threads,
+                                           int32_t isa);
+MOETIER_EXPORT int32_t moetier_low_rank_matmul_fp32(const MoetierLowRank* factors, const float* x,
+                                                    int64_t tokens, float* y, int32_t num_threads,
+                                                    int32_t isa);
 // All of `mlps` at once, sharing at most num_threads threads.
 MOETIER_EXPORT int32_t moetier_gated_mlp_many(const MoetierGatedMlp* mlps, int64_t num_mlps,
                                               int32_t num_threads, int32_t isa);

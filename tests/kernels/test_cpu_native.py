@@ -91,6 +91,37 @@ def test_low_rank_matmul(isa: Isa, grid: Grid, bits: int, num_blocks: int) -> No
 
 @every_isa
 @every_form
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_matmul_fp32(isa: Isa, grid: Grid, bits: int, rows: int, cols: int) -> None:
+    matrix = at_odd_address(random_matrix(rows, cols, bits, grid=grid))
+    for num_tokens in TOKEN_COUNTS:
+        x = random_inputs(num_tokens, cols, seed=num_tokens)
+        out = poisoned(num_tokens, rows)
+        cpu_native.matmul_fp32(matrix, x, isa=isa, num_threads=2, out=out)
+        # A single number may be small by cancellation: judge it by the inputs' size.
+        expected = reference.matmul(matrix, x)
+        error = float((out - expected).norm())
+        size = float(
+            expected.norm() if rows > 1 else x.norm() * reference.dequantize(matrix).norm()
+        )
+        assert error <= FP32_TOLERANCE * size, num_tokens
+
+
+@every_isa
+@every_form
+@pytest.mark.parametrize("num_blocks", [0, 1, 8])
+def test_low_rank_matmul_fp32(isa: Isa, grid: Grid, bits: int, num_blocks: int) -> None:
+    factors = random_low_rank(128, 192, bits, num_blocks, grid=grid)
+    for num_tokens in TOKEN_COUNTS:
+        x = random_inputs(num_tokens, 192, seed=num_tokens)
+        out = poisoned(num_tokens, 128)
+        cpu_native.low_rank_matmul_fp32(factors, x, isa=isa, num_threads=2, out=out)
+        expected = reference.low_rank_matmul(factors, x)
+        assert relative_rms(out, expected) < FP32_TOLERANCE, num_tokens
+
+
+@every_isa
+@every_form
 @pytest.mark.parametrize("biases", [False, True])
 def test_gated_mlp(isa: Isa, grid: Grid, bits: int, biases: bool) -> None:
     mlp = random_mlp(128, 192, bits, biases=biases, grid=grid)
@@ -153,7 +184,10 @@ def test_the_largest_codes_inputs_and_scales_do_not_overflow(isa: Isa) -> None:
         for sign in (1.0, -1.0):
             x = torch.full((3, 128), 1e4 * sign)
             got = cpu_native.matmul(matrix, x, isa=isa)
-            assert relative_rms(got, reference.matmul(matrix, x)) < FP32_TOLERANCE, (grid, bits)
+            exact = reference.matmul(matrix, x)
+            assert relative_rms(got, exact) < FP32_TOLERANCE, (grid, bits)
+            got = cpu_native.matmul_fp32(matrix, x, isa=isa)
+            assert relative_rms(got, exact) < FP32_TOLERANCE, (grid, bits)
 
 
 @every_isa
@@ -165,11 +199,16 @@ def test_a_token_is_the_same_alone_and_in_any_batch(isa: Isa, grid: Grid, bits: 
     x, x_mlp = random_inputs(70, 448), random_inputs(70, 128)
     matmul = cpu_native.matmul(matrix, x, isa=isa)
     low_rank = cpu_native.low_rank_matmul(factors, x, isa=isa)
+    matmul_fp32 = cpu_native.matmul_fp32(matrix, x, isa=isa)
+    low_rank_fp32 = cpu_native.low_rank_matmul_fp32(factors, x, isa=isa)
     (gated,) = cpu_native.gated_mlp_many([MlpCall(x_mlp, mlp)], isa=isa, num_threads=2)
     for first, last in ((0, 1), (69, 70), (3, 5), (31, 34), (40, 48), (1, 70)):
         part = slice(first, last)
         assert torch.equal(cpu_native.matmul(matrix, x[part], isa=isa), matmul[part])
         assert torch.equal(cpu_native.low_rank_matmul(factors, x[part], isa=isa), low_rank[part])
+        assert torch.equal(cpu_native.matmul_fp32(matrix, x[part], isa=isa), matmul_fp32[part])
+        alone = cpu_native.low_rank_matmul_fp32(factors, x[part], isa=isa)
+        assert torch.equal(alone, low_rank_fp32[part])
         (alone,) = cpu_native.gated_mlp_many([MlpCall(x_mlp[part], mlp)], isa=isa)
         assert torch.equal(alone, gated[part])
 
