@@ -25,14 +25,15 @@ from kernels.types import GatedMLP, GatedRepair, LowRank, Matrix, MlpCall, Quant
 logger = logging.getLogger(__name__)
 
 Backend = Literal["reference", "cpu_fp32", "cpu_int8", "triton"]
-"""reference: plain torch, the truth. cpu_fp32: float32 products, native tile by tile for few tokens,
-else native dequantise and BLAS; about 1e-6 of the reference. cpu_int8: native kernels on int8 activations; 1-2e-2 of the reference per matrix or
-MLP. triton: GPU kernels. Without a C++ compiler both cpu backends run on torch alone, slower."""
+"""reference: plain torch, the truth. cpu_fp32: float32 products, native and tile by tile for few
+tokens, else native dequantise and BLAS; about 1e-6 of the reference. cpu_int8: native kernels on
+int8 activations; 1-2e-2 of the reference per matrix or MLP. triton: GPU kernels. Without a C++
+compiler both cpu backends run on torch alone, slower."""
 
 NativeIsa = Literal["avx512vnni", "avx2", "scalar"]
 TILEWISE_TOKENS = 64
-"""Up to here cpu_fp32's own product beats dequantise and BLAS on every shape tried: 5 to 30 times at
-1 to 8 tokens, level at 64 on a 512 x 256 matrix (AMD Zen 4, one thread, 2026-11-22)."""
+"""Up to here cpu_fp32's own product beats dequantise and BLAS on every shape tried: 2 to 30 times
+at 1 to 8 tokens, level at 64 on a 512 x 256 matrix (AMD Zen 4, one thread, 2026-11-22)."""
 
 
 def default_backend(device: torch.device | str) -> Backend:

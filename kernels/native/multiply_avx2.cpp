@@ -13,27 +13,30 @@
 namespace moetier {
 namespace {
 
-// More would spill: each token holds an int16, an int32 and a float sum.
+// Eight int16 sums for both halves of the rows, and what they are added to: more would spill.
 constexpr int kMaxTokens = 4;
 
-// The sums of one half tile with TOKENS tokens. An int16 sum of pairs stays below 32767: at most
-// 16 x 2 x 7 x 127 = 28448 for 3 bits, 8 x 2 x 15 x 127 = 30480 for 4.
+// The sums of one tile with TOKENS tokens, by half of the rows. An int16 sum of pairs stays below
+// 32767: at most 16 x 2 x 7 x 127 = 28448 for 3 bits, 8 x 2 x 15 x 127 = 30480 for 4.
 template <int TOKENS>
 struct Sums {
-  __m256i narrow[TOKENS];  // int16, at most 16 products deep
-  __m256i wide[TOKENS];    // int32
+  __m256i narrow[TOKENS][2];  // int16
+  __m256i wide[TOKENS][2];    // int32
 };
 
 // narrow += codes of vector `v` times each token's inputs 4v..4v+3, which every row shares.
 template <int TOKENS>
-TARGET_AVX2 ALWAYS_INLINE void add_products(Sums<TOKENS>& sums, __m256i codes, const int8_t* x,
-                                            int v) {
+TARGET_AVX2 ALWAYS_INLINE void add_products(Sums<TOKENS>& sums, const Bytes& codes,
+                                            const int8_t* x, int v) {
 #pragma GCC unroll 4
   for (int t = 0; t < TOKENS; t++) {
     int32_t four_inputs;
     std::memcpy(&four_inputs, x + t * kGroupSize + 4 * v, sizeof four_inputs);
-    sums.narrow[t] = _mm256_add_epi16(
-        sums.narrow[t], _mm256_maddubs_epi16(codes, _mm256_set1_epi32(four_inputs)));
+    const __m256i inputs = _mm256_set1_epi32(four_inputs);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++)
+      sums.narrow[t][half] = _mm256_add_epi16(
+          sums.narrow[t][half], _mm256_maddubs_epi16(codes.half[half], inputs));
   }
 }
 
@@ -41,10 +44,13 @@ template <int TOKENS>
 TARGET_AVX2 ALWAYS_INLINE void widen(Sums<TOKENS>& sums) {
   const __m256i one = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
-  for (int t = 0; t < TOKENS; t++) {
-    sums.wide[t] = _mm256_add_epi32(sums.wide[t], _mm256_madd_epi16(sums.narrow[t], one));
-    sums.narrow[t] = _mm256_setzero_si256();
-  }
+  for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      sums.wide[t][half] =
+          _mm256_add_epi32(sums.wide[t][half], _mm256_madd_epi16(sums.narrow[t][half], one));
+      sums.narrow[t][half] = _mm256_setzero_si256();
+    }
 }
 
 template <int BITS, int GRID, int TOKENS>
@@ -56,17 +62,21 @@ TARGET_AVX2 void multiply_block(const RowBlocks& rows, Inputs in, float* y, int6
   const uint8_t* tile = rows.data;
   for (int64_t g = 0; g < rows.groups; g++, tile += kTileBytes, in = in.next_group()) {
     prefetch_tile<kTileBytes>(tile + kPrefetchBytes);
+    Sums<TOKENS> sums;
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++)
+        sums.narrow[t][half] = sums.wide[t][half] = _mm256_setzero_si256();
+    dot_tile<BITS>(sums, tile, in.codes);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
-      Sums<TOKENS> sums;
-      for (int t = 0; t < TOKENS; t++)
-        sums.narrow[t] = sums.wide[t] = _mm256_setzero_si256();
-      dot_half_tile<BITS>(sums, tile + 32 * half, in.codes);
       __m256 scale, zero_scaled;
       load_scales<BITS, GRID>(tile, half, scale, zero_scaled);
+#pragma GCC unroll 4
       for (int t = 0; t < TOKENS; t++) {
         const __m256 dot =
-            _mm256_mul_ps(_mm256_cvtepi32_ps(sums.wide[t]), _mm256_set1_ps(in.scale[t]));
+            _mm256_mul_ps(_mm256_cvtepi32_ps(sums.wide[t][half]), _mm256_set1_ps(in.scale[t]));
         result[half][t] = add_tile<GRID>(result[half][t], dot, _mm256_set1_ps(in.sum[t]), scale,
                                          zero_scaled);
       }

@@ -18,8 +18,9 @@ namespace {
 std::vector<float> group_sums(const float* x, int64_t tokens, int64_t cols) {
   std::vector<float> sums(static_cast<size_t>(tokens * (cols / kGroupSize)));
   for (float& sum : sums) {
-    sum = 0.f;
-    for (int i = 0; i < kGroupSize; i++) sum += *x++;
+    double total = 0;
+    for (int i = 0; i < kGroupSize; i++) total += *x++;
+    sum = static_cast<float>(total);
   }
   return sums;
 }

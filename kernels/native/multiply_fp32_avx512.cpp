@@ -15,6 +15,19 @@ namespace {
 
 constexpr int kMaxTokens = 4;
 
+// What each code stands for, counted from the middle one: sums of small numbers about zero lose
+// less than those of codes from zero up. The table repeats for narrower codes.
+template <int BITS>
+struct Levels {
+  alignas(64) float value[16];
+  constexpr Levels() : value() {
+    for (int i = 0; i < 16; i++)
+      value[i] = static_cast<float>(i & ((1 << BITS) - 1)) - middle_code(BITS);
+  }
+};
+template <int BITS>
+constexpr Levels<BITS> kLevels;
+
 // One tile's sums of 16 rows; the four inputs of a lane are summed apart, in two chains, to hide the
 // adder's latency with a single token.
 template <int TOKENS>
@@ -31,11 +44,12 @@ struct Sums {
   // The codes at bits FIRST.. of each byte are those of vector `v`.
   template <int BITS, int FIRST>
   TARGET_AVX512 ALWAYS_INLINE void add_codes(__m512i bytes, const FloatInputs& in, int v) {
-    const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
+    const __m512 table = _mm512_load_ps(kLevels<BITS>.value);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-      const __m512i codes = _mm512_and_si512(_mm512_srli_epi32(bytes, 8 * i + FIRST), mask);
-      const __m512 weights = _mm512_cvtepi32_ps(codes);
+      // The look-up reads the four low bits of a lane; those above the code are no matter.
+      const __m512 weights =
+          _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 8 * i + FIRST), table);
 #pragma GCC unroll 4
       for (int t = 0; t < TOKENS; t++) {
         const __m512 x = _mm512_set1_ps(in.x[t * in.groups * kGroupSize + 4 * v + i]);
@@ -62,10 +76,15 @@ TARGET_AVX512 void multiply_block(const RowBlocks& rows, FloatInputs in, float* 
     dot_tile<BITS>(sums, tile, in);
     __m512 scale, zero_scaled;
     load_scales<BITS, GRID>(tile, scale, zero_scaled);
+    // The middle code's weight; zero on a symmetric grid.
+    const __m512 middle = _mm512_fmsub_ps(scale, _mm512_set1_ps(middle_code(BITS)), zero_scaled);
 #pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++)
-      result[t] = add_tile<GRID>(result[t], _mm512_add_ps(sums.even[t], sums.odd[t]),
-                                 _mm512_set1_ps(in.sums[t * in.groups]), scale, zero_scaled);
+    for (int t = 0; t < TOKENS; t++) {
+      const __m512 dot = _mm512_add_ps(sums.even[t], sums.odd[t]);
+      result[t] = _mm512_fmadd_ps(scale, dot, result[t]);
+      if constexpr (GRID == MOETIER_AFFINE)
+        result[t] = _mm512_fmadd_ps(middle, _mm512_set1_ps(in.sums[t * in.groups]), result[t]);
+    }
   }
 #pragma GCC unroll 4
   for (int t = 0; t < TOKENS; t++)

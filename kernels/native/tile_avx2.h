@@ -1,4 +1,4 @@
-// Half a packed tile, eight rows, in AVX2 registers, for the products that read it. Included by
+// The packed tile in AVX2 registers, two for a vector, for the products that read it. Included by
 // their files only.
 #pragma once
 #include "target.h"
@@ -11,8 +11,7 @@
 namespace moetier {
 namespace {
 
-// One tile is read as two halves of eight rows: a 64-byte vector is two 32-byte registers.
-constexpr int kHalfRows = 8;
+constexpr int kHalfRows = 8;  // rows of one register
 constexpr size_t kPrefetchBytes = 4096;
 
 template <int TILE_BYTES>
@@ -21,12 +20,23 @@ TARGET_AVX2 ALWAYS_INLINE void prefetch_tile(const uint8_t* tile) {
     _mm_prefetch(reinterpret_cast<const char*>(tile + line), _MM_HINT_T0);
 }
 
-TARGET_AVX2 ALWAYS_INLINE __m256i load(const uint8_t* from) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+// A vector of 64 bytes: rows 0 to 7 and rows 8 to 15.
+struct Bytes {
+  __m256i half[2];
+};
+
+TARGET_AVX2 ALWAYS_INLINE Bytes load(const uint8_t* from) {
+  const __m256i* halves = reinterpret_cast<const __m256i*>(from);
+  return {{_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)}};
 }
 
-TARGET_AVX2 ALWAYS_INLINE __m256i bits_at(__m256i bytes, int shift, __m256i mask) {
-  return _mm256_and_si256(_mm256_srli_epi16(bytes, shift), mask);
+TARGET_AVX2 ALWAYS_INLINE Bytes bits_at(const Bytes& bytes, int shift, __m256i mask) {
+  return {{_mm256_and_si256(_mm256_srli_epi16(bytes.half[0], shift), mask),
+           _mm256_and_si256(_mm256_srli_epi16(bytes.half[1], shift), mask)}};
+}
+
+TARGET_AVX2 ALWAYS_INLINE Bytes either(const Bytes& a, const Bytes& b) {
+  return {{_mm256_or_si256(a.half[0], b.half[0]), _mm256_or_si256(a.half[1], b.half[1])}};
 }
 
 TARGET_AVX2 ALWAYS_INLINE __m256 bytes_to_floats(const uint8_t* from) {
@@ -73,18 +83,17 @@ TARGET_AVX2 ALWAYS_INLINE __m256 scale_rows(__m256 sum, const RowBlocks& rows, i
     return sum;
 }
 
-// Dot products of one half tile with every token's 64 inputs. It calls
+// Dot products of one tile with every token's 64 inputs. It calls
 // add_products(sums, codes, inputs, v) for vector v and widen(sums) at the end; with 4 bits also
 // after eight vectors.
 template <int BITS, class Sums, class TileInputs>
-TARGET_AVX2 ALWAYS_INLINE void dot_half_tile(Sums& sums, const uint8_t* half,
-                                             const TileInputs& x) {
+TARGET_AVX2 ALWAYS_INLINE void dot_tile(Sums& sums, const uint8_t* tile, const TileInputs& x) {
   const __m256i mask = _mm256_set1_epi8((1 << BITS) - 1);
   if constexpr (BITS == 4) {
 #pragma GCC unroll 8
     for (int p = 0; p < 8; p++) {
-      const __m256i plane = load(half + p * kVectorBytes);
-      add_products(sums, _mm256_and_si256(plane, mask), x, p);
+      const Bytes plane = load(tile + p * kVectorBytes);
+      add_products(sums, bits_at(plane, 0, mask), x, p);
       add_products(sums, bits_at(plane, 4, mask), x, p + 8);
       if (p == 3) widen(sums);
     }
@@ -92,7 +101,7 @@ TARGET_AVX2 ALWAYS_INLINE void dot_half_tile(Sums& sums, const uint8_t* half,
     constexpr int kPlanes = 2 * BITS, kFields = 8 / BITS;
 #pragma GCC unroll 4
     for (int p = 0; p < kPlanes; p++) {
-      const __m256i plane = load(half + p * kVectorBytes);
+      const Bytes plane = load(tile + p * kVectorBytes);
 #pragma GCC unroll 8
       for (int f = 0; f < kFields; f++)
         add_products(sums, bits_at(plane, f * BITS, mask), x, p + f * kPlanes);
@@ -102,17 +111,17 @@ TARGET_AVX2 ALWAYS_INLINE void dot_half_tile(Sums& sums, const uint8_t* half,
                   top2 = _mm256_set1_epi8(0x30);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
-      const uint8_t* planes = half + h * 3 * kVectorBytes;
-      __m256i left_over = _mm256_setzero_si256();
+      const uint8_t* planes = tile + h * 3 * kVectorBytes;
+      Bytes left_over = {{_mm256_setzero_si256(), _mm256_setzero_si256()}};
 #pragma GCC unroll 3
       for (int k = 0; k < 3; k++) {
-        const __m256i plane = load(planes + k * kVectorBytes);
-        add_products(sums, _mm256_and_si256(plane, mask), x, 8 * h + k);
+        const Bytes plane = load(planes + k * kVectorBytes);
+        add_products(sums, bits_at(plane, 0, mask), x, 8 * h + k);
         add_products(sums, bits_at(plane, 3, mask), x, 8 * h + 3 + k);
-        left_over = _mm256_or_si256(
-            left_over, bits_at(plane, 6 - 2 * k, k == 0 ? top0 : k == 1 ? top1 : top2));
+        const __m256i top = k == 0 ? top0 : k == 1 ? top1 : top2;
+        left_over = either(left_over, bits_at(plane, 6 - 2 * k, top));
       }
-      add_products(sums, _mm256_and_si256(left_over, mask), x, 8 * h + 6);
+      add_products(sums, bits_at(left_over, 0, mask), x, 8 * h + 6);
       add_products(sums, bits_at(left_over, 3, mask), x, 8 * h + 7);
     }
   }

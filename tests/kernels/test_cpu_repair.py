@@ -1,6 +1,6 @@
 """Goal: the native fused MLP restores tokens as the reference does, on every instruction set.
-Method: ranks 0, 16 and 48, planes 0 to 2, biases, mixed masks, several calls at once; a token's result to
-the bit alone and in any batch, whichever neighbours are restored."""
+Method: ranks 0, 16 and 48, planes 0 to 2, biases, mixed masks, several calls at once; a token's
+result to the bit alone and in any batch, whichever neighbours are restored."""
 
 from __future__ import annotations
 
