@@ -94,6 +94,8 @@ class Answering:
         if isinstance(current, Failed):
             raise self.error(current)
         headers = {"x-moetier-degraded": "true"} if current.degraded else {}
+        if current.quality is not None:
+            headers["x-moetier-quality"] = current.quality
         return JSONResponse(head.whole(text, current), headers=headers)
 
     async def _stream(

@@ -24,6 +24,7 @@ def render(snapshot: ClusterSnapshot) -> str:
         *_load(workers),
         *_work(workers),
         *_bytes_and_pairs(workers),
+        *_costs(workers),
         *_requests(snapshot),
         *_tiers(snapshot),
     ):
@@ -110,6 +111,28 @@ def _bytes_and_pairs(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
         for way in ("sent", "received")
     ]
     yield "moetier_near_data_bytes_total", "counter", "Activations to and from near data.", wire
+
+
+def _costs(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
+    """What layers were predicted to take, and the governor; workers without costs give zeros."""
+    for field, text in (
+        ("predicted_s", "Time MoE layers were predicted to take, where costs are measured."),
+        ("layer_s", "Time the same layers took."),
+    ):
+        name = f"moetier_{field.removesuffix('_s')}_seconds_total"
+        samples: list[Sample] = [
+            ({"replica": w.replica}, w.counters.get(field, 0)) for w in workers
+        ]
+        yield name, "counter", text, samples
+    governed: list[Sample] = [({"replica": w.replica}, w.governed_tokens) for w in workers]
+    help_text = "Token positions computed with less than full quality, for the latency target."
+    yield "moetier_governed_tokens_total", "counter", help_text, governed
+    knobs: list[Sample] = [
+        ({"replica": w.replica, "knob": knob}, value)
+        for w in workers
+        for knob, value in sorted(w.knobs.items())
+    ]
+    yield "moetier_governor_knob", "gauge", "What the bandwidth governor has set now.", knobs
 
 
 def _requests(snapshot: ClusterSnapshot) -> Iterator[Metric]:

@@ -46,10 +46,13 @@ class AnswerHead:
     def last_chunks(self, finished: Finished) -> str:
         """The finish reason, then the usage if asked for, then DONE.
 
-        An answer that was degraded says so in `moetier_degraded`: a stream's headers have left.
+        An answer that was degraded says so in `moetier_degraded`, one that was governed in
+        `moetier_quality`: a stream's headers have left.
         """
         delta: dict[str, Any] = {} if self.kind == "chat" else {"text": ""}
-        more = {"moetier_degraded": True} if finished.degraded else {}
+        more: dict[str, Any] = {"moetier_degraded": True} if finished.degraded else {}
+        if finished.quality is not None:
+            more["moetier_quality"] = finished.quality
         chunks = self._chunk(delta, finish_reason=_reason(finished), **more)
         if self.include_usage:
             chunks += event({**self._stream_common(), "choices": [], "usage": usage(finished)})

@@ -164,6 +164,12 @@ class FollowingNearData:
         with self._lock:
             return _sum(self._gone_bytes, self._group.bytes_moved)
 
+    @property
+    def num_workers(self) -> int:
+        """Workers that are followed now."""
+        with self._lock:
+            return self._group.num_workers
+
     def follow(self, listings: Sequence[Listing]) -> None:
         """Go on with these workers, at least one; calls to those that are not among them fail."""
         with self._lock:

@@ -6,6 +6,7 @@ What it is given (the source, the near-data client) stays the caller's to close.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from expert_store.verify import check_files
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
 from gpu_worker.experts import StoreExperts
+from gpu_worker.governor import Governor
 from gpu_worker.model import ModelRunner, load_model
 from gpu_worker.protocols import ExpertSource, NearData
+from gpu_worker.router_guess import RouterGuess
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +37,16 @@ class OpenModel:
     tokenizer: PreTrainedTokenizerBase | None  # None when the store has none
     config: WorkerConfig  # resolved
     close: Callable[[], None]  # ends the threads that fetch experts
+    governor: Governor | None  # where a latency target is set
 
 
 def open_model(
-    store: Path, source: ExpertSource, near_data: NearData | None, config: WorkerConfig
+    store: Path,
+    source: ExpertSource,
+    near_data: NearData | None,
+    config: WorkerConfig,
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> OpenModel:
     """The model in `store` with its experts from `source` and, by the config's policy, near data.
 
@@ -47,13 +56,16 @@ def open_model(
     asked_context = config.max_context
     config = config.resolve(source.manifest)
     check_files(store, source.manifest)
-    experts = StoreExperts(source, config, near_data)
+    experts = StoreExperts(source, config, near_data, clock=clock)
     try:
         runner = load_model(store, source.manifest, config, experts)
+        experts.predict_with(RouterGuess.of(runner.model, source.manifest.model.top_k))
         context = usable_context(runner.model.config, config.max_context, asked_context)
         config = replace(config, max_context=context)
         logger.info("worker config: %s", config)
-        return OpenModel(runner, load_tokenizer(store), config, experts.close)
+        return OpenModel(
+            runner, load_tokenizer(store), config, experts.close, experts.costing.governor
+        )
     except BaseException:
         experts.close()
         raise
@@ -66,9 +78,10 @@ def build_engine(
     config: WorkerConfig,
     *,
     max_waiting: int = MAX_WAITING,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     """An engine over `open_model`. Its `close` leaves `source` and `near_data` open."""
-    opened = open_model(store, source, near_data, config)
+    opened = open_model(store, source, near_data, config, clock=clock)
     assert opened.config.max_context is not None, "resolved configs have a context"
     return Engine(
         opened.runner,
@@ -78,6 +91,8 @@ def build_engine(
         prefill_chunk=opened.config.prefill_chunk,
         max_waiting=max_waiting,
         on_close=opened.close,
+        governor=opened.governor,
+        clock=clock,
     )
 
 

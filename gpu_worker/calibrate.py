@@ -18,6 +18,7 @@ from expert_store.errors import CheckpointError
 from expert_store.format import parse_codes
 from expert_store.statistics import LayerStatistics, MomentForms
 from expert_store.types import ExpertKey, RecordRequest
+from gpu_worker.combine import Part, combine
 from gpu_worker.counters import StepCounters
 from gpu_worker.expert_sums import (
     ExpertMatrices,
@@ -26,8 +27,6 @@ from gpu_worker.expert_sums import (
     input_gradient,
     run_expert,
 )
-from gpu_worker.experts import combine
-from gpu_worker.local_run import Part
 from gpu_worker.model import ModelRunner, StepReport, bind_experts
 from gpu_worker.planner import ExpertWork
 from gpu_worker.protocols import ExpertSource

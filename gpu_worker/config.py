@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from expert_store.types import Manifest
+from gpu_worker.prefetch_switch import Prefetch
 from gpu_worker.restoring import PairPolicy, Restore, repaired_errors
 
 NearDataPolicy = Literal["off", "low_bit", "cost"]
@@ -20,7 +21,9 @@ NearDataPolicy = Literal["off", "low_bit", "cost"]
 - off: none; every expert a step needs is copied to the device.
 - low_bit: every pair that is not restored, whatever lies on the device, so that who runs a pair
   depends on the router alone and never on the state of a cache.
-- cost: the experts for which copying is dearer than running near data (`gpu_worker/planner.py`).
+- cost: those experts with which a layer is predicted to end soonest (`gpu_worker/assignment.py`).
+  The prediction is from costs measured while running, so who runs a pair depends on timing, and
+  near data's other rounding with it: answers are not the same bit for bit from run to run.
 """
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -44,19 +47,31 @@ class WorkerConfig:
     - factor_share: how much of each compensator is fetched: the first blocks that have this share
       of its bytes, 0 to 1, or less. A pair whose share holds no block runs from codes alone.
     - near_data: which (token, expert) pairs run near their bytes: off is none, low_bit all that are
-      not restored, cost those of experts for which copying is dearer.
+      not restored, cost those with which the layer is predicted to end soonest; by measured times,
+      so that equal requests may get answers that differ by rounding.
     - cache_bytes: device memory for experts kept between steps; 0 keeps none.
     - max_in_flight_bytes: bytes of records on their way or not yet used; holds any one expert.
     - fetch_threads: fetches that may run at the same time; 0 fetches on the step's own thread, so
       that nothing overlaps and the order is fixed.
     - fetch_bytes: bytes asked for in one fetch, if more is missing; smaller lets computing start
       sooner, larger saves calls. None means half of max_in_flight_bytes.
+    - prefetch: fetch what the next layer will probably need once this layer's copies are here:
+      always, never, or adaptive, which tries it on real steps and keeps it where they were faster.
+      Needs fetch_threads.
+    - prefetch_share: part of max_in_flight_bytes, 0 to 1, that is fetched ahead at most.
     - max_sequences: sequences that run at the same time (slots of the KV cache).
     - max_context: tokens of prompt and answer of one sequence; None means what the model allows.
     - prefill_chunk: prompt tokens of one sequence handled in one step.
     - device, dtype: "auto" is cuda and bfloat16 where there is a GPU, else cpu and float32.
-    - link_bytes_per_s, near_data_token_s: measured costs that policy "cost" compares: the speed of
-      copies, and the seconds one token costs one expert near data. Only that policy needs them.
+    - link_bytes_per_s, near_data_token_s: costs that near_data "cost" and target_step_s begin with:
+      the speed of copies, and the seconds one token costs one expert near data. None means measured
+      at start-up. Real copies and calls correct both while the worker runs.
+    - target_step_s: seconds that a decode step may take. Where waiting for bytes makes it longer,
+      fewer bytes of compensators are fetched, down to the limits below; metrics and answers say so.
+      None means never. Answers then depend on the speed of the link.
+    - min_top_n, min_factor_share: the least top_n and factor_share that target_step_s may come to.
+    - max_skip_below: the largest skip_below that it may come to once no factors are left to save;
+      at 0 no pair is left out for it.
 
     Raises ValueError naming the field, what was given and what is allowed.
     """
@@ -73,6 +88,8 @@ class WorkerConfig:
     max_in_flight_bytes: int = 256 * MEBIBYTE
     fetch_threads: int = 2
     fetch_bytes: int | None = None
+    prefetch: Prefetch = "adaptive"
+    prefetch_share: float = 0.25
     max_sequences: int = 8
     max_context: int | None = None
     prefill_chunk: int = 256
@@ -80,10 +97,21 @@ class WorkerConfig:
     dtype: DType = "auto"
     link_bytes_per_s: float | None = None
     near_data_token_s: float | None = None
+    target_step_s: float | None = None
+    min_top_n: int = 0
+    min_factor_share: float = 0.0
+    max_skip_below: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("restore", self.restore, get_args(Restore))
         _one_of("near_data", self.near_data, get_args(NearDataPolicy))
+        _one_of("prefetch", self.prefetch, get_args(Prefetch))
+        _within("prefetch_share", self.prefetch_share, most=1)
+        if self.prefetch == "always" and not self.fetch_threads:
+            raise ValueError(
+                "prefetch: got 'always' with fetch_threads 0, but without threads nothing can be "
+                "fetched ahead; give fetch_threads or choose prefetch 'never'"
+            )
         _one_of("device", self.device, get_args(Device))
         _one_of("dtype", self.dtype, get_args(DType))
         _at_least("top_n", self.top_n, 0)
@@ -105,14 +133,11 @@ class WorkerConfig:
         _at_least("max_sequences", self.max_sequences, 1)
         _at_least("max_context", self.max_context, 1)
         _at_least("prefill_chunk", self.prefill_chunk, 1)
-        if self.near_data == "cost":
-            for name in ("link_bytes_per_s", "near_data_token_s"):
-                value = getattr(self, name)
-                if value is None or not value > 0:
-                    raise ValueError(
-                        f"{name}: got {value}, near_data 'cost' needs a measured positive number; "
-                        f"measure it or choose near_data 'off' or 'low_bit'"
-                    )
+        for name in ("link_bytes_per_s", "near_data_token_s", "target_step_s"):
+            _positive(name, getattr(self, name))
+        _at_least("min_top_n", self.min_top_n, 0)
+        _within("min_factor_share", self.min_factor_share, most=self.factor_share)
+        _within("max_skip_below", self.max_skip_below, most=1)
 
     def resolve(self, manifest: Manifest) -> WorkerConfig:
         """This config with every None and "auto" replaced by what this store and this machine give.
@@ -132,6 +157,10 @@ class WorkerConfig:
             raise ValueError(
                 f"top_n: got {top_n}, but {model.name} routes a token to {model.top_k} experts; "
                 f"use 0 to {model.top_k}"
+            )
+        if self.min_top_n > top_n:
+            raise ValueError(
+                f"min_top_n: got {self.min_top_n}, but top_n is {top_n}; use 0 to {top_n}"
             )
         max_context = self.max_context or model.max_positions
         if max_context > model.max_positions:
@@ -182,6 +211,11 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _at_least(name: str, value: int | None, least: int) -> None:
     if value is not None and (isinstance(value, bool) or value != int(value) or value < least):
         raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: got {value!r}, expected a positive number")
 
 
 def _within(name: str, value: float | None, *, most: float = math.inf) -> None:

@@ -24,13 +24,20 @@ class StepCounters:
       codes first, what they become.
     - wire_bytes: bytes that came over the network for them, where the source counts that (gRPC);
       fewer than moved_bytes where records travel compressed.
-    - planned_bytes: bytes the plans asked for, by kind; equal to those moved when nothing failed.
+    - planned_bytes: bytes the plans asked for, by kind; equal to those moved when nothing failed
+      and nothing was fetched ahead in vain.
     - cache_hits, cache_misses: records a plan needed that were, or were not, on the device.
     - restored_pairs, low_bit_pairs, degraded_pairs: pairs whose compensator was applied, whose plan
       was codes alone, and whose compensator could not be had.
     - skipped_pairs: pairs that were not run, because of their small router weight.
     - near_data_pairs: the low-bit pairs that ran near data.
     - sent_bytes, received_bytes: activations to and from near data, counted by the transport.
+    - ahead_bytes, ahead_used_bytes: of moved_bytes those fetched by a guess of what a layer would
+      need, and those of them that it did need: what moved is what was planned and the difference.
+    - guessed_pairs, right_pairs: pairs of layers whose routing was guessed, and those of them that
+      went where the guess said.
+    - predicted_s, layer_s: seconds that MoE layers were predicted to take, and took; of the layers
+      that were predicted, which needs measured costs (near_data "cost", or a target_step_s).
     - wait_s: seconds the step had nothing to compute until a copy or a near-data answer came.
     """
 
@@ -47,6 +54,12 @@ class StepCounters:
     near_data_pairs: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    ahead_bytes: int = 0
+    ahead_used_bytes: int = 0
+    guessed_pairs: int = 0
+    right_pairs: int = 0
+    predicted_s: float = 0.0
+    layer_s: float = 0.0
     wait_s: float = 0.0
 
     def __add__(self, other: StepCounters) -> StepCounters:
@@ -85,6 +98,12 @@ class Tally:
         self.near_data_pairs = 0
         self.sent_bytes = 0
         self.received_bytes = 0
+        self.ahead_bytes = 0
+        self.ahead_used_bytes = 0
+        self.guessed_pairs = 0
+        self.right_pairs = 0
+        self.predicted_s = 0.0
+        self.layer_s = 0.0
         self.wait_s = 0.0
 
     def freeze(self) -> StepCounters:

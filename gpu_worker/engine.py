@@ -8,6 +8,7 @@ Legend: B sequences of a step, T tokens of each, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gpu_worker.counters import StepCounters
 from gpu_worker.experts import ExpertsFailed
+from gpu_worker.governor import Governor
 from gpu_worker.model import ForwardOutput, ModelRunner
 from gpu_worker.sampler import Sampled, sample
 from gpu_worker.scheduler import Scheduler
@@ -38,6 +40,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     degraded: bool = False  # some token so far was answered with less than the store promises
+    quality: str | None = None  # the lowest setting of the governor so far, if not full quality
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class StepOutput:
     events: tuple[TokenEvent, ...]
     counters: StepCounters
     num_tokens: int = 0  # token positions computed
+    governed_tokens: int = 0  # of them with less than full quality, to keep the latency target
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class Engine:
         prefill_chunk: int,
         max_waiting: int,
         on_close: Callable[[], None] | None = None,
+        governor: Governor | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
@@ -87,6 +93,8 @@ class Engine:
         self._end_ids = end_token_ids(runner)
         self._vocab_size = int(runner.model.config.vocab_size)
         self._on_close = on_close
+        self._governor = governor
+        self._clock = clock
         self.max_context = max_context
 
     @property
@@ -97,6 +105,11 @@ class Engine:
     def scheduler(self) -> Scheduler:
         """For reading its counts."""
         return self._scheduler
+
+    @property
+    def governor(self) -> Governor | None:
+        """For reading where it is; None where no latency target is set."""
+        return self._governor
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -117,10 +130,13 @@ class Engine:
 
     def step(self) -> StepOutput:
         """Compute a chunk of one prompt, or one token of every running sequence."""
+        started_s = self._clock()
         batch = self._scheduler.schedule()
         forwarded = self._forward(batch)
         sampled = self._sample(forwarded)
-        return self._update(forwarded, sampled)
+        output = self._update(forwarded, sampled)
+        self._govern(forwarded, self._clock() - started_s)
+        return output
 
     def check_integrity(self) -> None:
         """Assert that slots and requests add up."""
@@ -201,13 +217,23 @@ class Engine:
         if batch is None or output is None:
             return StepOutput(tuple(events), forwarded.wasted)
         self._scheduler.computed(batch)
+        rung = 0 if self._governor is None else self._governor.rung
         for sequence, pairs in zip(batch.sequences, output.degraded_pairs, strict=True):
             sequence.degraded = sequence.degraded or pairs > 0
+            sequence.lowest_rung = max(sequence.lowest_rung, rung)
         if sampled:
             pairs_of = zip(batch.sequences, sampled, strict=True)
             events += [self._advance(sequence, got) for sequence, got in pairs_of]
         num_tokens = batch.num_tokens * len(batch.sequences)
-        return StepOutput(tuple(events), forwarded.wasted + output.counters, num_tokens)
+        counters = forwarded.wasted + output.counters
+        return StepOutput(tuple(events), counters, num_tokens, num_tokens if rung else 0)
+
+    def _govern(self, forwarded: _Forwarded, step_s: float) -> None:
+        """Tell the governor of a decode step; steps of prompts take what they take."""
+        batch, output = forwarded.batch, forwarded.output
+        if self._governor is None or batch is None or output is None or batch.num_tokens > 1:
+            return
+        self._governor.decoded(step_s, output.counters, len(batch.sequences))
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenEvent:
         """Give one sequence its token."""
@@ -224,7 +250,7 @@ class Engine:
         limit = params.max_tokens or self.max_context - len(sequence.prompt_ids)
         if len(sequence.output_ids) >= limit:
             return self._finish(sequence, "length", token_id=token_id, text=piece)
-        return _event(sequence, token_id, piece)
+        return self._event(sequence, token_id, piece)
 
     def _finish(
         self,
@@ -240,7 +266,20 @@ class Engine:
         slot = self._scheduler.finish(sequence, reason, error)
         if slot is not None:
             self._cache.release(slot)
-        return _event(sequence, token_id, text)
+        return self._event(sequence, token_id, text)
+
+    def _event(self, sequence: Sequence, token_id: int | None, text: str) -> TokenEvent:
+        rung = sequence.lowest_rung
+        return TokenEvent(
+            sequence.request_id,
+            token_id,
+            text,
+            len(sequence.output_ids),
+            sequence.finish_reason,
+            sequence.error,
+            sequence.degraded,
+            None if self._governor is None else self._governor.describe(rung),
+        )
 
 
 def _sequences_hit(batch: Batch, error: ExpertsFailed) -> set[Sequence]:
@@ -248,18 +287,6 @@ def _sequences_hit(batch: Batch, error: ExpertsFailed) -> set[Sequence]:
     hit = {batch.sequences[row // batch.num_tokens] for row in error.token_rows}
     assert hit, f"experts failed for no token: {error}"
     return hit
-
-
-def _event(sequence: Sequence, token_id: int | None, text: str) -> TokenEvent:
-    return TokenEvent(
-        sequence.request_id,
-        token_id,
-        text,
-        len(sequence.output_ids),
-        sequence.finish_reason,
-        sequence.error,
-        sequence.degraded,
-    )
 
 
 def end_token_ids(runner: ModelRunner) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ Legend: P pairs of one expert, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,8 +17,19 @@ import torch
 from expert_store.format import decode_on_host, device_form, parse_codes, parse_factors
 from expert_store.types import Compensator, ExpertCodes, Manifest, RecordRequest
 from kernels import ops
+from kernels.types import MlpCall
 
 Record = ExpertCodes | Compensator
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCall:
+    """One expert on its rows, with its factors, if any, where `restored_P` is true."""
+
+    hidden_PH: torch.Tensor
+    codes: ExpertCodes
+    factors: Compensator | None
+    restored_P: torch.Tensor | None  # [P] bool
 
 
 class ExpertMath(Protocol):
@@ -36,14 +49,8 @@ class ExpertMath(Protocol):
         """
         ...
 
-    def run(
-        self,
-        hidden_PH: torch.Tensor,
-        codes: ExpertCodes,
-        factors: Compensator | None,
-        restored_P: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[P, H] float32: the expert on each row, with its factors where `restored_P` (bool)."""
+    def run(self, calls: Sequence[ExpertCall]) -> list[torch.Tensor]:
+        """[P, H] float32 for each call."""
         ...
 
 
@@ -69,12 +76,17 @@ class KernelMath:
             repair = repair.prefix(request.num_blocks)
         return parse_factors(request.key, data, shape, repair)
 
-    def run(
-        self,
-        hidden_PH: torch.Tensor,
-        codes: ExpertCodes,
-        factors: Compensator | None,
-        restored_P: torch.Tensor | None,
-    ) -> torch.Tensor:
-        low_rank = factors.factors if factors is not None else None
-        return ops.gated_mlp(hidden_PH, codes.mlp, low_rank, restored_P, backend=self._backend)
+    def run(self, calls: Sequence[ExpertCall]) -> list[torch.Tensor]:
+        return ops.gated_mlp_many(
+            [
+                MlpCall(
+                    call.hidden_PH,
+                    call.codes.mlp,
+                    None if call.factors is None else call.factors.factors,
+                    call.restored_P,
+                )
+                for call in calls
+            ],
+            backend=self._backend,
+            num_threads=torch.get_num_threads(),
+        )

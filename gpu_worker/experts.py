@@ -17,17 +17,22 @@ from typing import Any
 import torch
 
 from expert_store.errors import StoreError
-from expert_store.types import ExpertKey, ExpertTokens
+from expert_store.types import ExpertKey, ExpertTokens, RecordRequest
+from gpu_worker.combine import Part, combine
 from gpu_worker.config import WorkerConfig
+from gpu_worker.costing import Costing
 from gpu_worker.counters import StepCounters, Tally
 from gpu_worker.expert_cache import ExpertCache
 from gpu_worker.expert_math import ExpertMath, KernelMath
-from gpu_worker.local_run import DeviceExperts, LocalRun, Part
+from gpu_worker.local_run import DeviceExperts, LocalRun
+from gpu_worker.look_ahead import LookAhead
 from gpu_worker.model import StepReport
-from gpu_worker.planner import ExpertWork, Policy, plan, plan_local
+from gpu_worker.planner import DispatchPlan, ExpertWork, plan, plan_local
 from gpu_worker.protocols import ExpertSource, NearData, WireCounted
-from gpu_worker.record_sizes import RecordSizes
+from gpu_worker.record_sizes import PlannedCopy, RecordSizes
 from gpu_worker.restoring import route
+from gpu_worker.router_guess import Guess, RouterGuess
+from gpu_worker.routing import Routing
 from gpu_worker.streamer import Streamer
 from kernels import ops
 
@@ -90,13 +95,14 @@ class StoreExperts:
                 f"start one or choose 'off'"
             )
         self._pairs = config.pair_policy(source.manifest)
-        self._policy = Policy(config.near_data, config.link_bytes_per_s, config.near_data_token_s)
         self._sizes = RecordSizes.of(source.manifest, config.factor_share)
-        self._near_data = near_data if config.near_data != "off" else None
         self._wire = source if isinstance(source, WireCounted) else None
         self._clock = clock
         self.cache = ExpertCache(config.cache_bytes)
         math = math or KernelMath(source.manifest, ops.default_backend(config.device))
+        near_data = near_data if config.near_data != "off" else None
+        self.costing = Costing(source, near_data, math, config, clock=clock)
+        source, self._near_data = self.costing.source, self.costing.near_data
         self.streamer = Streamer(
             source,
             decode=math.decode_on_host,
@@ -107,15 +113,23 @@ class StoreExperts:
             clock=clock,
         )
         self._device = DeviceExperts(self.cache, self.streamer, math)
+        self._ahead = LookAhead(self.costing.source, config, math, clock)
         self.begin(None)
 
+    def predict_with(self, guess: RouterGuess | None) -> None:
+        """Fetch ahead by these guesses of a layer's routing, as far as the config wants that."""
+        self._ahead.predict_with(guess)
+
     def begin(self, valid_S: torch.Tensor | None, token_tags_S: torch.Tensor | None = None) -> None:
+        if (setting := self.costing.setting) is not None:
+            self._pairs, self._sizes = setting.pairs, setting.sizes
         self._active_S = valid_S
         self._token_tags_S = token_tags_S
         self._tally = Tally()
         self._degraded_rows: Counter[int] = Counter()
         self._near_bytes_at_begin = self._near_bytes()
         self._wire_bytes_at_begin = self._wire_bytes()
+        self._ahead.begin(self._tally)
 
     def run_layer(
         self,
@@ -139,33 +153,62 @@ class StoreExperts:
         )
         self._tally.skipped_pairs += routing.num_skipped
         self.cache.begin_turn(layer)
-        dispatch = plan(
-            layer,
-            routing,
-            on_device=self.cache.of_layer(layer),
-            sizes=self._sizes,
-            policy=self._policy,
-        )
+        self.costing.begin_layer(self._tally)
+        ahead = self._ahead.settle(layer, topk_ids_SK, self._tally)
+        dispatch = self._plan(layer, routing, ahead.requests)
+        self.costing.planned(dispatch, self._sizes)
         local = LocalRun(self._device, hidden_SH, self._tally)
         near = self._submit(dispatch.remote, hidden_SH)
-        local.run(dispatch)
+        try:
+            local.run(
+                dispatch, ahead, lambda: self._ahead.start(layer, hidden_SH, self._copies_for)
+            )
+        finally:
+            self._ahead.finish(ahead)
         near_parts = self._collect(layer, dispatch.remote, near, local)
         self._degraded_rows += local.degraded_rows
         if local.failed:
             raise ExpertsFailed(layer, local.failed, local.causes[0], self._freeze())
-        return combine([*local.parts, *near_parts], hidden_SH, topk_weights_SK)
+        output_SH = combine([*local.parts, *near_parts], hidden_SH, topk_weights_SK)
+        self.costing.end_layer(self._tally)
+        return output_SH
 
     def end(self) -> StepReport:
+        self._ahead.end(self._tally)
+        self.costing.end_step()
         return StepReport(self._freeze(), dict(self._degraded_rows))
 
     def check_integrity(self) -> None:
         """AssertionError when the cache's or the streamer's books do not balance between steps."""
         self.cache.check_integrity(idle=True)
         self.streamer.check_integrity(idle=True)
+        self._ahead.check_integrity()
 
     def close(self) -> None:
         """End the fetch threads. The source and near data belong to whoever passed them in."""
         self.streamer.close()
+        self._ahead.close()
+
+    def _plan(self, layer: int, routing: Routing, ahead: frozenset[RecordRequest]) -> DispatchPlan:
+        on_device = self.cache.of_layer(layer)
+        if ahead:
+            # Of a record that is there twice, in two lengths, the plan shall see what came last.
+            names = {(request.key, request.kind) for request in ahead}
+            on_device = ahead | {r for r in on_device if (r.key, r.kind) not in names}
+        policy = self.costing.policy
+        return plan(layer, routing, on_device=on_device, sizes=self._sizes, policy=policy)
+
+    def _copies_for(self, guess: Guess) -> tuple[PlannedCopy, ...]:
+        """What a layer would have to copy if its routing were the guessed one."""
+        routing = route(
+            guess.layer,
+            guess.topk_ids_SK,
+            guess.topk_weights_SK,
+            policy=self._pairs,
+            active_T=self._active_S,
+            token_tags_T=self._token_tags_S,
+        )
+        return self._plan(guess.layer, routing, frozenset()).copies
 
     def _submit(
         self, remote: Sequence[ExpertWork], hidden_SH: torch.Tensor
@@ -224,22 +267,3 @@ class StoreExperts:
         self._tally.received_bytes = received - self._near_bytes_at_begin[1]
         self._tally.wire_bytes = self._wire_bytes() - self._wire_bytes_at_begin
         return self._tally.freeze()
-
-
-def combine(
-    parts: Sequence[Part], hidden_SH: torch.Tensor, topk_weights_SK: torch.Tensor
-) -> torch.Tensor:
-    """Each row's parts times their router weights, summed in float32: [S, H] like `hidden_SH`.
-
-    The order of `parts` does not matter: a row's parts are added in rising order of expert.
-    """
-    device = hidden_SH.device
-    sum_SH = torch.zeros(hidden_SH.shape, dtype=torch.float32, device=device)
-    weights_SK = topk_weights_SK.float()
-    for part in sorted(parts, key=lambda part: part.work.key):
-        places_2P = torch.tensor([part.work.token_rows, part.work.columns])
-        rows_P, columns_P = places_2P.to(device, non_blocking=True)
-        weights_P1 = weights_SK[rows_P, columns_P, None]
-        # A row is at most once in a part, so index_add_ has one order only, on a GPU too.
-        sum_SH.index_add_(0, rows_P, part.output_PH.to(device, torch.float32) * weights_P1)
-    return sum_SH.to(hidden_SH.dtype)

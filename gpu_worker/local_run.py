@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,21 +23,16 @@ from expert_store.types import (
     RecordKind,
     RecordRequest,
 )
+from gpu_worker.combine import Part
 from gpu_worker.counters import Tally
 from gpu_worker.expert_cache import ExpertCache
-from gpu_worker.expert_math import ExpertMath, Record
+from gpu_worker.expert_math import ExpertCall, ExpertMath, Record
 from gpu_worker.planner import DispatchPlan, ExpertWork
-from gpu_worker.streamer import Landed, Stream, Streamer
+from gpu_worker.prefetch import AheadRecords
+from gpu_worker.stream import Landed, Stream
+from gpu_worker.streamer import Streamer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one expert makes of some of its pairs, not yet weighted by the router."""
-
-    work: ExpertWork
-    output_PH: torch.Tensor  # [P, H] float32 on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +44,10 @@ class DeviceExperts:
     math: ExpertMath
 
 
+_Release = Callable[[RecordRequest], None]
+"""Gives a record's bytes back to whoever counts them as under way."""
+
+
 @dataclass(slots=True)
 class _Gathering:
     """An expert and the records of it that are here so far."""
@@ -56,7 +56,7 @@ class _Gathering:
     num_due: int
     codes: ExpertCodes | None = None
     factors: Compensator | None = None
-    landed: list[RecordRequest] = field(default_factory=list)
+    landed: list[tuple[RecordRequest, _Release]] = field(default_factory=list)
 
 
 class LocalRun:
@@ -76,58 +76,137 @@ class LocalRun:
         self.causes: list[StoreError] = []
         self.degraded_rows: Counter[int] = Counter()
 
-    def run(self, dispatch: DispatchPlan) -> None:
-        """Compute what the plan has for the device. Blocks until all of it came or failed."""
+    def run(
+        self,
+        dispatch: DispatchPlan,
+        ahead: AheadRecords | None = None,
+        on_landed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Compute what the plan has for the device. Blocks until all of it came or failed.
+
+        `ahead` are records that the plan counts as being there; they may still be on their way.
+        `on_landed` is called once all copies are here, before the last experts are computed.
+        """
         self._count(dispatch)
         device = self._device
         try:
-            records = {(request.key, request.kind): self._pin(request) for request in dispatch.hits}
+            from_ahead, records = self._find(dispatch.hits, ahead)
+            due = Counter(request.key for request in from_ahead)
+            due.update(copy.request.key for copy in dispatch.copies)
+            gatherings = {
+                work.key: _gather(work, records, num_due=due[work.key])
+                for work in (*dispatch.resident, *dispatch.streamed)
+            }
             with device.streamer.start(dispatch.copies) as stream:
-                for work in dispatch.resident:
-                    self._compute(_gather(work, records, num_due=0))
-                self._await(dispatch, records, stream)
+                if stream.is_whole:
+                    on_landed()
+                self._run_ready(gatherings)
+                if ahead is not None and from_ahead:
+                    self._await_ahead(from_ahead, gatherings, ahead)
+                self._await(gatherings, stream, on_landed)
         finally:
             device.cache.unpin(self._pinned)
             self._pinned.clear()
 
-    def _await(self, dispatch: DispatchPlan, records: _Records, stream: Stream) -> None:
-        due = Counter(copy.request.key for copy in dispatch.copies)
-        gatherings = {
-            work.key: _gather(work, records, num_due=due[work.key]) for work in dispatch.streamed
-        }
+    def _find(
+        self, hits: Sequence[RecordRequest], ahead: AheadRecords | None
+    ) -> tuple[dict[RecordRequest, RecordRequest], _Records]:
+        """Of the records that the plan counts as there: those fetched ahead, by the name they were
+        fetched under, and those of the cache, pinned."""
+        from_ahead: dict[RecordRequest, RecordRequest] = {}
+        records: _Records = {}
+        for request in hits:
+            fetched = None if ahead is None else ahead.covering(request)
+            if fetched is not None:
+                from_ahead[fetched] = request
+            else:
+                records[request.key, request.kind] = self._pin(request)
+                self._tally.cache_hits[request.kind] += 1
+        return from_ahead, records
+
+    def _await_ahead(
+        self,
+        from_ahead: dict[RecordRequest, RecordRequest],
+        gatherings: dict[ExpertKey, _Gathering],
+        ahead: AheadRecords,
+    ) -> None:
+        """What is here of the records fetched ahead, then each of the others as it lands."""
+        waiting = dict(from_ahead)
+        for fetched in from_ahead:
+            landed = ahead.take(fetched)
+            if landed is not None:
+                self._take_ahead(landed, waiting, gatherings, ahead)
+        self._run_ready(gatherings)
+        while waiting:
+            self._take_ahead(ahead.next(waiting), waiting, gatherings, ahead)
+            self._run_ready(gatherings)
+
+    def _take_ahead(
+        self,
+        landed: Landed,
+        waiting: dict[RecordRequest, RecordRequest],
+        gatherings: dict[ExpertKey, _Gathering],
+        ahead: AheadRecords,
+    ) -> None:
+        copy = landed.copy
+        wanted = waiting.pop(copy.request)
+        self._tally.planned_bytes[copy.request.kind] += copy.num_bytes
+        self._tally.cache_misses[copy.request.kind] += 1
+        self._take(landed, gatherings[copy.request.key], ahead.release, wanted)
+
+    def _await(
+        self,
+        gatherings: dict[ExpertKey, _Gathering],
+        stream: Stream,
+        on_landed: Callable[[], None],
+    ) -> None:
         try:
-            for landed in stream:
-                gathering = gatherings[landed.copy.request.key]
-                self._take(landed, gathering, stream)
-                if gathering.num_due == 0:
-                    self._compute(gathering)
-                    for request in gathering.landed:
-                        stream.release(request)
-                    # Its bytes are no longer counted, so nothing here may keep them on the device.
-                    del gatherings[landed.copy.request.key]
+            for arrived in stream.batches():
+                for landed in arrived:
+                    gathering = gatherings[landed.copy.request.key]
+                    self._take(landed, gathering, stream.release)
+                if stream.is_whole:
+                    on_landed()
+                self._run_ready(gatherings)
         finally:
             self._tally.wait_s += stream.wait_s
             self._tally.moved_bytes.update(stream.moved_bytes)
             self._tally.device_bytes.update(stream.device_bytes)
 
-    def _take(self, landed: Landed, gathering: _Gathering, stream: Stream) -> None:
-        """Put one record, or its absence, where it belongs."""
+    def _run_ready(self, gatherings: dict[ExpertKey, _Gathering]) -> None:
+        """Compute every expert that is whole, and give its bytes back."""
+        ready = [gathering for gathering in gatherings.values() if gathering.num_due == 0]
+        self._compute(ready)
+        for gathering in ready:
+            for request, release in gathering.landed:
+                release(request)
+            # Its bytes are no longer counted, so nothing may keep them on the device.
+            del gatherings[gathering.work.key]
+
+    def _take(
+        self,
+        landed: Landed,
+        gathering: _Gathering,
+        release: _Release,
+        wanted: RecordRequest | None = None,
+    ) -> None:
+        """Put one record, or its absence, where it belongs; `wanted` may be a part of it."""
         request = landed.copy.request
         gathering.num_due -= 1
         record, error = self._parse(landed)
         if record is None:
-            stream.release(request)
+            release(request)
             self._miss(request, gathering.work, error)
             return
         if isinstance(record, ExpertCodes):
             gathering.codes = record
         else:
-            gathering.factors = record
+            gathering.factors = _cut(record, wanted or request)
         if self._device.cache.put_pinned(request, record, landed.copy.device_bytes):
             self._pinned.append(request)
-            stream.release(request)
+            release(request)
         else:
-            gathering.landed.append(request)
+            gathering.landed.append((request, release))
 
     def _parse(self, landed: Landed) -> tuple[Record | None, StoreError | None]:
         if landed.data is None:
@@ -145,20 +224,31 @@ class LocalRun:
             self.failed[work.key] = tuple(sorted(rows))
             self.causes.append(error)
 
-    def _compute(self, gathering: _Gathering) -> None:
-        """Run one expert whose records are here; not worth it once any expert has failed."""
-        if self.failed:
+    def _compute(self, gatherings: Sequence[_Gathering]) -> None:
+        """Run experts whose records are here, at once; not worth it once any expert has failed."""
+        if self.failed or not gatherings:
             return
-        work, codes = gathering.work, gathering.codes
-        assert codes is not None, f"{work.key} has neither codes nor a failure"
-        factors = gathering.factors
-        restored_P = torch.tensor(work.restored) if factors is not None else None
-        # Not waiting lets the host launch the next expert; pageable sources are staged at once.
-        rows_P = torch.tensor(work.token_rows).to(self._hidden_SH.device, non_blocking=True)
-        output_PH = self._device.math.run(self._hidden_SH[rows_P], codes, factors, restored_P)
-        self.parts.append(Part(work, output_PH))
+        rows = [row for gathering in gatherings for row in gathering.work.token_rows]
+        # Not waiting lets the host launch the next experts; pageable sources are staged at once.
+        rows_P = torch.tensor(rows).to(self._hidden_SH.device, non_blocking=True)
+        hidden_PH = self._hidden_SH[rows_P]
+        calls, start = [], 0
+        for gathering in gatherings:
+            work, codes, factors = gathering.work, gathering.codes, gathering.factors
+            assert codes is not None, f"{work.key} has neither codes nor a failure"
+            end = start + len(work.token_rows)
+            restored_P = torch.tensor(work.restored) if factors is not None else None
+            calls.append(ExpertCall(hidden_PH[start:end], codes, factors, restored_P))
+            start = end
+        outputs = self._device.math.run(calls)
+        for gathering, output_PH in zip(gatherings, outputs, strict=True):
+            self.parts.append(Part(gathering.work, output_PH))
+            self._count_pairs(gathering)
+
+    def _count_pairs(self, gathering: _Gathering) -> None:
+        work = gathering.work
         self._tally.low_bit_pairs += len(work.token_rows) - work.num_restored
-        if factors is not None:
+        if gathering.factors is not None:
             self._tally.restored_pairs += work.num_restored
         elif work.num_restored:
             self._tally.degraded_pairs += work.num_restored
@@ -168,17 +258,17 @@ class LocalRun:
     def _pin(self, request: RecordRequest) -> Record:
         record = self._device.cache.pin(request)
         self._pinned.append(request)
-        if isinstance(record, Compensator) and request.num_blocks is not None:
-            # More blocks may be here than the plan wants; results never depend on what was cached.
-            return record.prefix(request.num_blocks)
-        return record
+        return _cut(record, request) if isinstance(record, Compensator) else record
 
     def _count(self, dispatch: DispatchPlan) -> None:
         for copy in dispatch.copies:
             self._tally.planned_bytes[copy.request.kind] += copy.num_bytes
             self._tally.cache_misses[copy.request.kind] += 1
-        for request in dispatch.hits:
-            self._tally.cache_hits[request.kind] += 1
+
+
+def _cut(factors: Compensator, request: RecordRequest) -> Compensator:
+    """As many blocks as the plan wants: results never depend on how many are here."""
+    return factors if request.num_blocks is None else factors.prefix(request.num_blocks)
 
 
 _Records = dict[tuple[ExpertKey, RecordKind], Record]

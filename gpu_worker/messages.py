@@ -62,6 +62,7 @@ class Finished:
     num_prompt_tokens: int
     num_output_tokens: int
     degraded: bool  # some token was answered with less than the store promises
+    quality: str | None = None  # the governor's lowest setting while answering; None is full
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,8 @@ class WorkerStats:
     """A worker's load now and what it did since its start.
 
     `counters` is `StepCounters.as_dict()` over all steps; `finished` counts requests by how they
-    ended (a finish reason or a failure kind).
+    ended (a finish reason or a failure kind). `governed_tokens` were computed with less than full
+    quality to keep a latency target; `knobs` are what the governor has set now, by name.
     """
 
     replica: str
@@ -104,3 +106,5 @@ class WorkerStats:
     output_tokens: int = 0
     counters: Mapping[str, Any] = field(default_factory=dict)
     finished: Mapping[str, int] = field(default_factory=dict)
+    governed_tokens: int = 0
+    knobs: Mapping[str, float] = field(default_factory=dict)

@@ -6,11 +6,13 @@ All of a plan is in rising order of expert, whatever the router's or the cache's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from expert_store.types import ExpertKey, RecordKind, RecordRequest
+from gpu_worker.assignment import Choice, choose_near
 from gpu_worker.config import NearDataPolicy
+from gpu_worker.cost_model import ExpertLoad, LayerCosts, LayerTime
 from gpu_worker.record_sizes import PlannedCopy, RecordSizes
 from gpu_worker.routing import Routing
 
@@ -57,21 +59,23 @@ class DispatchPlan:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Who may run near data. "cost" compares copying with running there, in seconds.
+    """Who may run near data. "cost" takes whichever way the layer is predicted to end soonest.
 
-    Copying an expert's codes takes bytes / link_bytes_per_s; running it near data takes
-    tokens * near_data_token_s. Codes that are on the device, or that a restored pair needs there
-    anyway, cost nothing.
+    `costs` are what that prediction knows of link, device and workers; only "cost" chooses by them.
+    Near data has codes alone, so an expert with a restored pair stays on the device. `row_bytes`
+    are those of one token's hidden state on its way there.
     """
 
     near_data: NearDataPolicy = "off"
-    link_bytes_per_s: float | None = None
-    near_data_token_s: float | None = None
+    costs: LayerCosts | None = None
+    row_bytes: int = 0
 
-    def near_is_cheaper(self, num_tokens: int, copy_bytes: int) -> bool:
-        assert self.link_bytes_per_s is not None, "WorkerConfig checks the costs"
-        assert self.near_data_token_s is not None, "WorkerConfig checks the costs"
-        return num_tokens * self.near_data_token_s < copy_bytes / self.link_bytes_per_s
+    def __post_init__(self) -> None:
+        if self.near_data == "cost" and (self.costs is None or self.costs.near is None):
+            raise ValueError(
+                f"costs: got {self.costs}, near_data 'cost' needs those of link and near data; "
+                "measure them (gpu_worker/cost_table.py) or choose 'off' or 'low_bit'"
+            )
 
 
 @dataclass(slots=True)
@@ -101,13 +105,23 @@ def plan(
     have.
     """
     draft, held = _Draft(), _by_record(on_device)
-    for work in group_by_expert(layer, routing, sizes):
-        local, remote = _split(work, held, sizes, policy)
+    works = group_by_expert(layer, routing, sizes)
+    for local, remote in _split(works, held, sizes, policy):
         if remote is not None:
             draft.remote.append(remote)
         if local is not None:
             _place(local, held, sizes, draft)
     return _finish(draft)
+
+
+def predict(dispatch: DispatchPlan, sizes: RecordSizes, policy: Policy) -> LayerTime:
+    """What the plan's layer is predicted to take; the policy has costs."""
+    assert policy.costs is not None, "nothing to predict a layer's time from"
+    held = _by_record(frozenset(dispatch.hits))
+    return policy.costs.layer(
+        [_local_load(work, held, sizes) for work in (*dispatch.resident, *dispatch.streamed)],
+        [_near_load(work, sizes, policy.row_bytes) for work in dispatch.remote],
+    )
 
 
 def plan_local(
@@ -153,20 +167,45 @@ def _is_held(request: RecordRequest, held: _Held) -> bool:
     return found is not None and found.covers(request)
 
 
+_Split = tuple[ExpertWork | None, ExpertWork | None]
+
+
 def _split(
-    work: ExpertWork, held: _Held, sizes: RecordSizes, policy: Policy
-) -> tuple[ExpertWork | None, ExpertWork | None]:
-    """The part of an expert's pairs for the device, and the part for near data."""
+    works: Sequence[ExpertWork], held: _Held, sizes: RecordSizes, policy: Policy
+) -> list[_Split]:
+    """Of each expert's pairs the part for the device, and the part for near data."""
     if policy.near_data == "off":
-        return work, None
+        return [(work, None) for work in works]
     if policy.near_data == "low_bit":
-        return _part(work, restored=True), _part(work, restored=False)
-    codes_come_anyway = work.num_restored > 0 or (work.key, "codes") in held
-    if codes_come_anyway:
-        return work, None
-    if policy.near_is_cheaper(len(work.token_rows), sizes.codes[work.key]):
-        return None, work
-    return work, None
+        return [(_part(work, restored=True), _part(work, restored=False)) for work in works]
+    assert policy.costs is not None, "Policy checks the costs"
+    free = [work for work in works if not work.num_restored]
+    near = choose_near(
+        [
+            Choice(_local_load(work, held, sizes), _near_load(work, sizes, policy.row_bytes))
+            for work in free
+        ],
+        policy.costs,
+        fixed=[_local_load(work, held, sizes) for work in works if work.num_restored],
+    )
+    remote = {free[index].key for index in near}
+    return [(None, work) if work.key in remote else (work, None) for work in works]
+
+
+def _local_load(work: ExpertWork, held: _Held, sizes: RecordSizes) -> ExpertLoad:
+    needed = _needed(work, sizes)
+    return ExpertLoad(
+        num_pairs=len(work.token_rows),
+        run_bytes=sum(sizes.bytes_of(request) for request in needed),
+        copy_bytes=sum(sizes.bytes_of(each) for each in needed if not _is_held(each, held)),
+    )
+
+
+def _near_load(work: ExpertWork, sizes: RecordSizes, row_bytes: int) -> ExpertLoad:
+    # A row that several experts there need travels once; counted for each, it is a bound.
+    num_pairs = len(work.token_rows)
+    run_bytes = sizes.codes[work.key]
+    return ExpertLoad(num_pairs, run_bytes, act_bytes=2 * num_pairs * row_bytes)
 
 
 def _part(work: ExpertWork, *, restored: bool) -> ExpertWork | None:
@@ -182,13 +221,19 @@ def _part(work: ExpertWork, *, restored: bool) -> ExpertWork | None:
 
 
 def _place(work: ExpertWork, held: _Held, sizes: RecordSizes, draft: _Draft) -> None:
-    needed = [RecordRequest(work.key, "codes")]
-    if work.num_restored:
-        needed.append(sizes.factors_of(work.key))
+    needed = _needed(work, sizes)
     missing = [request for request in needed if not _is_held(request, held)]
     draft.hits.extend(request for request in needed if request not in missing)
     draft.copies.extend(sizes.copy_of(request) for request in missing)
     (draft.streamed if missing else draft.resident).append(work)
+
+
+def _needed(work: ExpertWork, sizes: RecordSizes) -> list[RecordRequest]:
+    """The records that an expert's pairs need on the device."""
+    needed = [RecordRequest(work.key, "codes")]
+    if work.num_restored:
+        needed.append(sizes.factors_of(work.key))
+    return needed
 
 
 def _finish(draft: _Draft) -> DispatchPlan:

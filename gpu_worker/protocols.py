@@ -64,3 +64,11 @@ class NearData(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class CountsWorkers(Protocol):
+    """What a NearData can be besides: several workers, over which a layer's experts spread."""
+
+    @property
+    def num_workers(self) -> int: ...

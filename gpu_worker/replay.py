@@ -9,7 +9,7 @@ H hidden, P pairs of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -25,7 +25,7 @@ from expert_store.types import (
 )
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters
-from gpu_worker.expert_math import Record
+from gpu_worker.expert_math import ExpertCall, Record
 from gpu_worker.experts import StoreExperts
 from gpu_worker.model import ModelRunner, StepExperts, StepReport, bind_experts
 from gpu_worker.protocols import ExpertSource, NearData
@@ -226,11 +226,5 @@ class _NoMath:
             repair = repair.prefix(request.num_blocks)
         return Compensator(request.key, cast(GatedRepair, None), data.numel(), repair)
 
-    def run(
-        self,
-        hidden_PH: torch.Tensor,
-        codes: ExpertCodes,
-        factors: Compensator | None,
-        restored_P: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return torch.zeros(hidden_PH.shape, dtype=torch.float32)
+    def run(self, calls: Sequence[ExpertCall]) -> list[torch.Tensor]:
+        return [torch.zeros(call.hidden_PH.shape, dtype=torch.float32) for call in calls]

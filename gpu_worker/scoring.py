@@ -105,7 +105,7 @@ def score_windows(
     nats: list[float] = []
     counters = StepCounters()
     for windows_BT in windows_WT.split(batch):
-        stepper = _Stepper(runner, windows_BT.shape[0], windows_BT.shape[1] - 1)
+        stepper = Stepper(runner, windows_BT.shape[0], windows_BT.shape[1] - 1)
         logits_BTV, spent = stepper.forward(windows_BT[:, :-1], 0)
         counters += spent
         # A window at a time, so that only one is widened to float32.
@@ -130,7 +130,7 @@ def score_decode(runner: ModelRunner, windows_BT: torch.Tensor, *, warm_up: int 
             f"warm_up: got {warm_up}, expected 0 to {num_steps - 1} of {num_steps} steps"
         )
     windows_BT = windows_BT.to(runner.model.device)
-    stepper = _Stepper(runner, num_windows, num_steps)
+    stepper = Stepper(runner, num_windows, num_steps)
     losses = []
     counters = StepCounters()
     for step in range(num_steps):
@@ -143,7 +143,7 @@ def score_decode(runner: ModelRunner, windows_BT: torch.Tensor, *, warm_up: int 
     return Score(tuple(nats_B.tolist()), counters, num_windows * (num_steps - warm_up))
 
 
-class _Stepper:
+class Stepper:
     """Slots for B windows that advance together."""
 
     def __init__(self, runner: ModelRunner, num_windows: int, num_positions: int) -> None:

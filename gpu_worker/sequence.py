@@ -93,6 +93,7 @@ class Sequence:
 
     `num_computed` counts the positions whose keys and values are in the slot. `degraded` says that
     some token was answered with less than the store promises (codes where a compensator was due).
+    `lowest_rung` is the largest rung of the governor that one of its tokens was computed on.
 
     Raises ValueError on an empty prompt or request id.
     """
@@ -105,6 +106,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     degraded: bool = False
+    lowest_rung: int = 0
     slot: int | None = None
     num_computed: int = 0
     seed: int = 0  # the request's own, or drawn here

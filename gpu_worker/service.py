@@ -67,7 +67,7 @@ class EngineService:
         self._live: dict[str, tuple[Sequence, Channel]] = {}
         self._counters = StepCounters()
         self._finished: Counter[str] = Counter()
-        self._steps = self._computed_tokens = self._output_tokens = 0
+        self._steps = self._computed_tokens = self._output_tokens = self._governed_tokens = 0
         self._crash: BaseException | None = None
         self._busy_since: float | None = None
         self._stats = self._snapshot()
@@ -209,6 +209,7 @@ class EngineService:
         self._counters += output.counters
         self._steps += 1
         self._computed_tokens += output.num_tokens
+        self._governed_tokens += output.governed_tokens
         # Before the events: who has seen an answer's end finds it counted.
         self._stats = self._snapshot()
         for event in output.events:
@@ -233,6 +234,7 @@ class EngineService:
                 len(sequence.prompt_ids),
                 event.num_output_tokens,
                 event.degraded,
+                event.quality,
             )
         )
 
@@ -242,7 +244,7 @@ class EngineService:
         return failed
 
     def _snapshot(self) -> WorkerStats:
-        scheduler = self._engine.scheduler
+        scheduler, governor = self._engine.scheduler, self._engine.governor
         return WorkerStats(
             replica=self._replica,
             running_sequences=scheduler.num_running,
@@ -253,6 +255,8 @@ class EngineService:
             output_tokens=self._output_tokens,
             counters=self._counters.as_dict(),
             finished=dict(self._finished),
+            governed_tokens=self._governed_tokens,
+            knobs={} if governor is None else governor.knobs,
         )
 
 

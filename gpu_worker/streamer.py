@@ -5,14 +5,11 @@ The one place of this room that waits for bytes. Knows no cache and not what a r
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
@@ -20,25 +17,7 @@ from expert_store.errors import ExpertUnavailableError, StoreError
 from expert_store.types import RecordKind, RecordRequest
 from gpu_worker.protocols import ExpertSource
 from gpu_worker.record_sizes import PlannedCopy, by_expert, largest_expert_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Landed:
-    """A record that came, on the device, or the reason why it did not. One of the two is None."""
-
-    copy: PlannedCopy
-    data: torch.Tensor | None  # [device_bytes] uint8
-    error: StoreError | None
-    moved_bytes: int = 0  # that the source delivered
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrival:
-    """What a fetch thread hands over; `bug` is an exception that is not a StoreError."""
-
-    landed: Landed
-    ready: torch.cuda.Event | None
-    bug: BaseException | None = None
+from gpu_worker.stream import Arrival, Landed, Stream
 
 
 class Streamer:
@@ -107,7 +86,7 @@ class Streamer:
     def start(self, copies: Sequence[PlannedCopy]) -> Stream:
         """Begin to fetch; returns at once. Use the stream in a `with`, on one thread."""
         assert not self._closed, "the streamer was closed"
-        stream = Stream(self, len(copies), self._clock)
+        stream = Stream(self._source.tier, copies, self._release, self._withdraw, self._clock)
         with self._lock:
             self._waiting.extend((stream, batch) for batch in self._batches(copies))
             self._admit()
@@ -137,7 +116,7 @@ class Streamer:
         for stream, batch in dropped:
             for copy in batch:
                 error = ExpertUnavailableError(f"{copy.request.key}: the streamer was closed")
-                stream.deliver(_Arrival(Landed(copy, None, error), None))
+                stream.deliver(Arrival(Landed(copy, None, error), None))
         if self._pool is not None:
             self._pool.shutdown(wait=True)
 
@@ -178,13 +157,13 @@ class Streamer:
             self._in_flight_bytes -= copy.held_bytes
             self._admit()
 
-    def _withdraw(self, stream: Stream) -> int:
-        """Drop what a stream still waits to start; how many records that was."""
+    def _withdraw(self, stream: Stream) -> list[PlannedCopy]:
+        """Drop what a stream still waits to start."""
         with self._lock:
-            dropped = sum(len(batch) for owner, batch in self._waiting if owner is stream)
+            mine = [batch for owner, batch in self._waiting if owner is stream]
             self._waiting = deque(pair for pair in self._waiting if pair[0] is not stream)
             self._admit()
-        return dropped
+        return [copy for batch in mine for copy in batch]
 
     def _run_batch(self, stream: Stream, batch: tuple[PlannedCopy, ...]) -> None:
         """One fetch, on a pool thread; when it fails, each record alone, to find the bad ones."""
@@ -195,96 +174,30 @@ class Streamer:
                 handed += 1
         except BaseException as bug:  # noqa: BLE001 - raised again on the thread that waits
             for copy in batch[handed:]:
-                stream.deliver(_Arrival(Landed(copy, None, None), None, bug))
+                stream.deliver(Arrival(Landed(copy, None, None), None, bug))
 
-    def _fetch(self, batch: tuple[PlannedCopy, ...]) -> list[_Arrival]:
+    def _fetch(self, batch: tuple[PlannedCopy, ...]) -> list[Arrival]:
         try:
             datas = self._source.fetch([copy.request for copy in batch])
         except StoreError as error:
             if len(batch) == 1:
-                return [_Arrival(Landed(batch[0], None, error), None)]
+                return [Arrival(Landed(batch[0], None, error), None)]
             return [arrival for copy in batch for arrival in self._fetch((copy,))]
         with self._lock:
             for copy, data in zip(batch, datas, strict=True):
                 self._moved_bytes[self._source.tier, copy.request.kind] += data.numel()
         return [self._to_device(copy, data) for copy, data in zip(batch, datas, strict=True)]
 
-    def _to_device(self, copy: PlannedCopy, data: torch.Tensor) -> _Arrival:
+    def _to_device(self, copy: PlannedCopy, data: torch.Tensor) -> Arrival:
         moved_bytes = data.numel()
         try:
             data = self._decode(copy.request, data)
         except StoreError as error:
-            return _Arrival(Landed(copy, None, error, moved_bytes), None)
+            return Arrival(Landed(copy, None, error, moved_bytes), None)
         if self._copy_stream is None:
-            return _Arrival(Landed(copy, data, None, moved_bytes), None)
+            return Arrival(Landed(copy, data, None, moved_bytes), None)
         with torch.cuda.stream(self._copy_stream):
             on_device = data.pin_memory().to(self._device, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record(self._copy_stream)
-        return _Arrival(Landed(copy, on_device, None, moved_bytes), ready)
-
-
-class Stream:
-    """The records of one layer on their way: iterate for them in the order they land.
-
-    Every record is given back with `release` once its bytes are used or accounted for elsewhere.
-    Leaving the `with` waits for what is being fetched, drops the rest and releases all.
-    """
-
-    def __init__(self, streamer: Streamer, num_records: int, clock: Callable[[], float]) -> None:
-        self._streamer = streamer
-        self._clock = clock
-        self._arrivals: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
-        self._num_due = num_records
-        self._held: dict[RecordRequest, PlannedCopy] = {}
-        self.moved_bytes: Counter[tuple[str, RecordKind]] = Counter()
-        self.device_bytes: Counter[RecordKind] = Counter()
-        self.wait_s = 0.0
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._num_due -= self._streamer._withdraw(self)
-        while self._num_due:
-            self._take()
-        for request in list(self._held):
-            self.release(request)
-
-    def __iter__(self) -> Iterator[Landed]:
-        while self._num_due:
-            arrival = self._take()
-            if arrival.bug is not None:
-                raise arrival.bug
-            yield arrival.landed
-
-    def release(self, request: RecordRequest) -> None:
-        """The record's bytes are no longer under way; others may start."""
-        self._streamer._release(self._held.pop(request))
-
-    def deliver(self, arrival: _Arrival) -> None:
-        """Hand a record over; called by the streamer's threads."""
-        self._arrivals.put(arrival)
-
-    def _take(self) -> _Arrival:
-        start_s = self._clock()
-        arrival = self._arrivals.get()
-        self.wait_s += self._clock() - start_s
-        self._num_due -= 1
-        landed = arrival.landed
-        self._held[landed.copy.request] = landed.copy
-        kind = landed.copy.request.kind
-        if landed.moved_bytes:
-            self.moved_bytes[self._streamer.tier, kind] += landed.moved_bytes
-        if landed.data is not None:
-            self.device_bytes[kind] += landed.data.numel()
-            if arrival.ready is not None:
-                current = torch.cuda.current_stream()
-                current.wait_event(arrival.ready)
-                landed.data.record_stream(current)
-        return arrival
+        return Arrival(Landed(copy, on_device, None, moved_bytes), ready)

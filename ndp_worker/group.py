@@ -62,6 +62,11 @@ class NearDataGroup:
         moved = [member.worker.bytes_moved for member in self._members]
         return sum(sent for sent, _ in moved), sum(received for _, received in moved)
 
+    @property
+    def num_workers(self) -> int:
+        """Workers, whether they hold all experts or some."""
+        return len(self._members)
+
     def submit(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> Future[torch.Tensor]:
         """As `NdpClient.submit`; the future fails when no worker is left for some expert."""
         return _GroupCall(self._members, hidden_TH, tuple(work)).start()

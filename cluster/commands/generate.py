@@ -154,6 +154,7 @@ def _report(answer: _Answer, *, as_json: bool) -> None:
             "prompt_tokens": answer.num_prompt_tokens,
             "output_tokens": num_tokens,
             "degraded": last.degraded,
+            "quality": last.quality,
             "seconds": round(answer.seconds, 3),
             "moved_bytes": counters.total_moved_bytes,
             "counters": counters.as_dict(),
@@ -161,8 +162,10 @@ def _report(answer: _Answer, *, as_json: bool) -> None:
         print(json.dumps(report, indent=2))
         return
     degraded = f", {counters.degraded_pairs} pairs degraded" if last.degraded else ""
+    governed = f", down to {last.quality}" if last.quality is not None else ""
     print(
         f"[{num_tokens} tokens in {answer.seconds:.2f} s, end: {last.finish_reason}; "
-        f"{counters.total_moved_bytes / 1e6:.1f} MB of experts moved to the device{degraded}]",
+        f"{counters.total_moved_bytes / 1e6:.1f} MB of experts moved to the device"
+        f"{degraded}{governed}]",
         file=sys.stderr,
     )

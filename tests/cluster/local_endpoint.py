@@ -26,6 +26,7 @@ from expert_store.errors import ExpertUnavailableError
 from gpu_worker.counters import StepCounters
 from gpu_worker.engine import Engine
 from gpu_worker.experts import ExpertsFailed
+from gpu_worker.governor import Governor
 from gpu_worker.messages import ModelDescription
 from gpu_worker.model import ModelRunner, StepReport
 from gpu_worker.service import EngineService
@@ -97,7 +98,7 @@ class Endpoint:
 
 
 @contextmanager
-def running_endpoint(**http: Any) -> Iterator[Endpoint]:
+def running_endpoint(*, governor: Governor | None = None, **http: Any) -> Iterator[Endpoint]:
     """Start it, and end all of its threads afterwards."""
     model = AutoModelForCausalLM.from_pretrained(MINI, dtype=torch.float32).eval()
     experts = OwnExperts()
@@ -108,6 +109,7 @@ def running_endpoint(**http: Any) -> Iterator[Endpoint]:
         max_context=MAX_CONTEXT,
         prefill_chunk=64,
         max_waiting=MAX_WAITING,
+        governor=governor,
     )
     service = EngineService(engine, ModelDescription("mini", "mixtral", MAX_CONTEXT, 1_700_000_000))
     tiers = LocalTiers(service)

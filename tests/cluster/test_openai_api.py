@@ -253,6 +253,13 @@ def test_a_degraded_stream_says_so_at_its_end() -> None:
     assert "degraded" not in head.last_chunks(FINISHED)
 
 
+def test_a_governed_stream_says_with_what_quality_at_its_end() -> None:
+    head = AnswerHead("chat", "c", 5, "mini")
+    governed = Finished("stop", 1, 1, False, "top_n=0; factor_share=0.25")
+    assert '"moetier_quality":"top_n=0; factor_share=0.25"' in head.last_chunks(governed)
+    assert "quality" not in head.last_chunks(FINISHED)
+
+
 def test_a_model_is_the_clients_own_type() -> None:
     model = model_object(ModelDescription("mini", "mixtral", 2048, 5))
     assert Model.model_validate(model).id == "mini"

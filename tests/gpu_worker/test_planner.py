@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_store.types import ExpertKey, RecordRequest
-from gpu_worker.planner import DispatchPlan, Policy, plan, plan_local
+from gpu_worker.cost_model import LayerCosts, LinkCost, NearCost, RunCost
+from gpu_worker.planner import DispatchPlan, Policy, plan, plan_local, predict
 from gpu_worker.record_sizes import PlannedCopy, RecordSizes
 from gpu_worker.routing import Routing
 
@@ -28,7 +29,8 @@ SIZES = RecordSizes(
     codes={key: 1000 + key.expert for key in KEYS},
     factors={key: 100 + key.expert for key in KEYS[:-1]},
 )
-COST = Policy("cost", link_bytes_per_s=1000.0, near_data_token_s=0.4)
+COSTS = LayerCosts(LinkCost(bytes_per_s=1000.0), RunCost(pair_s=0.0), NearCost(RunCost(pair_s=0.4)))
+COST = Policy("cost", costs=COSTS)
 
 
 def routing_of(
@@ -170,6 +172,35 @@ def test_cost_policy_counts_residents_and_codes_that_come_anyway_as_free() -> No
     assert plan(LAYER, low_bit, on_device=codes, sizes=SIZES, policy=COST).remote == ()
     shared = routing_of([[0], [0]], [[True], [False]])
     assert plan(LAYER, shared, on_device=frozenset(), sizes=SIZES, policy=COST).remote == ()
+
+
+def test_cost_policy_keeps_link_and_near_data_busy_together() -> None:
+    """Two experts of 1 s to copy or 0.8 s near data: one each way ends after 1 s, not 1.6 or 2."""
+    routing = routing_of([[0, 1], [1, 0]], [[False, False], [False, False]])
+    dispatch = plan(LAYER, routing, on_device=frozenset(), sizes=SIZES, policy=COST)
+    assert (len(dispatch.streamed), len(dispatch.remote)) == (1, 1)
+    # The larger expert goes near data: it saves more of the link for the same time there.
+    assert dispatch.remote[0].key == KEYS[1]
+    assert predict(dispatch, SIZES, COST).total_s == pytest.approx(1.0)
+
+
+def test_a_prediction_is_of_what_the_plan_copies_and_runs() -> None:
+    near = NearCost(RunCost(pair_s=0.4), call_s=0.1, act_bytes_per_s=10.0)
+    costs = LayerCosts(LinkCost(1000.0, call_s=0.5), RunCost(pair_s=0.01), near, fixed_s=0.2)
+    policy = Policy("low_bit", costs=costs, row_bytes=4)
+    routing = routing_of([[0, 1], [0, 2]], [[True, False], [True, True]])
+    held = frozenset([RecordRequest(KEYS[0], "codes"), RecordRequest(KEYS[0], "factors")])
+    time = predict(plan(LAYER, routing, on_device=held, sizes=SIZES, policy=policy), SIZES, policy)
+    assert time.link_s == pytest.approx(0.5 + (1002 + 102) / 1000)  # expert 2; 0 is resident
+    assert (time.tail_s, time.device_s) == (pytest.approx(0.01), pytest.approx(0.03))
+    assert time.near_s == pytest.approx(0.1 + 0.4 + 8 / 10)  # a row there and one back
+    assert time.total_s == pytest.approx(0.2 + time.link_s + 0.01)
+
+
+def test_cost_policy_without_costs_is_refused() -> None:
+    for costs in (None, replace(COSTS, near=None)):
+        with pytest.raises(ValueError, match="near_data 'cost' needs those of link and near data"):
+            Policy("cost", costs=costs)
 
 
 def test_plan_local_brings_lost_remote_work_to_the_device() -> None:

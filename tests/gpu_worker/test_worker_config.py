@@ -48,11 +48,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
         ({"max_sequences": 0}, "max_sequences: got 0"),
         ({"max_context": 0}, "max_context: got 0"),
         ({"prefill_chunk": 0}, "prefill_chunk: got 0"),
-        ({"near_data": "cost"}, "link_bytes_per_s: got None, near_data 'cost' needs a measured"),
-        (
-            {"near_data": "cost", "link_bytes_per_s": 1e9, "near_data_token_s": 0.0},
-            "near_data_token_s: got 0.0",
-        ),
+        ({"link_bytes_per_s": -1.0}, "link_bytes_per_s: got -1.0, expected a positive number"),
+        ({"near_data_token_s": 0.0}, "near_data_token_s: got 0.0, expected a positive number"),
+        ({"target_step_s": float("nan")}, "target_step_s: got nan, expected a positive number"),
+        ({"min_top_n": -1}, "min_top_n: got -1"),
+        ({"min_factor_share": 0.6, "factor_share": 0.5}, "min_factor_share: got 0.6, expected 0 "),
     ],
 )
 def test_wrong_values_are_named(wrong: dict[str, Any], message: str) -> None:
@@ -63,6 +63,7 @@ def test_wrong_values_are_named(wrong: dict[str, Any], message: str) -> None:
 def test_resolve_leaves_nothing_open(manifest: Manifest) -> None:
     resolved = WorkerConfig().resolve(manifest)
     of_one_policy = {
+        "target_step_s",
         "link_bytes_per_s",
         "near_data_token_s",
         "restore_mass",
@@ -89,6 +90,8 @@ def test_resolve_keeps_what_was_given(manifest: Manifest) -> None:
 def test_what_the_model_cannot_do_is_refused(manifest: Manifest) -> None:
     with pytest.raises(ValueError, match="top_n: got 3, but by hand routes a token to 2 experts"):
         WorkerConfig(top_n=3).resolve(manifest)
+    with pytest.raises(ValueError, match="min_top_n: got 2, but top_n is 1; use 0 to 1"):
+        WorkerConfig(min_top_n=2).resolve(manifest)
     with pytest.raises(ValueError, match="max_context: got 257, but by hand has only 256"):
         WorkerConfig(max_context=257).resolve(manifest)
 

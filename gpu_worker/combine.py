@@ -1,0 +1,72 @@
+"""Joins what experts make of their pairs into a layer's output, in one fixed order.
+
+Knows no expert's bytes and not who ran it.
+
+Legend: S token rows, K top-k, H hidden, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+
+from gpu_worker.planner import ExpertWork
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one expert makes of some of its pairs, not yet weighted by the router."""
+
+    work: ExpertWork
+    output_PH: torch.Tensor  # [P, H] float, on any device
+
+
+def combine(
+    parts: Sequence[Part], hidden_SH: torch.Tensor, topk_weights_SK: torch.Tensor
+) -> torch.Tensor:
+    """Each row's parts times their router weights, summed in float32: [S, H] like `hidden_SH`.
+
+    The order of `parts` does not matter: a row's parts are added in rising order of expert. The
+    first parts of all rows are added at once, then the second ones, and so on: as many additions as
+    a row has parts, not as there are experts. A row is in each at most once, so that index_add_ has
+    one order only, on a GPU too.
+    """
+    device = hidden_SH.device
+    sum_SH = torch.zeros(hidden_SH.shape, dtype=torch.float32, device=device)
+    if not parts:
+        return sum_SH.to(hidden_SH.dtype)
+    parts = sorted(parts, key=lambda part: part.work.key)
+    rows_P = _joined(part.work.token_rows for part in parts)
+    columns_P = _joined(part.work.columns for part in parts)
+    turns_P = _turns(rows_P)
+    order_P = np.lexsort((rows_P, turns_P))
+    places_3P = torch.from_numpy(np.array((rows_P[order_P], columns_P[order_P], order_P)))
+    rows, columns, order = places_3P.to(device, non_blocking=True)
+    outputs_PH = torch.cat([part.output_PH.to(device, torch.float32) for part in parts])
+    weighted_PH = outputs_PH[order] * topk_weights_SK.float()[rows, columns, None]
+    start = 0
+    for count in np.bincount(turns_P).tolist():
+        turn = slice(start, start + count)
+        if count == len(sum_SH):  # every row, in rising order
+            sum_SH += weighted_PH[turn]
+        else:
+            sum_SH.index_add_(0, rows[turn], weighted_PH[turn])
+        start += count
+    return sum_SH.to(hidden_SH.dtype)
+
+
+def _joined(numbers: Iterable[tuple[int, ...]]) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(numbers), np.int64)
+
+
+def _turns(rows_P: np.ndarray) -> np.ndarray:
+    """[P] int64: how many pairs of the same row come before each."""
+    order_P = rows_P.argsort(kind="stable")
+    sorted_P = rows_P[order_P]
+    turns_P = np.empty_like(rows_P)
+    turns_P[order_P] = np.arange(len(rows_P)) - np.searchsorted(sorted_P, sorted_P)
+    return turns_P
