@@ -27,7 +27,7 @@ from kernels.cpu_records import (
 )
 from kernels.types import LowRank, MlpCall, QuantizedMatrix
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 Isa = Literal["scalar", "avx2", "avx512vnni"]
 """Instruction sets in the order of MoetierIsa; the later, the faster."""
 
@@ -52,6 +52,7 @@ def _library() -> ctypes.CDLL | None:
     product = (_POINTER, _POINTER, _INT64, _POINTER, _INT32, _INT32)
     for name in ("matmul", "low_rank_matmul", "matmul_fp32", "low_rank_matmul_fp32"):
         getattr(library, f"moetier_{name}").argtypes = product
+    library.moetier_pin_helpers.argtypes = (_POINTER, _INT64)
     library.moetier_gated_mlp_many.argtypes = (_POINTER, _INT64, _INT32, _INT32)
     library.moetier_decode_block_code.argtypes = (_POINTER, _POINTER, _INT32, _INT32)
     return library
@@ -67,6 +68,18 @@ def best_isa() -> Isa:
     """The fastest instruction set this processor has."""
     names: tuple[Isa, ...] = get_args(Isa)
     return names[int(loaded().moetier_best_isa())]
+
+
+def pin_helpers(cores: Sequence[int]) -> None:
+    """Helper threads of this process stay on `cores`, round robin from the second.
+
+    The first is left to the caller, which is not moved. Only Linux heeds it. Raises ValueError for
+    no cores.
+    """
+    if not cores:
+        raise ValueError("cores: got none, expected at least one")
+    numbers = (_INT32 * len(cores))(*cores)
+    _check(loaded().moetier_pin_helpers(ctypes.addressof(numbers), len(cores)))
 
 
 def dequantize(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal, get_args
@@ -45,6 +46,18 @@ def native_isa() -> NativeIsa | None:
     """The instruction set the native kernels use here; None when they were not built."""
     native = _native()
     return native.best_isa() if native else None
+
+
+def pin_threads() -> bool:
+    """Keep the native kernels' helper threads on the cores this process may use, one each.
+
+    False, and nothing done, without the native library or on a system that has no such call.
+    """
+    native = _native()
+    if native is None or not hasattr(os, "sched_getaffinity"):
+        return False
+    native.pin_helpers(sorted(os.sched_getaffinity(0)))
+    return True
 
 
 def dequantize(matrix: Matrix) -> torch.Tensor:

@@ -92,3 +92,6 @@ MOETIER_EXPORT int32_t moetier_low_rank_matmul_fp32(const MoetierLowRank* factor
 // All of `mlps` at once, sharing at most num_threads threads.
 MOETIER_EXPORT int32_t moetier_gated_mlp_many(const MoetierGatedMlp* mlps, int64_t num_mlps,
                                               int32_t num_threads, int32_t isa);
+// Helper threads stay on these cores from now on, round robin from the second: the first is the
+// caller's. Only Linux heeds it.
+MOETIER_EXPORT int32_t moetier_pin_helpers(const int32_t* cores, int64_t num_cores);

@@ -5,8 +5,12 @@ token counts, output memory full of NaN, packed bytes at odd addresses, refused 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -249,6 +253,48 @@ def test_more_threads_than_items_or_cores() -> None:
     matrix, x = random_matrix(16, 128, 3), random_inputs(4, 128)
     expected = cpu_native.matmul(matrix, x)
     assert torch.equal(cpu_native.matmul(matrix, x, num_threads=64), expected)
+
+
+def affinities() -> dict[int, set[int]]:
+    """The cores each thread of this process may use."""
+    tasks = [int(path.name) for path in Path("/proc/self/task").iterdir()]
+    return {task: os.sched_getaffinity(task) for task in tasks}
+
+
+PINNED = textwrap.dedent("""
+    import os, sys
+    sys.path[:0] = sys.argv[1:]
+    import torch
+    from kernel_matrices import random_inputs, random_matrix
+    from test_cpu_native import affinities
+    from kernels import cpu_native
+
+    matrix, x = random_matrix(1024, 256, 3), random_inputs(4, 256)
+    expected = cpu_native.matmul(matrix, x)
+    before = affinities()
+    allowed = sorted(os.sched_getaffinity(0))
+    assert all(cores == set(allowed) for cores in before.values())
+    cpu_native.pin_helpers(allowed[-1:])
+    while not any(cores == {allowed[-1]} for cores in affinities().values()):
+        assert torch.equal(cpu_native.matmul(matrix, x, num_threads=2), expected)
+    assert os.sched_getaffinity(0) == set(allowed), "the caller was moved"
+    print("right")
+""")
+
+
+def test_helpers_stay_where_they_are_told_and_the_caller_is_not_moved() -> None:
+    """In a process of its own, for the pool lives as long as the process."""
+    here = Path(__file__).parent
+    told = subprocess.run(
+        [sys.executable, "-c", PINNED, str(here), str(here.parents[1])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert told.stdout.strip() == "right", told.stderr[-2000:]
+    with pytest.raises(ValueError, match="cores: got none"):
+        cpu_native.pin_helpers(())
 
 
 def test_callers_in_several_threads() -> None:
