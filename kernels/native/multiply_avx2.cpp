@@ -34,9 +34,13 @@ TARGET_AVX2 ALWAYS_INLINE void add_products(Sums<TOKENS>& sums, const Bytes& cod
     std::memcpy(&four_inputs, x + t * kGroupSize + 4 * v, sizeof four_inputs);
     const __m256i inputs = _mm256_set1_epi32(four_inputs);
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++)
-      sums.narrow[t][half] = _mm256_add_epi16(
-          sums.narrow[t][half], _mm256_maddubs_epi16(codes.half[half], inputs));
+    for (int half = 0; half < 2; half++) {
+      __m256i& sum = sums.narrow[t][half];
+      sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes.half[half], inputs));
+      // gcc would otherwise add in another order, for which it keeps the products on the stack:
+      // twice the instructions.
+      __asm__("" : "+x"(sum));
+    }
   }
 }
 
