@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", type=shape, default=SHAPES, metavar="HIDDENxFFN")
     parser.add_argument("--forms", nargs="*", choices=get_args(Form), default=get_args(Form))
-    parser.add_argument("--seconds", type=float, default=10, help="for each table row's group")
+    parser.add_argument("--seconds", type=float, default=6, help="for each form and token count")
     parser.add_argument("--only", default="", help="contestants with this in their name")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu-kernels")
     arguments = parser.parse_args()
