@@ -18,6 +18,7 @@ namespace {
 constexpr int kManyTokens = 16;
 constexpr int kMaxTokens = 8;  // of fewer
 constexpr int kMaxTokensInPlace = 4;
+
 // Integer sums of one row block with TOKENS tokens.
 //
 // With few tokens (IN_PLACE) the upper field of a byte is masked but not shifted down: its codes

@@ -65,7 +65,7 @@ TARGET_AVX2 void multiply_block(const RowBlocks& rows, FloatInputs in, float* y,
     for (int half = 0; half < 2; half++) {
       __m256 scale, zero_scaled;
       load_scales<BITS, GRID>(tile, half, scale, zero_scaled);
-      // The middle code's weight; zero on a symmetric grid.
+      // The weight of an affine grid's middle code; that of a symmetric one is zero.
       const __m256 middle = _mm256_fmsub_ps(scale, _mm256_set1_ps(middle_code(BITS)), zero_scaled);
       for (int t = 0; t < TOKENS; t++) {
         const __m256 dot = _mm256_add_ps(sums.even[t][half], sums.odd[t][half]);

@@ -76,7 +76,7 @@ TARGET_AVX512 void multiply_block(const RowBlocks& rows, FloatInputs in, float* 
     dot_tile<BITS>(sums, tile, in);
     __m512 scale, zero_scaled;
     load_scales<BITS, GRID>(tile, scale, zero_scaled);
-    // The middle code's weight; zero on a symmetric grid.
+    // The weight of an affine grid's middle code; that of a symmetric one is zero.
     const __m512 middle = _mm512_fmsub_ps(scale, _mm512_set1_ps(middle_code(BITS)), zero_scaled);
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++) {
