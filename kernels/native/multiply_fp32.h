@@ -5,8 +5,8 @@
 //   affine    y[t][n] = sum_g scale[n,g] * dot(codes[n,g], x[t,g])
 //                             + (middle * scale[n,g] - zero_scaled[n,g]) * sum[t,g]
 //   symmetric y[t][n] = row_scale[n]/255 * sum_g scale8[n,g] * dot(codes[n,g], x[t,g])
-// The groups are added in order and each group's inputs in an order that does not depend on the token
-// count, so a token's result does not depend on its batch.
+// The groups are added in order and each group's inputs in an order that does not depend on the
+// token count, so a token's result does not depend on its batch.
 #pragma once
 #include <cstdint>
 

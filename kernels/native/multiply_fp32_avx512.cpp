@@ -28,8 +28,8 @@ struct Levels {
 template <int BITS>
 constexpr Levels<BITS> kLevels;
 
-// One tile's sums of 16 rows; the four inputs of a lane are summed apart, in two chains, to hide the
-// adder's latency with a single token.
+// One tile's sums of 16 rows; a lane's inputs are summed in two chains, to hide the adder's latency
+// with a single token.
 template <int TOKENS>
 struct Sums {
   __m512 even[TOKENS], odd[TOKENS];

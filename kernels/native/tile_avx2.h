@@ -48,7 +48,8 @@ TARGET_AVX2 ALWAYS_INLINE __m256 halves_to_floats(const uint8_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
-// The scales of half `half` of a tile: symmetric bytes as numbers and the code that stands for zero.
+// The scales of half `half` of a tile: symmetric bytes as numbers and the code that stands for
+// zero.
 template <int BITS, int GRID>
 TARGET_AVX2 ALWAYS_INLINE void load_scales(const uint8_t* tile, int half, __m256& scale,
                                            __m256& zero_scaled) {
@@ -77,8 +78,9 @@ TARGET_AVX2 ALWAYS_INLINE __m256 add_tile(__m256 sum, __m256 dot, __m256 total, 
 template <int GRID>
 TARGET_AVX2 ALWAYS_INLINE __m256 scale_rows(__m256 sum, const RowBlocks& rows, int half) {
   if constexpr (GRID == MOETIER_SYMMETRIC)
-    return _mm256_mul_ps(sum, _mm256_mul_ps(halves_to_floats(rows.row_scales + half * 2 * kHalfRows),
-                                            _mm256_set1_ps(kScale8Unit)));
+    return _mm256_mul_ps(
+        sum, _mm256_mul_ps(halves_to_floats(rows.row_scales + half * 2 * kHalfRows),
+                           _mm256_set1_ps(kScale8Unit)));
   else
     return sum;
 }

@@ -1,4 +1,5 @@
-// The packed tile in AVX-512 registers, for the products that read it. Included by their files only.
+// The packed tile in AVX-512 registers, for the products that read it. Included by their files
+// only.
 #pragma once
 #include "target.h"
 
@@ -12,8 +13,8 @@ namespace {
 
 // How far ahead of the tile in hand the weights are fetched. Hardware prefetchers stop at 4 KiB
 // pages, so that without this a single token waits for memory (measured best near 5 KB, AMD Zen 5).
-// One row block is one sequential stream: taking two at a time was 1.1 to 1.5 times slower at 2 to 4
-// tokens and about level from 8 on.
+// One row block is one sequential stream: taking two at a time was 1.1 to 1.5 times slower at 2 to
+// 4 tokens and about level from 8 on.
 constexpr size_t kPrefetchBytes = 5120;
 
 TARGET_AVX512 ALWAYS_INLINE __m512 halves_to_floats(const uint8_t* from) {
