@@ -30,6 +30,8 @@ MANY_EXPERTS = 8
 MANY_TOKENS = 64
 MAX_PROBE_BYTES = 32 << 20
 NEAR_TIMEOUT_S = 10.0
+LONG_S = 0.5
+"""What takes longer is measured once."""
 GUESSED_BYTES_PER_S = 1e9
 """Of a link that could not be measured; the first copies correct it."""
 
@@ -93,7 +95,8 @@ def _link(probe: Probe) -> LinkCost:
     while len(many) > 1 and sum(map(probe.codes_bytes, many)) > MAX_PROBE_BYTES:
         many = many[:-1]
     try:
-        few_s, many_s = (_time(partial(_fetch, probe, keys), probe.clock) for keys in (few, many))
+        many_s = _time(partial(_fetch, probe, many), probe.clock)
+        few_s = _time(partial(_fetch, probe, few), probe.clock) if len(many) > 1 else many_s
     except StoreError as error:
         logger.warning(
             "the link could not be measured (%s); %g bytes/s until copies tell",
@@ -175,8 +178,12 @@ def _hidden(probe: Probe, num_tokens: int) -> torch.Tensor:
 
 
 def _time(act: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Median seconds; the first, which opens connections and reads files, does not count."""
+    """Median seconds. The first, which opens connections and reads files, does not count, unless
+    it took so long that repeats would delay the start."""
+    start_s = clock()
     act()
+    if (first_s := clock() - start_s) > LONG_S:
+        return first_s
     times = []
     for _ in range(REPEATS):
         start_s = clock()

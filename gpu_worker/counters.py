@@ -39,6 +39,7 @@ class StepCounters:
     - predicted_s, layer_s: seconds that MoE layers were predicted to take, and took; of the layers
       that were predicted, which needs measured costs (near_data "cost", or a target_step_s).
     - wait_s: seconds the step had nothing to compute until a copy or a near-data answer came.
+    - near_wait_s: of wait_s, for near-data answers.
     """
 
     moved_bytes: Mapping[tuple[str, RecordKind], int] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class StepCounters:
     predicted_s: float = 0.0
     layer_s: float = 0.0
     wait_s: float = 0.0
+    near_wait_s: float = 0.0
 
     def __add__(self, other: StepCounters) -> StepCounters:
         return StepCounters(
@@ -105,6 +107,7 @@ class Tally:
         self.predicted_s = 0.0
         self.layer_s = 0.0
         self.wait_s = 0.0
+        self.near_wait_s = 0.0
 
     def freeze(self) -> StepCounters:
         """The counts so far, as a value that no longer changes."""

@@ -241,7 +241,9 @@ class StoreExperts:
             return []
         start_s = self._clock()
         wait([near])
-        self._tally.wait_s += self._clock() - start_s
+        waited_s = self._clock() - start_s
+        self._tally.wait_s += waited_s
+        self._tally.near_wait_s += waited_s
         try:
             output_PH = near.result()
         except StoreError as error:

@@ -40,7 +40,7 @@ class StepTime:
     """
 
     step_s: float
-    wait_s: float  # of it, waiting for bytes
+    wait_s: float  # of it, waiting for copies
     full_factors_s: float
 
 
@@ -142,7 +142,9 @@ class Governor:
             self._full_bytes += (full_bytes - self._full_bytes) / WINDOW
         full_factors_s = self._full_bytes * num_tokens / link.bytes_per_s
         # A worker that fetches on the step's own thread never waits: its copies are the waiting.
-        wait_s = counters.wait_s or link.seconds(counters.total_moved_bytes)
+        # Waiting for near data does not count: fewer compensators would send it more.
+        copies_s = counters.wait_s - counters.near_wait_s
+        wait_s = copies_s or link.seconds(counters.total_moved_bytes)
         before = self._state
         self._state = advance(
             before,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from expert_store.types import ExpertKey, RecordKind, RecordRequest
 from gpu_worker.assignment import Choice, choose_near
 from gpu_worker.config import NearDataPolicy
@@ -136,21 +138,22 @@ def plan_local(
 
 def group_by_expert(layer: int, routing: Routing, sizes: RecordSizes) -> list[ExpertWork]:
     """The pairs of a routing that are run, experts and then token rows in rising order."""
-    rows, columns = routing.run_TK.nonzero().unbind(1)
-    ids = routing.topk_ids_TK[rows, columns]
-    order = ids.argsort(stable=True)
-    flags = routing.restore_TK[rows, columns][order].tolist()
-    rows_of, columns_of = rows[order].tolist(), columns[order].tolist()
-    experts, counts = ids.unique(sorted=True, return_counts=True)
+    # In numpy: on a decode step's few pairs its calls cost a third of torch's.
+    rows, columns = routing.run_TK.numpy().nonzero()
+    ids = routing.topk_ids_TK.numpy()[rows, columns]
+    order = ids.argsort(kind="stable")
+    flags = routing.restore_TK.numpy()[rows, columns][order].tolist()
+    rows_of, columns_of, ids = rows[order].tolist(), columns[order].tolist(), ids[order]
+    ends = [*(np.flatnonzero(ids[1:] != ids[:-1]) + 1).tolist(), len(rows_of)]
     works, start = [], 0
-    for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-        key = ExpertKey(layer, expert)
+    for end in ends if rows_of else ():
+        key = ExpertKey(layer, int(ids[start]))
         if key not in sizes.codes:
             raise ValueError(f"routing: {key} is not in the store; is it this model's store?")
-        part = slice(start, start + count)
-        restored = tuple(flags[part]) if key in sizes.factors else (False,) * count
-        works.append(ExpertWork(key, tuple(rows_of[part]), tuple(columns_of[part]), restored))
-        start += count
+        restored = tuple(flags[start:end]) if key in sizes.factors else (False,) * (end - start)
+        rows_part, columns_part = tuple(rows_of[start:end]), tuple(columns_of[start:end])
+        works.append(ExpertWork(key, rows_part, columns_part, restored))
+        start = end
     return works
 
 

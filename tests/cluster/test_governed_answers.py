@@ -59,6 +59,17 @@ def test_a_governed_answer_says_so(endpoint: Endpoint, governor: Governor) -> No
     assert float(governed.split()[-1]) > 0
 
 
+def test_waiting_for_near_data_alone_costs_no_quality(tmp_path: Path) -> None:
+    """Fewer compensators would send near data more pairs, not fewer."""
+    manifest = build_store(tmp_path, layers=(0,), experts=2, ffn=64)
+    config = WorkerConfig(device="cpu", target_step_s=1e-3).resolve(manifest)
+    table = CostTable(LayerCosts(LinkCost(1e6), RunCost(0.0)))
+    governor = Governor(quality_ladder(config, manifest), table, target_s=1e-3)
+    for _ in range(50):
+        governor.decoded(1.0, StepCounters(wait_s=0.9, near_wait_s=0.9), 1)
+    assert governor.rung == 0
+
+
 def test_predicted_and_real_seconds_are_metrics_side_by_side() -> None:
     stats = WorkerStats("r", 0, 0, 0, counters={"predicted_s": 1.5, "layer_s": 2.0})
     text = render(ClusterSnapshot((), (stats,), ()))

@@ -77,6 +77,14 @@ def test_start_up_finds_the_cost_of_link_and_near_data(segment: Segment) -> None
     assert costs.near.run.seconds(200, codes_bytes) == pytest.approx(0.2, rel=0.05)
 
 
+def test_what_takes_long_is_measured_once(segment: Segment) -> None:
+    """Starting must not take minutes on a link that is slow, only because it is measured."""
+    run = Simulation(segment, LinkCost(5e3), near_data_token_s=1.0)
+    # Many experts, one expert, and one to run on the device.
+    assert [len(call) for call in run.source.calls] == [NUM_EXPERTS, 1, 1]
+    assert run.costs.link.bytes_per_s == pytest.approx(5e3, rel=1e-6)
+
+
 def test_given_costs_are_where_it_begins_and_nothing_is_measured(segment: Segment) -> None:
     run = Simulation(segment, SLOW, link_bytes_per_s=5e6, near_data_token_s=0.25)
     assert run.costs.link.bytes_per_s == 5e6
