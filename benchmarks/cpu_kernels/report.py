@@ -109,7 +109,9 @@ def write_report(out: Path, rows: list[Row]) -> None:
     write_rows(out.with_suffix(".csv"), rows)
     ggml = library()
     built = f"ggml was built for {ggml.isa()}." if ggml else "llama-cpp-python is not installed."
-    parts = [HEAD, f"{provenance()} {built}"]
+    loads = sorted((row.load for row in rows), key=lambda load: float(load.partition("/")[0]))
+    shared = f"Load average over cores while it ran: {loads[0]} to {loads[-1]}."
+    parts = [HEAD, f"{provenance()} {built} {shared}"]
     for shape, form in dict.fromkeys((row.shape, row.form) for row in rows):
         here = [row for row in rows if (row.shape, row.form) == (shape, form)]
         parts += [f"\n## {shape}, {form}\n", _own_table(here), "", _rival_table(here)]
