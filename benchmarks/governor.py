@@ -1,9 +1,9 @@
 """The bandwidth governor on a link that is cut in mid-run: time per token and quality, with it and
 without, token by token on the same text.
 
-`python -m benchmarks.governor [TEXT ...]` runs mixtral-mini with a rich compensator for each
-expert and a device cache of the size of its codes. The link is a source that sleeps. Both workers
-take turns, one token each, so that a busy machine slows both. Writes results/governor.md and .csv.
+`python -m benchmarks.governor [TEXT ...]` runs mixtral-mini with a compensator for every pair and
+a device cache of the size of its codes. The link is a source that sleeps. Both workers take turns,
+one token each, so that a busy machine slows both. Writes results/governor.md and .csv.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from gpu_worker.scoring import Stepper
 from models import MIXTRAL_MINI
 
 HELD_OUT = Path(__file__).resolve().parents[2] / "shared" / "mini" / "eval"
-STORE = CompressionConfig(recipe="paper", avg_rank=256)
-FULL_BYTES_PER_S, CALL_S = 4e6, 0.0002
+STORE = CompressionConfig(recipe="milo", avg_rank=128)
+FULL_BYTES_PER_S, CALL_S = 10e6, 0.0002
 PHASES = (("full", 1.0), ("a half", 0.5), ("a tenth", 0.1), ("full again", 1.0))
 PROMPT_TOKENS, ANSWER_TOKENS = 16, 48
 WARM_UP_WINDOWS = 2
@@ -121,7 +121,11 @@ def contestant(name: str, store: Path, target_s: float | None) -> Contestant:
     codes_bytes = sum(info.codes.num_bytes for info in segment.manifest.experts.values())
     source = BoundedSource(segment, bytes_per_s=FULL_BYTES_PER_S, call_s=CALL_S)
     config = WorkerConfig(
-        device="cpu", dtype="float32", cache_bytes=codes_bytes, target_step_s=target_s
+        device="cpu",
+        dtype="float32",
+        restore="all",
+        cache_bytes=codes_bytes,
+        target_step_s=target_s,
     )
     return Contestant(name, source, open_model(store, source, None, config))
 
@@ -188,13 +192,13 @@ def page(plain: Contestant, governed: Contestant, rows: Sequence[PhaseRow], targ
         "",
         provenance(),
         "",
-        f"mixtral-mini, recipe paper with mean rank {STORE.avg_rank}: {codes / 1e6:.1f} MB of "
-        f"codes, {factors / 1e6:.1f} MB of factors, Top-{manifest.recipe.top_n}; a device cache "
-        "of the size of the codes; batch 1; one thread. The link is a source that sleeps, "
-        f"{1000 * CALL_S:.1f} ms a call besides its bytes. Tokens of the text are given, so both "
-        f"workers answer the same: {len(plain.steps[0])} tokens a phase, the workers taking "
-        f"turns. Target: {1000 * target_s:.1f} ms, {TARGET:g} of the step without a governor on "
-        "the full link.",
+        f"mixtral-mini, recipe {STORE.recipe} with mean rank {STORE.avg_rank}: "
+        f"{codes / 1e6:.1f} MB of codes, {factors / 1e6:.1f} MB of factors, all pairs restored; a "
+        "device cache of the size of the codes; batch 1; one thread. The link is a source that "
+        f"sleeps, {1000 * CALL_S:.1f} ms a call besides its bytes. Tokens of the text are given, "
+        f"so both workers answer the same: {len(plain.steps[0])} tokens a phase, the workers "
+        f"taking turns. Target: {1000 * target_s:.1f} ms, {TARGET:g} of the step without a "
+        "governor on the full link.",
         "",
         "KL is from the other worker's answer, which always has full quality. The phases are of "
         "different text: compare perplexities within a phase only. Predicted/real is the time of "

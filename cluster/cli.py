@@ -26,6 +26,8 @@ COMMANDS = {
     "verify": "check every checksum of a store and name what is damaged",
     "eval": "perplexity with expert bytes moved per token, against the original model",
     "report": "one page about stores, Markdown and HTML: fronts, domains, ranks, router",
+    "trace": "run a store's model and record where every token goes",
+    "replay": "what expert caches find on a recorded trace, against Belady's optimum",
     "study": "what error-bounded experts cost, by depth of layer and heat of expert",
     "generate": "continue a prompt in this process, without Ray",
     "serve": "start the cluster with its OpenAI-style HTTP endpoint",

@@ -113,7 +113,7 @@ class Segment:
             raise ExpertUnavailableError(
                 f"the segment of {self._store} is closed; {request.key} was asked of it afterwards"
             )
-        whole = locate(self._manifest, replace(request, num_blocks=None))
+        whole = locate(self._manifest, RecordRequest(request.key, request.kind))
         self._check(request, whole, data)
         return data[record.offset : record.offset + record.num_bytes]
 

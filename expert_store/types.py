@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -58,10 +58,13 @@ FORMAT_VERSION = 2
 RecordKind = Literal["codes", "factors"]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ExpertKey:
+class ExpertKey(NamedTuple):
     """One routed expert: `layer` is the decoder layer's index in the model, `expert` its index
-    there."""
+    there.
+
+    A tuple, as `RecordRequest` is: both are looked up hundreds of times in a decode step, and a
+    dataclass is hashed in Python.
+    """
 
     layer: int
     expert: int
@@ -70,8 +73,7 @@ class ExpertKey:
         return f"layer {self.layer} expert {self.expert}"
 
 
-@dataclass(frozen=True, slots=True)
-class RecordRequest:
+class RecordRequest(NamedTuple):
     """A read of one record, or of the first `num_blocks` blocks of a factors record."""
 
     key: ExpertKey

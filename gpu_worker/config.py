@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from expert_store.types import Manifest
+from gpu_worker.eviction import CachePolicy
 from gpu_worker.prefetch_switch import Prefetch
 from gpu_worker.restoring import PairPolicy, Restore, repaired_errors
 
@@ -50,6 +51,10 @@ class WorkerConfig:
       not restored, cost those with which the layer is predicted to end soonest; by measured times,
       so that equal requests may get answers that differ by rounding.
     - cache_bytes: device memory for experts kept between steps; 0 keeps none.
+    - cache_policy: which records stay there: those most used lately (lfu), the same with uses
+      counted by router weight (score), or those used last, by layer or over all (layer_lru, lru).
+    - factor_cache_share: part of cache_bytes that compensators have for themselves, 0 to 1, codes
+      having the rest; None lets both compete for all of it.
     - max_in_flight_bytes: bytes of records on their way or not yet used; holds any one expert.
     - fetch_threads: fetches that may run at the same time; 0 fetches on the step's own thread, so
       that nothing overlaps and the order is fixed.
@@ -85,6 +90,8 @@ class WorkerConfig:
     factor_share: float = 1.0
     near_data: NearDataPolicy = "off"
     cache_bytes: int = 512 * MEBIBYTE
+    cache_policy: CachePolicy = "lfu"
+    factor_cache_share: float | None = None
     max_in_flight_bytes: int = 256 * MEBIBYTE
     fetch_threads: int = 2
     fetch_bytes: int | None = None
@@ -127,6 +134,8 @@ class WorkerConfig:
                     "choose restore 'top_n'"
                 )
         _at_least("cache_bytes", self.cache_bytes, 0)
+        _one_of("cache_policy", self.cache_policy, get_args(CachePolicy))
+        _within("factor_cache_share", self.factor_cache_share, most=1)
         _at_least("max_in_flight_bytes", self.max_in_flight_bytes, 1)
         _at_least("fetch_threads", self.fetch_threads, 0)
         _at_least("fetch_bytes", self.fetch_bytes, 1)

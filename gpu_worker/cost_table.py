@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gpu_worker.cost_model import ExpertLoad, LayerCosts, LinkCost, NearCost
+from gpu_worker.cost_model import ExpertLoad, LayerCosts, LayerTime, LinkCost, NearCost
 
 GAIN = 0.2
 """Weight of one measurement, on a logarithmic scale: half a lasting change is seen after three."""
@@ -91,21 +91,23 @@ class CostTable:
         """A near-data call failed: it costs more than was thought, whatever that was."""
         self._near_took(MAX_RATIO)
 
-    def ran_device(self, device_s: float, fixed_s: float, seconds: float) -> None:
-        """A layer was worked at for `seconds`; `device_s` and `fixed_s` of it were predicted.
+    def ran_layer(self, time: LayerTime, layer_s: float, busy_s: float | None) -> None:
+        """A layer took `layer_s` that was predicted to take `time`; `busy_s` of it the device, and
+        who works for it, were not waiting (None: not known).
 
-        Of the two the one that was to take longer learns.
+        The device learns where it was to take longer than all that is fixed. What is fixed learns
+        from what is left of the layer once copies, device and near data had their predicted time:
+        it takes in what the model does not know, such as threads that wait for a core.
         """
-        if device_s + fixed_s <= 0:
-            return
+        rest_s = layer_s - (time.total_s - time.fixed_s)
         with self._lock:
             now = self._now
-            if device_s >= fixed_s:
-                device = now.device.scaled(_step((seconds - fixed_s) / device_s))
-                self._now = replace(now, device=device)
-            else:
-                factor = _step((seconds - device_s) / fixed_s)
-                self._now = replace(now, fixed_s=now.fixed_s * factor)
+            device, fixed_s = now.device, now.fixed_s
+            if busy_s is not None and time.device_s > time.fixed_s:
+                device = device.scaled(_step((busy_s - time.fixed_s) / time.device_s))
+            if time.fixed_s > 0:
+                fixed_s *= _step(rest_s / time.fixed_s)
+            self._now = replace(now, device=device, fixed_s=fixed_s)
 
     def end_step(self) -> None:
         """What was not measured in this step goes a little back to what it was at the start."""

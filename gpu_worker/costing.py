@@ -96,10 +96,10 @@ class Costing:
         layer_s = self._clock() - layer.started_s
         tally.predicted_s += layer.time.total_s
         tally.layer_s += layer_s
+        busy_s: float | None = layer_s - (tally.wait_s - layer.waited_s)
         if self._fetches_itself and layer.time.link_s > 0:
-            return  # how much of the time were copies is not known
-        busy_s = layer_s - (tally.wait_s - layer.waited_s)
-        self.table.ran_device(layer.time.device_s, layer.time.fixed_s, busy_s)
+            busy_s = None  # copies were part of the work
+        self.table.ran_layer(layer.time, layer_s, busy_s)
 
     def end_step(self) -> None:
         if self.table is not None:

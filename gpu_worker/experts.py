@@ -22,7 +22,8 @@ from gpu_worker.combine import Part, combine
 from gpu_worker.config import WorkerConfig
 from gpu_worker.costing import Costing
 from gpu_worker.counters import StepCounters, Tally
-from gpu_worker.expert_cache import ExpertCache
+from gpu_worker.eviction import eviction_policy
+from gpu_worker.expert_cache import CacheBudgets, ExpertCache
 from gpu_worker.expert_math import ExpertMath, KernelMath
 from gpu_worker.local_run import DeviceExperts, LocalRun
 from gpu_worker.look_ahead import LookAhead
@@ -32,7 +33,7 @@ from gpu_worker.protocols import ExpertSource, NearData, WireCounted
 from gpu_worker.record_sizes import PlannedCopy, RecordSizes
 from gpu_worker.restoring import route
 from gpu_worker.router_guess import Guess, RouterGuess
-from gpu_worker.routing import Routing
+from gpu_worker.routing import Routing, expert_scores
 from gpu_worker.streamer import Streamer
 from kernels import ops
 
@@ -98,7 +99,10 @@ class StoreExperts:
         self._sizes = RecordSizes.of(source.manifest, config.factor_share)
         self._wire = source if isinstance(source, WireCounted) else None
         self._clock = clock
-        self.cache = ExpertCache(config.cache_bytes)
+        self.cache = ExpertCache(
+            CacheBudgets(config.cache_bytes, config.factor_cache_share),
+            eviction_policy(config.cache_policy),
+        )
         math = math or KernelMath(source.manifest, ops.default_backend(config.device))
         near_data = near_data if config.near_data != "off" else None
         self.costing = Costing(source, near_data, math, config, clock=clock)
@@ -123,6 +127,8 @@ class StoreExperts:
     def begin(self, valid_S: torch.Tensor | None, token_tags_S: torch.Tensor | None = None) -> None:
         if (setting := self.costing.setting) is not None:
             self._pairs, self._sizes = setting.pairs, setting.sizes
+            if setting.cache != self.cache.budgets:
+                self.cache.set_budgets(setting.cache)
         self._active_S = valid_S
         self._token_tags_S = token_tags_S
         self._tally = Tally()
@@ -152,7 +158,7 @@ class StoreExperts:
             token_tags_T=self._token_tags_S,
         )
         self._tally.skipped_pairs += routing.num_skipped
-        self.cache.begin_turn(layer)
+        self.cache.begin_turn(layer, expert_scores(routing) if self.cache.wants_scores else None)
         self.costing.begin_layer(self._tally)
         ahead = self._ahead.settle(layer, topk_ids_SK, self._tally)
         dispatch = self._plan(layer, routing, ahead.requests)

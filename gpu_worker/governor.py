@@ -23,8 +23,11 @@ MIN_SEEN = 4
 """Steps on a rung before the governor may leave it."""
 BAND = 0.1
 """Nothing changes while the pace is within this of the target, or rungs would be left in turn."""
-MIN_WAIT = 0.1
-"""Share of the target that a step must wait for bytes, or fewer bytes would not help it."""
+MIN_GAIN = 0.1
+"""Share of the target that has to be gained: by no less is quality given up, and only steps that
+wait for copies that long can gain it."""
+GAIN = 0.25
+"""Weight of a step in what factors are believed to take."""
 PATIENCE, MAX_PATIENCE = 8, 256
 """Calm steps before a better rung is tried; doubled each time it had to be left again at once."""
 BLIND = 8
@@ -60,9 +63,10 @@ def advance(
 ) -> GovernorState:
     """The state after a decode step. `factor_bytes` is the ladder's, rung by rung.
 
-    Over the target by more than the band, and waiting for bytes: down to the first rung that is
-    predicted to keep it, the last if none is. Under it by more than the band, for as many steps as
-    the patience: one rung up, if that is predicted to keep the target.
+    Over the target by more than the band, and waiting for copies: down to the first rung that is
+    predicted to keep it, but no farther than a tenth of the target is gained by it. Under it by
+    more than the band, for as many steps as the patience: one rung up, if that is predicted to keep
+    the target.
     """
     recent = (*state.recent, seen)[-WINDOW:]
     state = replace(state, recent=recent)
@@ -78,12 +82,19 @@ def advance(
         return state
     if pace_s > target_s * (1 + BAND):
         state = replace(state, calm=0)
-        lower = range(state.rung + 1, len(factor_bytes))
-        if not lower or wait_s < MIN_WAIT * target_s:
+        if wait_s < MIN_GAIN * target_s:
             return state
-        keeping = (rung for rung in lower if predicted_s(rung) <= target_s)
+        last = len(factor_bytes) - 1
+        enough_s = max(target_s, predicted_s(last) + MIN_GAIN * target_s)
+        rung = next(r for r in range(state.rung, last + 1) if predicted_s(r) <= enough_s)
+        if rung == state.rung:
+            # Rungs that skip pairs save what nothing predicts: they are tried, one at a time.
+            skips = (r for r in range(rung + 1, last + 1) if factor_bytes[r] == factor_bytes[r - 1])
+            rung = next(skips, rung)
+        if rung == state.rung:
+            return state
         patience = min(MAX_PATIENCE, 2 * state.patience) if state.on_trial else PATIENCE
-        return GovernorState(rung=next(keeping, lower[-1]), patience=patience)
+        return GovernorState(rung=rung, patience=patience)
     if pace_s > target_s * (1 - BAND):
         return replace(state, calm=0)
     state = replace(state, calm=state.calm + 1)
@@ -139,7 +150,7 @@ class Governor:
         moved = counters.moved_by_kind("factors")
         if self.setting.factor_bytes > 0:
             full_bytes = moved / num_tokens / self.setting.factor_bytes
-            self._full_bytes += (full_bytes - self._full_bytes) / WINDOW
+            self._full_bytes += GAIN * (full_bytes - self._full_bytes)
         full_factors_s = self._full_bytes * num_tokens / link.bytes_per_s
         # A worker that fetches on the step's own thread never waits: its copies are the waiting.
         # Waiting for near data does not count: fewer compensators would send it more.

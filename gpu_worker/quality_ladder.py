@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from expert_store.types import Manifest
 from gpu_worker.config import WorkerConfig
+from gpu_worker.expert_cache import CacheBudgets
 from gpu_worker.record_sizes import RecordSizes
 from gpu_worker.restoring import PairPolicy, Restore
 
@@ -23,26 +24,32 @@ class QualitySetting:
     """One rung: what is restored and skipped, and the bytes that go with it.
 
     `factor_bytes` says how many bytes of factors a token is expected to need, as a share of those
-    of the first rung; 1 there, 0 where nothing is restored.
+    of the first rung; 1 there, 0 where nothing is restored. Where factors have a part of the device
+    cache for themselves it shrinks with that, and codes get what it leaves.
     """
 
     top_n: int | None  # None: the config's rule restores by router mass or benefit
     factor_share: float
     skip_below: float
     factor_bytes: float
+    cache: CacheBudgets
     pairs: PairPolicy
     sizes: RecordSizes
 
     def knobs(self) -> dict[str, float]:
         """The settings by name, for metrics."""
         top_n = {} if self.top_n is None else {"top_n": float(self.top_n)}
-        return {**top_n, "factor_share": self.factor_share, "skip_below": self.skip_below}
+        knobs = {**top_n, "factor_share": self.factor_share, "skip_below": self.skip_below}
+        if self.cache.factor_share is not None:
+            knobs["factor_cache_share"] = self.cache.factor_share
+        return knobs
 
     def __str__(self) -> str:
         """As a response header says it: "top_n=1; factor_share=0.5"."""
-        told = {name: value for name, value in self.knobs().items() if name != "skip_below"}
-        if self.skip_below:
-            told["skip_below"] = self.skip_below
+        told = self.knobs()
+        told.pop("factor_cache_share", None)  # of a cache no answer depends
+        if not self.skip_below:
+            del told["skip_below"]
         return "; ".join(f"{name}={value:g}" for name, value in told.items())
 
 
@@ -65,11 +72,13 @@ def quality_ladder(config: WorkerConfig, manifest: Manifest) -> tuple[QualitySet
             sizes_of[wanted.factor_share] = sizes
         num_bytes = _restored_pairs(wanted, top_k) * sum(sizes.factors.values())
         full_bytes = full_bytes or num_bytes
+        factor_bytes = num_bytes / full_bytes if full_bytes else 0.0
         rung = QualitySetting(
             top_n=_top_n(wanted, top_k),
             factor_share=wanted.factor_share,
             skip_below=wanted.skip_below,
-            factor_bytes=num_bytes / full_bytes if full_bytes else 0.0,
+            factor_bytes=factor_bytes,
+            cache=_cache(config, factor_bytes) if rungs else _cache(config, 1.0),
             pairs=wanted.pair_policy(manifest),
             sizes=sizes,
         )
@@ -108,6 +117,11 @@ def _wanted(config: WorkerConfig, top_k: int) -> Iterator[WorkerConfig]:
     for part in (0.5, 1.0):
         if part * config.max_skip_below > config.skip_below:
             yield replace(least, skip_below=part * config.max_skip_below)
+
+
+def _cache(config: WorkerConfig, factor_bytes: float) -> CacheBudgets:
+    share = config.factor_cache_share
+    return CacheBudgets(config.cache_bytes, None if share is None else share * factor_bytes)
 
 
 def _top_n(config: WorkerConfig, top_k: int) -> int | None:

@@ -67,6 +67,15 @@ def skip_mask(topk_weights_TK: torch.Tensor, below: float) -> torch.Tensor:
     return (shares(topk_weights_TK) < below) & (ranks(topk_weights_TK) > 0)
 
 
+def expert_scores(routing: Routing) -> dict[int, float]:
+    """By expert, the shares of their tokens' router weight that its pairs have, added up; of pairs
+    that are run."""
+    run_TK = routing.run_TK
+    experts_P = routing.topk_ids_TK[run_TK]
+    sums_E = torch.bincount(experts_P, weights=shares(routing.topk_weights_TK)[run_TK])
+    return {expert: float(sums_E[expert]) for expert in experts_P.unique().tolist()}
+
+
 def ranks(topk_weights_TK: torch.Tensor) -> torch.Tensor:
     """[T, K] int64: 0 for a token's largest router weight, 1 for the next, and so on.
 

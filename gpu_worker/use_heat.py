@@ -1,117 +1,140 @@
-"""How much each record was used lately: what the expert cache keeps records by.
+"""How much each record was used lately, and which of the kept ones least: asked on every miss.
 
-Knows no bytes and no budget. A layer has its turns, one a step, and time is counted in them.
+Knows no bytes and no budget. A layer has its turns, one a step; a policy makes marks of uses.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Generator
+import math
+from collections.abc import Iterable
 
-from expert_store.types import ExpertKey, RecordKind
+from expert_store.types import RecordKind
+from gpu_worker.eviction import EvictionPolicy, Name
 
-Name = tuple[ExpertKey, RecordKind]
-"""A record, whatever its length."""
 _Entry = tuple[float, Name]
+KINDS: tuple[RecordKind, ...] = ("codes", "factors")
 
-HALF_LIFE = 16.0
-"""Turns of its layer after which a use counts half."""
-MAX_ENTRIES_PER_RECORD = 8
-_RESCALE_AFTER = 256  # half-lives; a float holds four times as many
+
+class _Group:
+    """Kept records that are compared with one another: a heap per layer, and the least heat of it.
+
+    Every kept record has one entry, with its mark when it was last looked at. Marks only rise, so
+    an entry never stands behind its place, a use need not touch the heap, and the top is right as
+    soon as its own entry is. `floors` are at most the heats of their layers' coldest records.
+    """
+
+    __slots__ = ("floors", "heaps", "queued")
+
+    def __init__(self) -> None:
+        self.heaps: list[list[_Entry]] = []  # by layer
+        self.floors: list[float] = []  # by layer; inf where nothing is kept
+        self.queued: set[Name] = set()  # who has an entry, whether still kept or not
+
+    def ensure(self, num_layers: int) -> None:
+        while len(self.heaps) < num_layers:
+            self.heaps.append([])
+            self.floors.append(math.inf)
 
 
 class UseHeat:
-    """Every use adds 1, which halves in `half_life` turns of the record's layer.
+    """Heat is the policy's mark, counted from the clock of the record's layer, in turns.
 
-    Numbers are kept scaled by 2^(turns / half-life): a turn then changes none of them, and those of
-    the records that are kept stay in a heap, layer by layer.
+    Records are compared within groups of kinds; at first all are one group.
     """
 
-    def __init__(self, half_life: float = HALF_LIFE) -> None:
-        self._half_life = half_life
-        self._turns: dict[int, int] = {}
-        self._scaled: dict[Name, float] = {}
-        self._kept: dict[int, set[Name]] = {}
-        self._heaps: dict[int, list[_Entry]] = {}
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self._policy = policy
+        self._clocks: list[int] = []  # by layer; turns, or 0 where time is the number of uses
+        self._num_uses = 0
+        self._marks: dict[Name, float] = {}
+        self._kept: set[Name] = set()
+        self.set_groups([KINDS])
+
+    def set_groups(self, groups: Iterable[tuple[RecordKind, ...]]) -> None:
+        """Compare the kept records within these groups of kinds from now on."""
+        self._group_of: dict[RecordKind, _Group] = {}
+        self._groups: list[_Group] = []
+        for kinds in groups:
+            self._groups.append(_Group())
+            self._group_of |= dict.fromkeys(kinds, self._groups[-1])
+        self._ensure(len(self._clocks))
+        self.put_back(self._kept)
 
     def begin_turn(self, layer: int) -> None:
-        """A step has come to this layer."""
-        turns = self._turns.get(layer, 0) + 1
-        self._turns[layer] = turns
-        if turns >= _RESCALE_AFTER * self._half_life:
-            self._rescale(layer)
+        """A step has come to this layer; uses of its records in earlier turns count less now."""
+        self._ensure(layer + 1)
+        if self._policy.counts_uses:
+            return
+        self._clocks[layer] += 1
+        for group in self._groups:
+            self._settle(group, layer)
 
-    def use(self, name: Name) -> None:
+    def use(self, name: Name, score: float = 1.0) -> None:
         """One use, now, whether the record is kept or not."""
-        self._scaled[name] = self._scaled.get(name, 0.0) + self._unit(name[0].layer)
-        if name in self._kept.get(name[0].layer, ()):
-            self._push(name)
+        layer = name[0]
+        if layer >= len(self._clocks):
+            self._ensure(layer + 1)
+        self._num_uses += 1
+        now = self._num_uses if self._policy.counts_uses else self._clocks[layer]
+        self._marks[name] = self._policy.mark(self._marks.get(name), now, score)
 
     def of(self, name: Name) -> float:
-        """Uses of a record, those of long ago counting less."""
-        return self._scaled.get(name, 0.0) / self._unit(name[0].layer)
+        """-inf for a record that was never used."""
+        mark = self._marks.get(name)
+        return -math.inf if mark is None else mark - self._clocks[name[0]]
 
     def keep(self, name: Name) -> None:
-        """The record is kept from now on, and among those that `coldest` gives."""
-        self._kept.setdefault(name[0].layer, set()).add(name)
-        self._push(name)
+        """The record is kept from now on, and among those that `pop_colder` gives."""
+        self._kept.add(name)
+        self.put_back((name,))
 
     def drop(self, name: Name) -> None:
         """It is kept no more; its heat stays known."""
-        self._kept[name[0].layer].remove(name)
+        self._kept.remove(name)
 
-    def coldest(self) -> Generator[Name, None, None]:
-        """The kept records by rising heat; of equal ones the first by layer, expert and kind.
+    def pop_colder(self, kind: RecordKind, limit: float) -> Name | None:
+        """Take out the coldest kept record of this kind's group, if its heat is below `limit`.
 
-        To be closed, or run to its end, before anything else is called.
+        Of equal ones the first by layer, expert and kind. It is given no more until `put_back`.
         """
-        given: set[_Entry] = set()
-        try:
-            while (layer := self._coldest_layer()) is not None:
-                entry = heapq.heappop(self._heaps[layer])
-                if entry not in given:  # dropped and kept again, a record is there twice
-                    given.add(entry)
-                    yield entry[1]
-        finally:
-            for entry in given:
-                heapq.heappush(self._heaps[entry[1][0].layer], entry)
+        group = self._group_of[kind]
+        floors = group.floors
+        while floors and (floor := min(floors)) < limit:
+            layer = floors.index(floor)
+            heap = group.heaps[layer]
+            mark, name = heap[0]
+            current = self._marks[name]
+            if name in self._kept and mark < current:
+                heapq.heapreplace(heap, (current, name))
+                self._settle(group, layer)
+                continue
+            heapq.heappop(heap)
+            group.queued.remove(name)
+            self._settle(group, layer)
+            if name in self._kept:
+                return name
+        return None
 
-    def _coldest_layer(self) -> int | None:
-        """The layer whose heap has the coldest record at its top; None when all are empty."""
-        tops = []
-        for layer, heap in self._heaps.items():
-            while heap and not self._is_current(heap[0]):
-                heapq.heappop(heap)
-            if heap:
-                tops.append((heap[0][0] / self._unit(layer), layer))
-        return min(tops)[1] if tops else None
+    def put_back(self, names: Iterable[Name]) -> None:
+        """Records that were taken out are again among those that `pop_colder` gives."""
+        for name in names:
+            layer, _, kind = name
+            group = self._group_of[kind]
+            if name in self._kept and name not in group.queued:
+                self._ensure(layer + 1)
+                group.queued.add(name)
+                mark = self._marks.setdefault(name, -math.inf)
+                heapq.heappush(group.heaps[layer], (mark, name))
+                self._settle(group, layer)
 
-    def _is_current(self, entry: _Entry) -> bool:
-        """Whether the record is kept and was not used since; a later entry stands for it then."""
-        scaled, name = entry
-        return name in self._kept[name[0].layer] and self._scaled[name] == scaled
+    def _settle(self, group: _Group, layer: int) -> None:
+        heap = group.heaps[layer]
+        group.floors[layer] = heap[0][0] - self._clocks[layer] if heap else math.inf
 
-    def _push(self, name: Name) -> None:
-        layer = name[0].layer
-        heap = self._heaps.setdefault(layer, [])
-        heapq.heappush(heap, (self._scaled.setdefault(name, 0.0), name))
-        # Every use leaves an entry behind, which nobody removes while nothing is evicted.
-        if len(heap) > MAX_ENTRIES_PER_RECORD * len(self._kept[layer]):
-            self._rebuild(layer)
-
-    def _rebuild(self, layer: int) -> None:
-        self._heaps[layer] = [(self._scaled[name], name) for name in self._kept[layer]]
-        heapq.heapify(self._heaps[layer])
-
-    def _unit(self, layer: int) -> float:
-        """What a use counts now."""
-        return float(2.0 ** (self._turns.get(layer, 0) / self._half_life))
-
-    def _rescale(self, layer: int) -> None:
-        """Count the layer's turns from here, before its numbers grow too large."""
-        unit = self._unit(layer)
-        self._turns[layer] = 0
-        for name in [name for name in self._scaled if name[0].layer == layer]:
-            self._scaled[name] /= unit
-        if layer in self._kept:
-            self._rebuild(layer)
+    def _ensure(self, num_layers: int) -> None:
+        """Layers are numbered from 0; those in between that have no experts cost a number each."""
+        while len(self._clocks) < num_layers:
+            self._clocks.append(0)
+        for group in self._groups:
+            group.ensure(num_layers)

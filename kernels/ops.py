@@ -96,10 +96,10 @@ def gated_mlp(
         return x_TH.new_zeros(x_TH.shape, dtype=torch.float32)
     if backend == "reference":
         return reference.gated_mlp(x_TH, mlp, factors, restored_T)
-    matmul, low_rank_matmul = _matmul_fp32, _low_rank_matmul_fp32
     if backend == "triton":
-        matmul, low_rank_matmul = _triton().matmul, _triton().low_rank_matmul
-    elif backend == "cpu_int8":
+        return _triton().gated_mlp_many([MlpCall(x_TH, mlp, factors, restored_T)])[0]
+    matmul, low_rank_matmul = _matmul_fp32, _low_rank_matmul_fp32
+    if backend == "cpu_int8":
         native = _native_or_warn()
         if native and _is_packed(mlp):
             threads = torch.get_num_threads()
@@ -120,13 +120,16 @@ def gated_mlp_many(
 
     With cpu_int8 those with packed matrices are one native call on at most num_threads threads (the
     GIL is released), repairs included; a token's result is the same to the bit alone and in any
-    batch. The other backends run one MLP after another. Raises ValueError as `gated_mlp` does and
+    batch. triton runs those of few tokens each together in a handful of launches, on the device
+    alone. The other backends run one MLP after another. Raises ValueError as `gated_mlp` does and
     for num_threads below 1.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads: got {num_threads}, expected at least 1")
     for call in calls:
         _check_gated_mlp(call.x_TH, call.mlp, call.repair, call.restored_T, backend)
+    if backend == "triton":
+        return _triton().gated_mlp_many(calls)
     native = _native_or_warn() if backend == "cpu_int8" else None
     packed = [call for call in calls if _is_packed(call.mlp)] if native else []
     fast = iter(native.gated_mlp_many(packed, num_threads=num_threads) if native else ())
@@ -193,7 +196,7 @@ def _native_or_warn() -> ModuleType | None:
 
 @functools.cache
 def _triton() -> ModuleType:
-    return importlib.import_module("kernels.triton_matmul")
+    return importlib.import_module("kernels.triton_grouped")
 
 
 def _check_gated_mlp(

@@ -1,9 +1,15 @@
-"""Few tokens on a GPU: unpack, dequantise and multiply fused, bound by reading the weights once.
+"""Few tokens on a GPU: packed rows times digits of activations, many matrices in one launch.
 
-Also the low-rank addition, whose rank blocks are found through a tensor of offsets so that one
-launch reads them all. Checked under Triton's interpreter and compiled for sm_90; not run on a GPU.
+What bounds it should be reading the weights once: bytes come as 16-byte asynchronous copies, codes
+become an integer tensor core's operand in registers, and activations are the digits of
+`kernels/triton_digits.py`, so that the products are exact. Expected, not measured: in the sm_90
+code (Triton 3.9) of 2 affine bits at up to 2 tokens a step of 8 tiles, 2560 bytes, is 264
+instructions of each of 64 threads, 6.6 a byte; an H200 issues about 8.2 lanes' instructions (132
+multiprocessors, 4 x 32 lanes, 1.75 GHz) in the time that a byte takes at 75 % of 4.8 TB/s. Triton
+3.6 makes 10.4 a byte of the same kernel, over that budget: prefer 3.9.
+Checked under Triton's interpreter and compiled for sm_90; not run on a GPU.
 
-Legend: T tokens, N rows, K cols, R rank.
+Legend: P pairs (a token at an expert), T tokens, N rows, K cols, G groups, J jobs.
 """
 
 # A Triton kernel's parameters are typed by Triton at launch, not by annotations.
@@ -11,154 +17,168 @@ Legend: T tokens, N rows, K cols, R rank.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.triton_tile import field, gather_weight, load_byte, load_half, load_row_scale
-from kernels.types import (
-    GROUP_SIZE,
-    TILE_ROWS,
-    Grid,
-    LowRank,
-    QuantizedMatrix,
-    left_offset,
-    padded_rows,
-    tile_bytes,
-)
+from kernels.triton_digits import Digits, to_digits
+from kernels.triton_tile import load_row_scale, tile_bytes16, tile_codes, tile_halves
+from kernels.types import Grid, QuantizedMatrix, tile_bytes, tiles_bytes
 
 MAX_TOKENS = 8
-"""Tokens of one program; more take more programs and read the weights again (from cache)."""
-GROUPS_PER_STEP = 4
+"""Tokens of one job; more take more jobs and read the weights again (from cache). The sm_90 code of
+8 takes 168 registers of a thread, that of 2 takes 64."""
+MIN_TOKENS = 2
+"""Fewer would leave columns of the tensor core's operand empty all the same."""
+GROUPS_PER_STEP = 8
+NUM_WARPS = 2
+"""Each has half the groups of a step. The same for any number of tokens, and the sums are written
+as fused multiply-adds, so that a token's result has the same bits in each."""
+STAGES = 3
+"""Two steps' bytes are under way while one is worked on. At 14 KB a program 15 fit on a
+multiprocessor: 77 KB under way at 2 bits, where 25 KB cover 700 ns of latency at 4.8 TB/s
+(arithmetic, not measured)."""
+DATA, ROW_SCALES, Y_COLUMN, FIRST_PAIR, NUM_PAIRS = range(5)
+"""Rows of a job table: addresses of the tiles and of a symmetric matrix's row scales, the result's
+first column, and the run of pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a kernel is compiled for: one way of coding a matrix."""
+
+    bits: int
+    grid: Grid
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        return {
+            "BITS": self.bits,
+            "SYMMETRIC": self.grid == "symmetric",
+            "TILE_BYTES": tile_bytes(self.bits, self.grid),
+        }
+
+
+def tokens_per_job(most: int) -> int:
+    """Columns that suit runs of at most `most` pairs."""
+    return min(max(int(triton.next_power_of_2(most)), MIN_TOKENS), MAX_TOKENS)
+
+
+def multiply_rows(
+    jobs: torch.Tensor,
+    form: Form,
+    x: Digits,
+    y: torch.Tensor,
+    y_rows: torch.Tensor,
+    *,
+    rows: int,
+    tokens: int,
+    add: bool,
+) -> None:
+    """y[y_rows[p], column + n] = (or +=, with `add`) W[n] . x[p] for every job's rows and pairs.
+
+    jobs is [5, J] int64 on the device, each of a matrix of `rows` rows in one form with
+    its tiles at a 16-byte aligned address, and of at most `tokens` pairs. y is [*, *] float32 with
+    consecutive rows, y_rows [P] int64. Jobs of one launch must not share outputs.
+    """
+    num_groups = x.num_groups
+    _rows_kernel[(triton.cdiv(rows, 16), jobs.shape[1])](
+        jobs, jobs.shape[1], x.digits, x.sizes, x.sums, y, y_rows, rows, y.stride(0), num_groups,
+        **form.constants, TOKENS=tokens, GROUPS=GROUPS_PER_STEP, ADD=add,
+        PACKED=not triton.knobs.runtime.interpret, STAGES=STAGES, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def matmul_decode(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
-    """x @ W.T as [T, N] float32 for a packed matrix; x is contiguous float32 on its device."""
-    y_TN = x_TK.new_empty(x_TK.shape[0], matrix.rows)
-    num_blocks = padded_rows(matrix.rows) // TILE_ROWS
-    _launch_rows(matrix.data, None, num_blocks, matrix.bits, matrix.grid, x_TK, y_TN)
+    """x @ W.T as [T, N] float32 for one packed matrix; x is contiguous on its device.
+
+    The matrix's bytes start at a multiple of 16.
+    """
+    num_tokens, device = x_TK.shape[0], x_TK.device
+    row_bytes = x_TK.stride(0) * x_TK.element_size()
+    in_order = torch.arange(num_tokens, device=device)
+    x = to_digits(x_TK.data_ptr() + in_order * row_bytes, matrix.cols, x_TK)
+    y_TN = x_TK.new_empty((num_tokens, matrix.rows), dtype=torch.float32)
+    tokens = tokens_per_job(num_tokens)
+    table = single_jobs(matrix, num_tokens, tokens)
+    form = Form(matrix.bits, matrix.grid)
+    multiply_rows(table, form, x, y_TN, in_order, rows=matrix.rows, tokens=tokens, add=False)
     return y_TN
 
 
-def low_rank_matmul_decode(factors: LowRank, x_TK: torch.Tensor) -> torch.Tensor:
-    """left @ (right @ x) per token as [T, N] float32; rank must not be 0."""
-    num_tokens, num_blocks = x_TK.shape[0], len(factors.block_offsets)
+def single_jobs(matrix: QuantizedMatrix, num_tokens: int, tokens: int) -> torch.Tensor:
+    """The job table, on its device, of one matrix for `num_tokens` pairs, `tokens` a job."""
+    data = matrix.data.data_ptr()
+    scales = data + tiles_bytes(matrix.rows, matrix.cols, matrix.bits, matrix.grid)
+    jobs = [
+        (data, scales, 0, first, min(tokens, num_tokens - first))
+        for first in range(0, num_tokens, tokens)
+    ]
     # From pageable memory an asynchronous copy is staged before it returns: safe, and no wait.
-    offsets = torch.tensor(factors.block_offsets, dtype=torch.int64)
-    offsets = offsets.to(x_TK.device, non_blocking=True)
-    z_TR = x_TK.new_empty(num_tokens, factors.rank)
-    _launch_rows(factors.data, offsets, num_blocks, factors.bits, factors.grid, x_TK, z_TR)
-    y_TN = x_TK.new_empty(num_tokens, factors.rows)
-    tokens = _tokens_per_program(num_tokens)
-    grid = (factors.rows // GROUP_SIZE, triton.cdiv(num_tokens, tokens))
-    _left_kernel[grid](
-        factors.data, offsets, z_TR, y_TN,
-        num_tokens, num_blocks, factors.rows,
-        left_start=left_offset(factors.cols, factors.bits, factors.grid),
-        **_form(factors.bits, factors.grid), TOKENS=tokens,
-    )  # fmt: skip
-    return y_TN
-
-
-def _launch_rows(
-    data: torch.Tensor,
-    offsets: torch.Tensor | None,
-    num_blocks: int,
-    bits: int,
-    grid: Grid,
-    x_TK: torch.Tensor,
-    y_TN: torch.Tensor,
-) -> None:
-    (num_tokens, cols), rows = x_TK.shape, y_TN.shape[1]
-    tokens = _tokens_per_program(num_tokens)
-    _rows_kernel[(num_blocks, triton.cdiv(num_tokens, tokens))](
-        data, data if offsets is None else offsets, x_TK, y_TN,
-        num_tokens, rows, cols,
-        **_form(bits, grid), TOKENS=tokens, GROUPS=GROUPS_PER_STEP,
-        HAS_OFFSETS=offsets is not None,
-    )  # fmt: skip
-
-
-def _form(bits: int, grid: Grid) -> dict[str, int | bool]:
-    return {
-        "BITS": bits,
-        "SYMMETRIC": grid == "symmetric",
-        "TILE_BYTES": tile_bytes(bits, grid),
-    }
-
-
-def _tokens_per_program(num_tokens: int) -> int:
-    return min(int(triton.next_power_of_2(num_tokens)), MAX_TOKENS)
+    table = torch.tensor(jobs, dtype=torch.int64).T.contiguous()
+    return table.to(matrix.data.device, non_blocking=True)
 
 
 @triton.jit
 def _rows_kernel(
-    data, offsets, x, y, num_tokens, rows, cols,
+    jobs, num_jobs, digits, sizes, sums, y, y_rows, rows, y_stride, num_groups,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_BYTES: tl.constexpr, TOKENS: tl.constexpr,
-    GROUPS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    GROUPS: tl.constexpr, ADD: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row block of 16 with TOKENS tokens, GROUPS tiles at a time.
+    """One row block of 16 with TOKENS pairs, GROUPS tiles (consecutive in memory) at a time.
 
-    A program reads each plane of its tiles as consecutive bytes; byte e belongs to group e // 64,
-    row e % 64 // 4 and input e % 4 of each vector. Products of codes are summed per byte position
-    first, the scale and the zero point are applied once a step, row scales once at the end.
+    Each group is an exact integer product of [16, 64] codes and [64, 4 * TOKENS] digits; sizes,
+    scales and zero points are applied to it in float32, summed per group of the step over all
+    steps, then over groups, then over a token's two halves: in this order whatever TOKENS is.
     """
     block = tl.program_id(0)
-    num_groups = cols // 64
-    start = block.to(tl.int64) * num_groups * TILE_BYTES
-    row_scales = tl.num_programs(0).to(tl.int64) * num_groups * TILE_BYTES + block * 32
-    if HAS_OFFSETS:  # each block is a matrix of its own
-        start = tl.load(offsets + block)
-        row_scales = start + num_groups * TILE_BYTES
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    byte = tl.arange(0, GROUPS * 64)[None, :]
-    lane_byte, step_group = byte % 64, byte // 64
-    total = tl.zeros((TOKENS, 16), tl.float32)
-    for first in range(0, num_groups, GROUPS):
-        group = first + step_group
+    job = jobs + tl.program_id(1)
+    data = tl.multiple_of(tl.load(job).to(tl.pointer_type(tl.uint8)), 16)
+    data += block.to(tl.int64) * num_groups * TILE_BYTES
+    first = tl.load(job + 3 * num_jobs)
+    count = tl.load(job + 4 * num_jobs)
+    column = tl.arange(0, 4 * TOKENS)
+    # Columns past the last pair repeat it and are not stored.
+    pair = first + tl.minimum(column // 4, count - 1)
+    half = tl.arange(0, 2 * TOKENS)
+    pair_of_half = first + tl.minimum(half // 2, count - 1)
+    total = tl.zeros((GROUPS, 16, 2 * TOKENS), tl.float32)
+    for start in tl.range(0, num_groups, GROUPS, num_stages=STAGES):
+        group = start + tl.arange(0, GROUPS)
         inside = group < num_groups
         # Groups past the end read the last one again; their inputs are zero.
-        tile = start + tl.minimum(group, num_groups - 1).to(tl.int64) * TILE_BYTES
-        dot = tl.zeros((TOKENS, GROUPS * 64), tl.float32)
-        sum_x = tl.zeros((TOKENS, GROUPS * 64), tl.float32)
-        for vector in tl.static_range(16):
-            col = group * 64 + 4 * vector + lane_byte % 4
-            values = tl.load(x + token * cols + col, mask=(token < num_tokens) & inside, other=0.0)
-            dot += field(data, tile, lane_byte, vector, BITS) * values
-            sum_x += values
-        scales = tile + BITS * 128
+        tile = data + tl.minimum(group, num_groups - 1) * TILE_BYTES
+        codes = tile_codes(tile, BITS, PACKED)
+        place = pair[None, :] * num_groups + group[:, None]
+        at = place * 256 + (column % 4 * 64)[None, :]
+        at = at[:, :, None] + tl.arange(0, 64)[None, None, :]
+        x = tl.load(digits + at, mask=inside[:, None, None], other=0)
+        dot = tl.dot(codes, tl.permute(x, (0, 2, 1)), out_dtype=tl.int32)
+        # Digits two by two: a thread has both. Exact below 2**25, then rounded to float32 once.
+        high, low = tl.split(tl.reshape(dot, (GROUPS, 16, 2 * TOKENS, 2)))
+        dot = (high * 256 + low).to(tl.float32)
+        meta = (pair_of_half[None, :] * num_groups + group[:, None]) * 2 + (half % 2)[None, :]
+        size = tl.load(sizes + meta, mask=inside[:, None], other=0.0)
+        sum_x = tl.load(sums + meta, mask=inside[:, None], other=0.0)
         if SYMMETRIC:
             middle: tl.constexpr = ((1 << BITS) - 1) * 0.5
-            part = (dot - middle * sum_x) * load_byte(data, scales + lane_byte // 4)
+            part = tl.fma(dot, size[:, None, :], -middle * sum_x[:, None, :])
+            total = tl.fma(part, tile_bytes16(tile + BITS * 128)[:, :, None], total)
         else:
-            scales += 2 * (lane_byte // 4)
-            part = dot * load_half(data, scales) - sum_x * load_half(data, scales + 32)
-        part = tl.reshape(part, (TOKENS, GROUPS, 16, 4))
-        total += tl.sum(tl.sum(part, axis=3), axis=1)
-    row = block * 16 + tl.arange(0, 16)[None, :]
+            scale, zero = tile_halves(tile + BITS * 128), tile_halves(tile + BITS * 128 + 32)
+            total = tl.fma(dot * size[:, None, :], scale[:, :, None], total)
+            total = tl.fma(-zero[:, :, None], sum_x[:, None, :], total)
+    result = tl.sum(tl.reshape(tl.sum(total, 0), (16, TOKENS, 2)), 2)
+    row = block * 16 + tl.arange(0, 16)
     if SYMMETRIC:
-        total *= load_row_scale(data, row_scales + 2 * tl.arange(0, 16)[None, :])
-    tl.store(y + token * rows + row, total, mask=(token < num_tokens) & (row < rows))
-
-
-@triton.jit
-def _left_kernel(
-    data, offsets, z, y, num_tokens, num_blocks, rows, left_start,
-    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_BYTES: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """64 outputs of left @ z with TOKENS tokens: a tile of each block's transposed left factor."""
-    group = tl.program_id(0)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    rank = tl.arange(0, 16)[:, None]
-    col = tl.arange(0, 64)[None, :]
-    total = tl.zeros((TOKENS, 64), tl.float32)
-    for block in range(0, num_blocks):
-        start = tl.load(offsets + block) + left_start
-        weight = gather_weight(data, start + group * TILE_BYTES, rank, col, BITS, SYMMETRIC)
-        if SYMMETRIC:
-            weight *= load_row_scale(data, start + rows // 64 * TILE_BYTES + 2 * rank)
-        place = token * (num_blocks * 16) + block * 16 + tl.arange(0, 16)[None, :]
-        values = tl.load(z + place, mask=token < num_tokens, other=0.0)
-        total += tl.sum(values[:, :, None] * weight[None, :, :], axis=1)
-    row = group * 64 + col
-    tl.store(y + token * rows + row, total, mask=token < num_tokens)
+        row_scales = tl.load(job + num_jobs).to(tl.pointer_type(tl.uint8))
+        result *= load_row_scale(row_scales, 2 * row)[:, None]
+    token = tl.arange(0, TOKENS)
+    mask = (row < rows)[:, None] & (token < count)[None, :]
+    y_row = tl.load(y_rows + first + token, mask=token < count, other=0)
+    out = y + y_row[None, :] * y_stride + (tl.load(job + 2 * num_jobs) + row)[:, None]
+    if ADD:
+        result += tl.load(out, mask=mask, other=0.0)
+    tl.store(out, result, mask=mask)

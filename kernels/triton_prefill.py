@@ -1,4 +1,4 @@
-"""Many tokens on a GPU: tiles dequantised on the way into tensor-core products.
+"""Many tokens on a GPU: tiles dequantised into tensor-core products, or once into memory.
 
 Checked under Triton's interpreter and compiled for sm_90; not run on a GPU.
 
@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 
 from kernels.triton_tile import gather_weight, load_row_scale
-from kernels.types import TILE_ROWS, QuantizedMatrix, padded_rows, tile_bytes
+from kernels.types import GROUP_SIZE, TILE_ROWS, QuantizedMatrix, padded_rows, tile_bytes
 
 BLOCK_TOKENS = 32
 BLOCK_ROWS = 64
+GROUPS_PER_PROGRAM = 4
+"""Groups of 64 inputs that a program of `reconstruct` writes: whole 128-byte lines of each row."""
 
 
 def matmul_prefill(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
@@ -34,6 +36,40 @@ def matmul_prefill(matrix: QuantizedMatrix, x_TK: torch.Tensor) -> torch.Tensor:
         BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_ROWS=BLOCK_ROWS,
     )  # fmt: skip
     return y_TN
+
+
+def reconstruct(matrix: QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """The [N, K] weight in a float dtype, from one launch, for a dense product to follow."""
+    weight_NK = torch.empty(0, device=matrix.data.device).new_empty(
+        (matrix.rows, matrix.cols), dtype=dtype
+    )
+    row_blocks, num_groups = padded_rows(matrix.rows) // TILE_ROWS, matrix.cols // GROUP_SIZE
+    _reconstruct_kernel[(row_blocks, triton.cdiv(num_groups, GROUPS_PER_PROGRAM))](
+        matrix.data, weight_NK, matrix.rows, row_blocks, matrix.cols,
+        BITS=matrix.bits, SYMMETRIC=matrix.grid == "symmetric",
+        TILE_BYTES=tile_bytes(matrix.bits, matrix.grid), GROUPS=GROUPS_PER_PROGRAM,
+    )  # fmt: skip
+    return weight_NK
+
+
+@triton.jit
+def _reconstruct_kernel(
+    data, weight, rows, row_blocks, cols,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_BYTES: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """A row block of 16 and GROUPS groups: weights in float32, rounded to the weight's dtype."""
+    block = tl.program_id(0)
+    num_groups = cols // 64
+    row = block * 16 + tl.arange(0, 16)[:, None]
+    col = tl.program_id(1) * (GROUPS * 64) + tl.arange(0, GROUPS * 64)[None, :]
+    group = tl.minimum(col // 64, num_groups - 1)
+    tile = (block.to(tl.int64) * num_groups + group) * TILE_BYTES
+    value = gather_weight(data, tile, row, col, BITS, SYMMETRIC)
+    if SYMMETRIC:
+        row_scales = num_groups.to(tl.int64) * row_blocks * TILE_BYTES
+        value *= load_row_scale(data, row_scales + 2 * row)
+    at = weight + row.to(tl.int64) * cols + col
+    tl.store(at, value, mask=(row < rows) & (col < cols))
 
 
 @triton.jit

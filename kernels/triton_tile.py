@@ -1,6 +1,8 @@
 """Reading packed tiles inside a Triton kernel: the bit order of `kernels/packing.py`.
 
-Checked under Triton's interpreter and compiled for sm_90; not run on a GPU.
+Two ways: whole tiles as the integer operand of `tl.dot` (`tile_codes` and the scales that follow),
+and weights at any (row, col) as float32 (`gather_weight`). Checked under Triton's interpreter and
+compiled for sm_90; not run on a GPU.
 """
 
 # A Triton kernel's parameters are typed by Triton at launch, not by annotations.
@@ -13,23 +15,96 @@ import triton.language as tl
 
 
 @triton.jit
-def field(data, plane_start, lane_byte, vector: tl.constexpr, BITS: tl.constexpr):
-    """Codes of one vector (0..15) at byte `lane_byte` of its planes, as float32.
+def tile_codes(tile, BITS: tl.constexpr, PACKED: tl.constexpr):
+    """Codes int8 [G, 16, 64] of the tiles at the 16-byte aligned pointers tile [G].
 
-    plane_start is the byte offset of the tile's first plane, lane_byte is 4 * row + input % 4.
+    Planes are read whole, in consecutive bytes. Vectors that share a plane are joined as new outer
+    dimensions of the inputs, so that input 4 * vector + lane comes out in its place and, on a GPU,
+    each thread holds its part of the tensor core's operand without moving a byte.
     """
-    if BITS != 3:
-        planes: tl.constexpr = 2 * BITS
-        byte = tl.load(data + plane_start + (vector % planes) * 64 + lane_byte).to(tl.int32)
-        code = (byte >> (BITS * (vector // planes))) & ((1 << BITS) - 1)
+    G: tl.constexpr = tile.shape[0]
+    if BITS == 3:
+        half = tl.arange(0, 2)[None, :, None] * 192 + tl.arange(0, 64)[None, None, :]
+        at = tile[:, None, None] + half
+        a = tl.reshape(tl.load(at), (G, 2, 16, 4))
+        b = tl.reshape(tl.load(at + 64), (G, 2, 16, 4))
+        c = tl.reshape(tl.load(at + 128), (G, 2, 16, 4))
+        # The bits left over: a's and the low one of b's are vector 6, the others vector 7.
+        sixth = _bits(a, 6, 3, PACKED) | _bits(b, 4, 4, PACKED)
+        seventh = _bits(b, 7, 1, PACKED) | _bits(c, 5, 6, PACKED)
+        codes = _join8(
+            _bits(a, 0, 7, PACKED), _bits(b, 0, 7, PACKED), _bits(c, 0, 7, PACKED),
+            _bits(a, 3, 7, PACKED), _bits(b, 3, 7, PACKED), _bits(c, 3, 7, PACKED),
+            sixth, seventh,
+        )  # fmt: skip
+        codes = tl.permute(codes, (0, 2, 1, 4, 5, 6, 3))
     else:
-        half = plane_start + (vector // 8) * 192 + lane_byte
-        if vector % 8 < 6:
-            byte = tl.load(data + half + (vector % 8 % 3) * 64).to(tl.int32)
-            code = (byte >> (3 * (vector % 8 // 3))) & 7
+        byte = tl.load(tile[:, None] + tl.arange(0, 128 * BITS)[None, :])
+        byte = tl.permute(tl.reshape(byte, (G, 2 * BITS, 16, 4)), (0, 2, 1, 3))
+        byte = tl.reshape(byte, (G, 16, 8 * BITS))
+        if BITS == 4:
+            codes = tl.join(_bits(byte, 0, 15, PACKED), _bits(byte, 4, 15, PACKED))
+            codes = tl.permute(codes, (0, 1, 3, 2))
+        elif BITS == 2:
+            even = tl.join(_bits(byte, 0, 3, PACKED), _bits(byte, 4, 3, PACKED))
+            odd = tl.join(_bits(byte, 2, 3, PACKED), _bits(byte, 6, 3, PACKED))
+            codes = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
         else:
-            code = (_left_over(data, half) >> (3 * (vector % 8 - 6))) & 7
-    return code.to(tl.float32)
+            codes = _join8(
+                _bits(byte, 0, 1, PACKED), _bits(byte, 1, 1, PACKED),
+                _bits(byte, 2, 1, PACKED), _bits(byte, 3, 1, PACKED),
+                _bits(byte, 4, 1, PACKED), _bits(byte, 5, 1, PACKED),
+                _bits(byte, 6, 1, PACKED), _bits(byte, 7, 1, PACKED),
+            )  # fmt: skip
+            codes = tl.permute(codes, (0, 1, 3, 4, 5, 2))
+    return tl.reshape(codes, (G, 16, 64))
+
+
+@triton.jit
+def _join8(p0, p1, p2, p3, p4, p5, p6, p7):
+    """Eight tensors as three new last dimensions of 2, the index's high bit first."""
+    even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
+    return tl.join(even, tl.join(tl.join(p1, p5), tl.join(p3, p7)))
+
+
+@triton.jit
+def _bits(byte, SHIFT: tl.constexpr, MASK: tl.constexpr, PACKED: tl.constexpr):
+    """(byte >> SHIFT) & MASK as int8.
+
+    PACKED: four bytes of a register at once, which the compiler does not find by itself (its sm_90
+    code has 3 instructions a code otherwise, this 2 for four). The interpreter has no such thing.
+    """
+    if PACKED:
+        out = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {MASK * 0x01010101}; }}",
+            "=r,r",
+            [byte],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        out = ((byte >> SHIFT) & MASK).to(tl.int8)
+    return out
+
+
+@triton.jit
+def tile_halves(at):
+    """The 16 float16 at each of the pointers at [G], as float32 [G, 16]; read as 32-bit words."""
+    G: tl.constexpr = at.shape[0]
+    word = tl.load(at[:, None].to(tl.pointer_type(tl.int32)) + tl.arange(0, 8)[None, :])
+    half = tl.reshape(tl.join(word & 0xFFFF, (word >> 16) & 0xFFFF), (G, 16)).to(tl.int16)
+    return half.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def tile_bytes16(at):
+    """The 16 bytes at each of the pointers at [G], as float32 [G, 16]; read as 32-bit words."""
+    G: tl.constexpr = at.shape[0]
+    word = tl.load(at[:, None].to(tl.pointer_type(tl.int32)) + tl.arange(0, 4)[None, :])
+    even = tl.join(word & 255, (word >> 16) & 255)
+    odd = tl.join((word >> 8) & 255, (word >> 24) & 255)
+    return tl.reshape(tl.join(even, odd), (G, 16)).to(tl.float32)
 
 
 @triton.jit

@@ -24,11 +24,11 @@ from benchmarks.gpu.matrices import (
 )
 from benchmarks.gpu.recorder import Recorder
 from benchmarks.gpu.setting import Setting
-from kernels import ops, triton_matmul
+from kernels import ops, triton_decode, triton_matmul
+from kernels.triton_digits import to_digits
 from kernels.types import GRID_BITS, Grid, QuantizedMatrix
 
 SHAPES = ((14336, 4096), (4096, 14336), (1408, 2048), (2048, 1408))
-PRODUCTS = {"decode": triton_matmul.matmul_decode, "prefill": triton_matmul.matmul_prefill}
 POINTS = (
     *(("decode", tokens) for tokens in (1, 2, 4, 8)),
     # Where the tensor cores' kernel overtakes: what `triton_matmul.DECODE_TOKENS` should be.
@@ -57,9 +57,8 @@ def run(setting: Setting, recorder: Recorder) -> None:
                 kinds = set()
                 for kernel, num_tokens in points:
                     x = random_inputs(num_tokens, cols, device)
-                    work[kernel, num_tokens], kind = as_graph(
-                        _through(PRODUCTS[kernel], pool, x), device
-                    )
+                    run_all = (decode_all if kernel == "decode" else _prefill)(pool, x)
+                    work[kernel, num_tokens], kind = as_graph(run_all, device)
                     kinds.add(kind)
                 work["copy", 0] = lambda: target.copy_(source)
                 times = in_turns(work, device=device, rounds=setting.rounds(ROUNDS))
@@ -82,14 +81,30 @@ def _plan(
                 yield bits, grid, SYMMETRIC_SHAPES, SYMMETRIC_POINTS
 
 
-def _through(
-    matmul: Callable[[QuantizedMatrix, torch.Tensor], torch.Tensor],
-    pool: list[QuantizedMatrix],
-    x: torch.Tensor,
-) -> Callable[[], None]:
+def decode_all(pool: list[QuantizedMatrix], x_TK: torch.Tensor) -> Callable[[], None]:
+    """The decode kernel on each matrix; inputs' digits and job tables are there already, as they
+    are once per step."""
+    num_tokens, cols = x_TK.shape
+    rows, form = pool[0].rows, triton_decode.Form(pool[0].bits, pool[0].grid)
+    in_order = torch.arange(num_tokens, device=x_TK.device)
+    x = to_digits(x_TK.data_ptr() + in_order * (4 * cols), cols, x_TK)
+    y_TN = x_TK.new_empty(num_tokens, rows)
+    tokens = triton_decode.tokens_per_job(num_tokens)
+    tables = [triton_decode.single_jobs(matrix, num_tokens, tokens) for matrix in pool]
+
+    def work() -> None:
+        for table in tables:
+            triton_decode.multiply_rows(
+                table, form, x, y_TN, in_order, rows=rows, tokens=tokens, add=False
+            )
+
+    return work
+
+
+def _prefill(pool: list[QuantizedMatrix], x_TK: torch.Tensor) -> Callable[[], None]:
     def work() -> None:
         for matrix in pool:
-            matmul(matrix, x)
+            triton_matmul.matmul_prefill(matrix, x_TK)
 
     return work
 

@@ -56,6 +56,16 @@ def wall(work: Work, device: str) -> float:
     return time.perf_counter() - start_s
 
 
+def host(work: Work, device: str) -> float:
+    """Seconds on the host until `work` has given the device all it has to do."""
+    synchronize(device)
+    start_s = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start_s
+    synchronize(device)
+    return seconds
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()

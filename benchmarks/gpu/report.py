@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.gpu.recorder import Check, Note, Row
 from benchmarks.gpu.runner import Result
+from benchmarks.gpu.targets import target_lines
 
 SHOWN_CHECKS = 12
 """Passed checks listed per group; the others are in report.json. Failed ones are all listed."""
@@ -76,6 +77,8 @@ def render(run: Run) -> str:
             f"| {result.step.title} | {result.status} | {result.seconds:.1f} | "
             f"{passed} of {len(checks)} |"
         )
+    shown = [row for result in run.results for row in _of(result, Row) if run.shows(row)]
+    lines += ["", "## Targets", "", *target_lines(shown, on_gpu=not run.tiny)]
     for result in run.results:
         lines += ["", f"## {result.step.title}", ""]
         if result.failure:

@@ -69,10 +69,13 @@ STAGES: tuple[tuple[Step, ...], ...] = (
         *(_gate(bits, "symmetric") for bits in (1, 2, 3, 4)),
     ),
     (Step("decode", "Decode: share of copy bandwidth", "benchmarks.gpu.bandwidth", 140),),
+    (Step("steps", "Whole steps: experts grouped, one by one, bf16", "benchmarks.gpu.steps", 70),),
     (Step("prefill", "Prefill: TFLOP/s", "benchmarks.gpu.prefill", 60),),
     (Step("system", "One-process system on a store", "benchmarks.gpu.system", 110),),
     (Step("streaming", "Streaming and overlap", "benchmarks.gpu.streaming", 80),),
     (Step("tests", "Unit tests on the device", "benchmarks.gpu.unit_tests", 110),),
+    # Last: what time is left goes to others' kernels, which tune themselves first.
+    (Step("peers", "Beside gemlite", "benchmarks.gpu.peers", 80),),
 )
 STEPS = {step.name: step for stage in STAGES for step in stage}
 

@@ -13,6 +13,7 @@ from benchmarks.gpu.setting import ROOT, Setting
 
 FILES = (
     "tests/kernels/test_triton.py",
+    "tests/kernels/test_triton_grouped.py",
     "tests/kernels/test_triton_block_code.py",
     "tests/gpu_worker/test_streamer_gpu.py",
 )
@@ -26,7 +27,7 @@ def run(setting: Setting, recorder: Recorder) -> None:
     if importlib.util.find_spec("pytest") is None:
         recorder.note("pytest is not installed here: the unit tests were not run")
         return
-    chosen = TINY if setting.tiny else (*FILES, "-k", "not compiles_for_a_gpu")
+    chosen = TINY if setting.tiny else FILES
     if not setting.tiny and importlib.util.find_spec("xdist"):
         chosen = (*chosen, "-n", "4")  # most of the time is compiling
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]

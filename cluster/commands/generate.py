@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.prompt:
         raise ValueError("--prompt: got an empty text, expected something to continue")
     for option, text in (("--prompt", args.prompt), *(("--stop", stop) for stop in args.stop)):
-        _check_unicode(option, text)
+        check_unicode(option, text)
     if not 0 <= args.cache_mb < float("inf"):
         raise ValueError(f"--cache-mb: got {args.cache_mb}, expected 0 or more")
     config = WorkerConfig(
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_unicode(option: str, text: str) -> None:
+def check_unicode(option: str, text: str) -> None:
     """Python lets an argument's bytes that are no UTF-8 through as lone surrogates."""
     try:
         text.encode()

@@ -12,7 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,16 +22,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks import gpu_check
-from benchmarks.gpu import report
+from benchmarks.gpu import bandwidth, peers, report
+from benchmarks.gpu.matrices import random_inputs, random_matrix, relative_rms
 from benchmarks.gpu.recorder import Check, Recorder, Row, read_findings
 from benchmarks.gpu.runner import STAGES, TOTAL_S, Result, Step, run_all, run_process
 from benchmarks.gpu.store import INDEX, whole_store
+from benchmarks.gpu.targets import TARGETS
 from expert_store.assemble import write_dense
 from expert_store.checkpoint import Checkpoint
 from expert_store.compress import compress
 from expert_store.config import CompressionConfig
 from expert_store.files import Disk
 from expert_store.staging import Staging, file_sha256
+from kernels import reference
 from models import MIXTRAL_MINI
 from tests.tiny_checkpoints import write_tiny_checkpoint
 
@@ -84,9 +89,10 @@ def test_a_tiny_run_is_whole_and_green_without_ray_hqq_redis_and_grpc(
     names = [f"{bits} bits" for bits in (2, 3, 4)]
     names += [f"{bits} bits symmetric" for bits in (1, 2, 3, 4)]
     forms = {
-        f"{kernel} {name}" for kernel in ("decode", "prefill", "low rank", "mlp") for name in names
+        f"{kernel} {name}" for kernel in ("decode", "prefill", "mlp", "step") for name in names
     }
-    assert forms | {"system float32", "streaming tiny", "unit tests"} <= groups
+    assert forms | {"system float32", "streaming tiny", "steps tiny", "unit tests"} <= groups
+    assert text.count("| not run on a GPU |") == len(TARGETS)
     rows = list(csv.DictReader((out / "rows.csv").open()))
     assert len(rows) > 10
     for row in rows:
@@ -175,6 +181,58 @@ def test_a_red_gate_prints_no_numbers(how: str, tmp_path: Path) -> None:
     ]
     assert shown == [how == "green"] * 3
     assert ("withheld" in texts[0]) == (how != "green")
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.76, "reached"), (0.74, "**missed**")])
+def test_targets_stand_beside_what_was_measured(share: float, verdict: str) -> None:
+    first = TARGETS[0]
+    found = replace(row("decode"), what=first.what, shape=first.shape, share=share)
+    green = Result(STEP, "green", 1.0, (Check("decode", "a", True), found))
+    run = report.Run([green], "a GPU", "abc", "2026-01-01", tiny=False)
+    text = report.render(run)
+    assert f"| 0.75 | {share} | {verdict} |" in text
+    assert text.count("not measured in this run") == len(TARGETS) - 1
+    red = replace(green, findings=(Check("decode", "a", False), found))
+    text = report.render(replace(run, results=[red]))
+    assert str(share) not in text
+    assert text.count("not measured in this run") == len(TARGETS)
+
+
+def test_targets_name_rows_that_steps_write(tmp_path: Path) -> None:
+    """The names of the decode step's rows and the peers' are the targets'."""
+    recorder = Recorder(tmp_path / "found.jsonl", tiny=False)
+    pool = [random_matrix(16, 64, 2, "cpu")]
+    bandwidth._rows(recorder, {("copy", 0): [1.0], ("decode", 1): [1.0]}, pool, 1 << 20, "graph")
+    peers._rows(recorder, {"gemlite": [1.0], "ours": [0.5]}, pool, 1)
+    rows = [found for found in read_findings(tmp_path / "found.jsonl") if isinstance(found, Row)]
+    for target in TARGETS[0], TARGETS[-4]:
+        measured = replace(target, shape="16 x 64").measured(rows)
+        assert measured == (2.0 if target.of == "value" else pytest.approx(0.0, abs=0.01))
+
+
+class RecordingLinear:
+    """What `GemLiteLinear` is given, multiplied as gemlite documents it: (codes - zero) * scale."""
+
+    def __init__(self, bits: int, **sizes: object) -> None:
+        self.group_size = sizes["group_size"]
+
+    def pack(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bias: None
+    ) -> None:
+        assert codes.dtype == torch.uint8
+        grouped = codes.view(*scale.shape, self.group_size).float()
+        self.weight = ((grouped - zero[..., None]) * scale[..., None]).flatten(1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float() @ self.weight.T
+
+
+def test_gemlite_is_given_our_weight() -> None:
+    matrix = random_matrix(16, 128, 4, "cpu")
+    module = SimpleNamespace(DType=SimpleNamespace(FP16=None), GemLiteLinear=RecordingLinear)
+    linear = peers.as_gemlite(module, matrix)  # type: ignore[arg-type]
+    x = random_inputs(2, 128, "cpu")
+    assert relative_rms(linear(x), reference.matmul(matrix, x)) < 1e-3
 
 
 def test_nan_and_what_raises_are_red_and_a_cut_line_is_left_out(tmp_path: Path) -> None:

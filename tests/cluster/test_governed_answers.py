@@ -14,6 +14,7 @@ import pytest
 
 from cluster.metrics import render
 from cluster.snapshot import ClusterSnapshot
+from expert_store.types import RecordKind
 from gpu_worker.config import WorkerConfig
 from gpu_worker.cost_model import LayerCosts, LinkCost, RunCost
 from gpu_worker.cost_table import CostTable
@@ -36,7 +37,8 @@ def governor(tmp_path_factory: pytest.TempPathFactory) -> Governor:
     table = CostTable(LayerCosts(LinkCost(1e6), RunCost(0.0)))
     governor = Governor(quality_ladder(config, manifest), table, target_s=1e-9)
     for _ in range(50):
-        governor.decoded(1.0, StepCounters(wait_s=1.0), 1)
+        moved: dict[tuple[str, RecordKind], int] = {("disk", "factors"): 10**6}
+        governor.decoded(1.0, StepCounters(wait_s=1.0, moved_bytes=moved), 1)
     assert governor.rung == governor.num_rungs - 1
     return governor
 

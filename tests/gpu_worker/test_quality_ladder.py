@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from expert_store.types import Manifest
 from gpu_worker.config import WorkerConfig
+from gpu_worker.expert_cache import CacheBudgets
 from gpu_worker.quality_ladder import QualitySetting, quality_ladder
 from gpu_worker.record_sizes import RecordSizes
 from tests.hand_store import build_store
@@ -108,5 +109,16 @@ def test_no_rung_is_outside_the_limits_and_each_saves_something(
         assert rung.pairs.skip_below == rung.skip_below
         assert rung.pairs.restore == "all" or rung.pairs.top_n == rung.top_n
         assert rung.sizes == RecordSizes.of(manifest, rung.factor_share)
+        assert rung.cache == CacheBudgets(512 << 20)  # one budget for all is left as it is
     for above, below in zip(rungs, rungs[1:], strict=False):
         assert below.factor_bytes < above.factor_bytes or below.skip_below > above.skip_below
+
+
+def test_a_part_of_the_cache_for_factors_shrinks_with_their_bytes(manifest: Manifest) -> None:
+    rungs = ladder(manifest, top_n=1, cache_bytes=1000, factor_cache_share=0.4)
+    shares = [rung.cache.factor_share for rung in rungs]
+    assert shares == [pytest.approx(0.4 * rung.factor_bytes) for rung in rungs]
+    assert (shares[0], shares[-1]) == (0.4, 0.0)
+    assert {rung.cache.total_bytes for rung in rungs} == {1000}
+    assert rungs[1].knobs()["factor_cache_share"] == shares[1]
+    assert "cache" not in str(rungs[1])

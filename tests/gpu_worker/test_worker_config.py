@@ -42,6 +42,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
         ({"top_n": True}, "top_n: got True"),
         ({"cache_bytes": -5}, "cache_bytes: got -5"),
         ({"cache_bytes": 0.5}, "cache_bytes: got 0.5"),
+        ({"cache_policy": "mru"}, "cache_policy: got 'mru', expected one of lfu, score"),
+        ({"factor_cache_share": 1.2}, "factor_cache_share: got 1.2, expected 0 to 1"),
         ({"max_in_flight_bytes": 0}, "max_in_flight_bytes: got 0"),
         ({"fetch_threads": -1}, "fetch_threads: got -1"),
         ({"fetch_bytes": 0}, "fetch_bytes: got 0"),
@@ -69,8 +71,9 @@ def test_resolve_leaves_nothing_open(manifest: Manifest) -> None:
         "restore_mass",
         "restore_benefit",
     }
+    none_is_a_choice = {"factor_cache_share"}
     for field in fields(resolved):
-        if field.name not in of_one_policy:
+        if field.name not in of_one_policy | none_is_a_choice:
             assert getattr(resolved, field.name) not in (None, "auto"), field.name
     assert resolved.top_n == manifest.recipe.top_n
     assert resolved.max_context == manifest.model.max_positions
