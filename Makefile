@@ -54,7 +54,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.families
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.cpu_kernels
 	$(BIN)/python -m benchmarks.codecs
 	$(BIN)/python -m benchmarks.transports
 

@@ -1,7 +1,7 @@
-"""The native CPU kernels through ctypes: checks what is passed, so that no bad pointer gets there.
+"""The native CPU kernels through ctypes: inputs and outputs of the right form, one call, a status.
 
-Owns the mirror of `native/moetier_kernels.h`. Loaded by `kernels/ops.py` only. ctypes releases the
-GIL while a kernel runs. Every function returns float32 on the CPU.
+What they are told is in `kernels/cpu_records.py`. Loaded by `kernels/ops.py` only. ctypes releases
+the GIL while a kernel runs. Every function returns float32 on the CPU.
 
 Legend: N rows, K cols, T tokens, H hidden.
 """
@@ -17,44 +17,21 @@ from typing import Literal, get_args
 
 import torch
 
-from kernels.types import Activation, GatedMLP, Grid, LowRank, Matrix, MlpCall, QuantizedMatrix
+from kernels.cpu_records import (
+    GatedMlpRecord,
+    LowRankRecord,
+    MatrixRecord,
+    gated_mlp_record,
+    low_rank_record,
+    matrix_record,
+)
+from kernels.types import LowRank, MlpCall, QuantizedMatrix
 
-ABI_VERSION = 2
+ABI_VERSION = 5
 Isa = Literal["scalar", "avx2", "avx512vnni"]
 """Instruction sets in the order of MoetierIsa; the later, the faster."""
 
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-
-
-class _Matrix(ctypes.Structure):
-    """MoetierMatrix, field by field."""
-
-    _fields_ = (
-        ("data", _POINTER),
-        *((name, _INT64) for name in ("rows", "cols")),
-        *((name, _INT32) for name in ("bits", "grid")),
-    )
-
-
-class _LowRank(ctypes.Structure):
-    """MoetierLowRank, field by field."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("data", "block_offsets")),
-        *((name, _INT64) for name in ("num_blocks", "rows", "cols")),
-        *((name, _INT32) for name in ("bits", "grid")),
-    )
-
-
-class _GatedMlp(ctypes.Structure):
-    """MoetierGatedMlp, field by field."""
-
-    _fields_ = (
-        *((name, _Matrix) for name in ("gate", "up", "down")),
-        *((name, _POINTER) for name in ("gate_bias", "up_bias", "down_bias")),
-        *((name, _POINTER) for name in ("x", "y")),
-        *((name, _INT64) for name in ("tokens", "activation")),
-    )
 
 
 @functools.cache
@@ -73,7 +50,9 @@ def _library() -> ctypes.CDLL | None:
         )
     library.moetier_dequantize.argtypes = (_POINTER, _POINTER, _INT32, _INT32)
     product = (_POINTER, _POINTER, _INT64, _POINTER, _INT32, _INT32)
-    library.moetier_matmul.argtypes = library.moetier_low_rank_matmul.argtypes = product
+    for name in ("matmul", "low_rank_matmul", "matmul_fp32", "low_rank_matmul_fp32"):
+        getattr(library, f"moetier_{name}").argtypes = product
+    library.moetier_pin_helpers.argtypes = (_POINTER, _INT64)
     library.moetier_gated_mlp_many.argtypes = (_POINTER, _INT64, _INT32, _INT32)
     library.moetier_decode_block_code.argtypes = (_POINTER, _POINTER, _INT32, _INT32)
     return library
@@ -91,6 +70,18 @@ def best_isa() -> Isa:
     return names[int(loaded().moetier_best_isa())]
 
 
+def pin_helpers(cores: Sequence[int]) -> None:
+    """Helper threads of this process stay on `cores`, round robin from the second.
+
+    The first is left to the caller, which is not moved. Only Linux heeds it. Raises ValueError for
+    no cores.
+    """
+    if not cores:
+        raise ValueError("cores: got none, expected at least one")
+    numbers = (_INT32 * len(cores))(*cores)
+    _check(loaded().moetier_pin_helpers(ctypes.addressof(numbers), len(cores)))
+
+
 def dequantize(
     matrix: QuantizedMatrix,
     *,
@@ -100,7 +91,7 @@ def dequantize(
 ) -> torch.Tensor:
     """The [N, K] weight, the same bits as the reference's."""
     weight_NK = output(out, matrix.rows, matrix.cols)
-    record = _matrix_record("matrix", matrix)
+    record = matrix_record("matrix", matrix)
     status = loaded().moetier_dequantize(
         ctypes.addressof(record), weight_NK.data_ptr(), _threads(num_threads), isa_index(isa)
     )
@@ -117,15 +108,21 @@ def matmul(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ W.T as [T, N], x rounded to int8 per token and group of 64."""
-    x = _input(x_TK, matrix.cols)
-    y_TN = output(out, x.shape[0], matrix.rows)
-    record = _matrix_record("matrix", matrix)
-    status = loaded().moetier_matmul(
-        ctypes.addressof(record), x.data_ptr(), x.shape[0], y_TN.data_ptr(),
-        _threads(num_threads), isa_index(isa),
-    )  # fmt: skip
-    _check(status)
-    return y_TN
+    record = matrix_record("matrix", matrix)
+    return _product("matmul", record, x_TK, num_threads, isa, out)
+
+
+def matmul_fp32(
+    matrix: QuantizedMatrix,
+    x_TK: torch.Tensor,
+    *,
+    num_threads: int = 1,
+    isa: Isa | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x @ W.T as [T, N], nothing rounded; a token's result does not depend on its batch."""
+    record = matrix_record("matrix", matrix)
+    return _product("matmul_fp32", record, x_TK, num_threads, isa, out)
 
 
 def low_rank_matmul(
@@ -137,20 +134,36 @@ def low_rank_matmul(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """left @ (right @ x) per token as [T, N]; x rounded to int8, the middle kept in float32."""
-    x = _input(x_TK, factors.cols)
-    y_TN = output(out, x.shape[0], factors.rows)
-    num_blocks = len(factors.block_offsets)
-    offsets = (_INT64 * num_blocks)(*factors.block_offsets)
-    record = _LowRank(
-        data=_bytes_pointer("factors", factors.data),
-        block_offsets=ctypes.addressof(offsets),
-        num_blocks=num_blocks,
-        rows=factors.rows,
-        cols=factors.cols,
-        bits=factors.bits,
-        grid=get_args(Grid).index(factors.grid),
-    )
-    status = loaded().moetier_low_rank_matmul(
+    keep: list[object] = []
+    record = low_rank_record(factors, keep)
+    return _product("low_rank_matmul", record, x_TK, num_threads, isa, out)
+
+
+def low_rank_matmul_fp32(
+    factors: LowRank,
+    x_TK: torch.Tensor,
+    *,
+    num_threads: int = 1,
+    isa: Isa | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """left @ (right @ x) per token as [T, N], nothing rounded."""
+    keep: list[object] = []
+    record = low_rank_record(factors, keep)
+    return _product("low_rank_matmul_fp32", record, x_TK, num_threads, isa, out)
+
+
+def _product(
+    name: str,
+    record: MatrixRecord | LowRankRecord,
+    x_TK: torch.Tensor,
+    num_threads: int,
+    isa: Isa | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    x = _input(x_TK, record.cols)
+    y_TN = output(out, x.shape[0], record.rows)
+    status = getattr(loaded(), f"moetier_{name}")(
         ctypes.addressof(record), x.data_ptr(), x.shape[0], y_TN.data_ptr(),
         _threads(num_threads), isa_index(isa),
     )  # fmt: skip
@@ -165,33 +178,18 @@ def gated_mlp_many(
     isa: Isa | None = None,
     outs: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """[T_i, H] for each call, which has no repair, all in one native call that shares threads."""
+    """[T_i, H] for each call with its repair, all in one native call that shares threads."""
     alive = [_input(call.x_TH, call.mlp.gate.cols) for call in calls]
     ys = [output(outs[i] if outs is not None else None, *x.shape) for i, x in enumerate(alive)]
-    records = (_GatedMlp * len(alive))(
-        *(_record(x, call.mlp, y) for x, call, y in zip(alive, calls, ys, strict=True))
+    keep: list[object] = []
+    records = (GatedMlpRecord * len(alive))(
+        *(gated_mlp_record(call, x, y, keep) for call, x, y in zip(calls, alive, ys, strict=True))
     )
     status = loaded().moetier_gated_mlp_many(
         ctypes.addressof(records), len(alive), _threads(num_threads), isa_index(isa)
     )
     _check(status)
     return ys
-
-
-def _record(x: torch.Tensor, mlp: GatedMLP, y: torch.Tensor) -> _GatedMlp:
-    hidden, ffn = mlp.gate.cols, mlp.gate.rows
-    return _GatedMlp(
-        gate=_matrix_record("gate", mlp.gate),
-        up=_matrix_record("up", mlp.up),
-        down=_matrix_record("down", mlp.down),
-        gate_bias=_bias_pointer("gate_bias", mlp.gate_bias, ffn),
-        up_bias=_bias_pointer("up_bias", mlp.up_bias, ffn),
-        down_bias=_bias_pointer("down_bias", mlp.down_bias, hidden),
-        x=x.data_ptr(),
-        y=y.data_ptr(),
-        tokens=x.shape[0],
-        activation=get_args(Activation).index(mlp.activation),
-    )
 
 
 def loaded() -> ctypes.CDLL:
@@ -204,47 +202,6 @@ def loaded() -> ctypes.CDLL:
 def _check(status: int) -> None:
     if status:
         raise MemoryError("a native kernel could not allocate its scratch memory")
-
-
-def _matrix_record(name: str, matrix: Matrix) -> _Matrix:
-    """The caller keeps the matrix alive. Bits and grid were checked by its type."""
-    if not isinstance(matrix, QuantizedMatrix):
-        raise ValueError(f"{name}: a {type(matrix).__name__} has no native product; decode it")
-    if matrix.bits == 16:
-        raise ValueError(f"{name}: bits 16 has no native form")
-    return _Matrix(
-        data=_bytes_pointer(name, matrix.data),
-        rows=matrix.rows,
-        cols=matrix.cols,
-        bits=matrix.bits,
-        grid=get_args(Grid).index(matrix.grid),
-    )
-
-
-def _bytes_pointer(name: str, data: torch.Tensor) -> int:
-    """Length and dtype were checked by the data's owner (kernels/types.py)."""
-    if data.device.type != "cpu" or not data.is_contiguous():
-        raise ValueError(
-            f"{name}: expected contiguous bytes on the cpu, got {data.device} with stride "
-            f"{data.stride()}"
-        )
-    return int(data.data_ptr())
-
-
-def _bias_pointer(name: str, bias: torch.Tensor | None, size: int) -> int | None:
-    if bias is None:
-        return None
-    if (
-        bias.dtype != torch.float32
-        or tuple(bias.shape) != (size,)
-        or bias.device.type != "cpu"
-        or not bias.is_contiguous()
-    ):
-        raise ValueError(
-            f"{name}: expected contiguous float32 [{size}] on the cpu, got {bias.dtype} "
-            f"{tuple(bias.shape)} on {bias.device}"
-        )
-    return int(bias.data_ptr())
 
 
 def _input(x: torch.Tensor, cols: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal, get_args
@@ -25,11 +26,15 @@ from kernels.types import GatedMLP, GatedRepair, LowRank, Matrix, MlpCall, Quant
 logger = logging.getLogger(__name__)
 
 Backend = Literal["reference", "cpu_fp32", "cpu_int8", "triton"]
-"""reference: plain torch, the truth. cpu_fp32: native dequantise, then float32 BLAS; about 1e-6 of
-the reference. cpu_int8: native kernels on int8 activations; 1-2e-2 of the reference per matrix or
-MLP. triton: GPU kernels. Without a C++ compiler both cpu backends run on torch alone, slower."""
+"""reference: plain torch, the truth. cpu_fp32: float32 products, native and tile by tile for few
+tokens, else native dequantise and BLAS; about 1e-6 of the reference. cpu_int8: native kernels on
+int8 activations; 1-2e-2 of the reference per matrix or MLP. triton: GPU kernels. Without a C++
+compiler both cpu backends run on torch alone, slower."""
 
 NativeIsa = Literal["avx512vnni", "avx2", "scalar"]
+TILEWISE_TOKENS = 64
+"""Up to here cpu_fp32's own product beats dequantise and BLAS on every shape tried: 2 to 30 times
+at 1 to 8 tokens, level at 64 on a 512 x 256 matrix (AMD Zen 4, one thread, 2026-11-22)."""
 
 
 def default_backend(device: torch.device | str) -> Backend:
@@ -41,6 +46,18 @@ def native_isa() -> NativeIsa | None:
     """The instruction set the native kernels use here; None when they were not built."""
     native = _native()
     return native.best_isa() if native else None
+
+
+def pin_threads() -> bool:
+    """Keep the native kernels' helper threads on the cores this process may use, one each.
+
+    False, and nothing done, without the native library or on a system that has no such call.
+    """
+    native = _native()
+    if native is None or not hasattr(os, "sched_getaffinity"):
+        return False
+    native.pin_helpers(sorted(os.sched_getaffinity(0)))
+    return True
 
 
 def dequantize(matrix: Matrix) -> torch.Tensor:
@@ -86,10 +103,8 @@ def gated_mlp(
         native = _native_or_warn()
         if native and _is_packed(mlp):
             threads = torch.get_num_threads()
-            if factors is None:
-                return native.gated_mlp_many([MlpCall(x_TH, mlp)], num_threads=threads)[0]
-            matmul = functools.partial(native.matmul, num_threads=threads)
-            low_rank_matmul = functools.partial(native.low_rank_matmul, num_threads=threads)
+            call = MlpCall(x_TH, mlp, factors, restored_T)
+            return native.gated_mlp_many([call], num_threads=threads)[0]
     return compose_gated_mlp(
         x_TH, mlp, factors, restored_T, matmul=matmul, low_rank_matmul=low_rank_matmul
     )
@@ -103,10 +118,11 @@ def gated_mlp_many(
 ) -> list[torch.Tensor]:
     """Several MLPs, each on its own tokens: [T_i, H] float32 per call, in order.
 
-    With cpu_int8 those without repair are one native call on at most num_threads threads (the GIL
-    is released); a token's result is the same to the bit alone and in any batch. triton runs those
-    of few tokens each together in a handful of launches, on the device alone. The other backends
-    run one MLP after another. Raises ValueError as `gated_mlp` does and for num_threads below 1.
+    With cpu_int8 those with packed matrices are one native call on at most num_threads threads (the
+    GIL is released), repairs included; a token's result is the same to the bit alone and in any
+    batch. triton runs those of few tokens each together in a handful of launches, on the device
+    alone. The other backends run one MLP after another. Raises ValueError as `gated_mlp` does and
+    for num_threads below 1.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads: got {num_threads}, expected at least 1")
@@ -115,11 +131,11 @@ def gated_mlp_many(
     if backend == "triton":
         return _triton().gated_mlp_many(calls)
     native = _native_or_warn() if backend == "cpu_int8" else None
-    plain = [call for call in calls if call.repair is None and _is_packed(call.mlp)]
-    fast = iter(native.gated_mlp_many(plain, num_threads=num_threads) if native else ())
+    packed = [call for call in calls if _is_packed(call.mlp)] if native else []
+    fast = iter(native.gated_mlp_many(packed, num_threads=num_threads) if native else ())
     return [
         next(fast)
-        if native and call.repair is None and _is_packed(call.mlp)
+        if native and _is_packed(call.mlp)
         else gated_mlp(call.x_TH, call.mlp, call.repair, call.restored_T, backend=backend)
         for call in calls
     ]
@@ -136,10 +152,17 @@ def _decode(matrix: BlockCodedMatrix) -> torch.Tensor:
 
 
 def _matmul_fp32(matrix: Matrix, x_TK: torch.Tensor) -> torch.Tensor:
+    """Tile by tile for few tokens; many pay for writing the whole matrix out as float32."""
+    native = _native() if x_TK.shape[0] <= TILEWISE_TOKENS and _has_native(matrix) else None
+    if native:
+        return native.matmul_fp32(matrix, x_TK, num_threads=torch.get_num_threads())
     return x_TK @ dequantize(matrix).T
 
 
 def _low_rank_matmul_fp32(factors: LowRank, x_TK: torch.Tensor) -> torch.Tensor:
+    native = _native() if x_TK.shape[0] <= TILEWISE_TOKENS else None
+    if native:
+        return native.low_rank_matmul_fp32(factors, x_TK, num_threads=torch.get_num_threads())
     left_NR, right_RK = dequantize_low_rank(factors)
     return (x_TK @ right_RK.T) @ left_NR.T
 

@@ -15,6 +15,7 @@ import ray
 from expert_store.holder import Holder, HolderStatus, OpenDirectory
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey
+from kernels.ops import pin_threads
 from ndp_worker.config import NdpConfig
 from ndp_worker.executor import Executor
 from ndp_worker.rpc import NdpServer
@@ -40,6 +41,10 @@ class NdpActor:
         config = (config or NdpConfig()).resolve()
         assert config.num_threads != "auto", "resolve() leaves no auto"
         logger.info("near-data worker on %s: %s", store, config)
+        if config.pin_threads and not pin_threads():
+            logger.warning(
+                "pin_threads: not to be had here, threads stay where the system puts them"
+            )
         segment = Segment(Path(store), keys)
         executor = Executor(segment, num_threads=config.num_threads, backend=config.backend)
         context = ray.get_runtime_context()

@@ -20,6 +20,7 @@ class NdpConfig:
     """
 
     num_threads: int | Literal["auto"] = "auto"  # "auto": the cores this process may use
+    pin_threads: bool = False  # each compute thread stays on one core; only where none are shared
     backend: Backend = "cpu_int8"
     tcp_address: str | None = None  # host:port; None is a free port on the node's own address
     max_connections: int = 32  # streams served at once, one thread each

@@ -44,10 +44,20 @@ struct MoetierLowRank {
   int32_t bits, grid;
 };
 
+// What is added to one matrix's product for restored tokens: left (right x), then each plane's
+// product. A plane is a matrix of the same shape.
+struct MoetierRepair {
+  MoetierLowRank low_rank;      // num_blocks may be 0
+  const MoetierMatrix* planes;  // [num_planes]
+  int64_t num_planes;
+};
+
 // One gated MLP and its tokens.
 struct MoetierGatedMlp {
-  MoetierMatrix gate, up;  // [ffn, hidden]
-  MoetierMatrix down;      // [hidden, ffn]
+  MoetierMatrix gate, up;     // [ffn, hidden]
+  MoetierMatrix down;         // [hidden, ffn]
+  const MoetierRepair* repair;  // [3], of gate, up and down, or null
+  const uint8_t* restored;  // [tokens], 0 for a token without repair; null: every token has it
   const float* gate_bias;  // [ffn] or null
   const float* up_bias;    // [ffn] or null
   const float* down_bias;  // [hidden] or null
@@ -72,6 +82,16 @@ MOETIER_EXPORT int32_t moetier_matmul(const MoetierMatrix* matrix, const float* 
 MOETIER_EXPORT int32_t moetier_low_rank_matmul(const MoetierLowRank* factors, const float* x,
                                                int64_t tokens, float* y, int32_t num_threads,
                                                int32_t isa);
+// The same two without rounding the inputs: about 1e-6 of the reference.
+MOETIER_EXPORT int32_t moetier_matmul_fp32(const MoetierMatrix* matrix, const float* x,
+                                           int64_t tokens, float* y, int32_t num_threads,
+                                           int32_t isa);
+MOETIER_EXPORT int32_t moetier_low_rank_matmul_fp32(const MoetierLowRank* factors, const float* x,
+                                                    int64_t tokens, float* y, int32_t num_threads,
+                                                    int32_t isa);
 // All of `mlps` at once, sharing at most num_threads threads.
 MOETIER_EXPORT int32_t moetier_gated_mlp_many(const MoetierGatedMlp* mlps, int64_t num_mlps,
                                               int32_t num_threads, int32_t isa);
+// Helper threads stay on these cores from now on, round robin from the second: the first is the
+// caller's. Only Linux heeds it.
+MOETIER_EXPORT int32_t moetier_pin_helpers(const int32_t* cores, int64_t num_cores);

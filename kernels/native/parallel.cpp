@@ -10,13 +10,34 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
+#include <vector>
+
+#include "moetier_kernels.h"
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 
 namespace moetier {
 namespace {
 
 constexpr int kMaxHelpers = 255;
+
+void pin_this_thread(int32_t core) {
+#if defined(__linux__)
+  if (core < 0 || core >= CPU_SETSIZE) return;
+  cpu_set_t only;
+  CPU_ZERO(&only);
+  CPU_SET(core, &only);
+  pthread_setaffinity_np(pthread_self(), sizeof only, &only);  // a refusal costs speed only
+#else
+  (void)core;
+#endif
+}
 
 struct Job {
   void (*body)(const void*, int64_t);
@@ -52,11 +73,18 @@ class Pool {
     return true;
   }
 
+  void pin(const int32_t* cores, int64_t num_cores) {
+    if (num_cores < 1) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    cores_.assign(cores, cores + num_cores);
+    wish_++;
+  }
+
  private:
   void grow(int helpers) {
     while (num_helpers_ < std::min(helpers, kMaxHelpers)) {
       try {
-        std::thread([this] { help(); }).detach();
+        std::thread([this, place = num_helpers_] { help(place); }).detach();
       } catch (const std::system_error&) {
         return;  // no more threads to be had: those that are there, and the caller, do the work
       }
@@ -64,10 +92,15 @@ class Pool {
     }
   }
 
-  void help() {
+  void help(int place) {
     std::unique_lock<std::mutex> lock(mutex_);
+    int64_t pinned = 0;  // the wish that this helper has followed
     while (true) {
       wake_.wait(lock, [&] { return job_ && job_->places > 0; });
+      if (pinned != wish_) {
+        pinned = wish_;
+        pin_this_thread(cores_[static_cast<size_t>(place + 1) % cores_.size()]);
+      }
       Job* job = job_;
       job->places--;
       job->working++;
@@ -85,6 +118,8 @@ class Pool {
   std::condition_variable wake_, done_;
   Job* job_ = nullptr;
   int num_helpers_ = 0;
+  std::vector<int32_t> cores_;  // where helpers shall stay; each moves itself when it next wakes
+  int64_t wish_ = 0;            // counts the calls of pin
 };
 
 // Never destroyed: helpers may sleep in it while the process exits. A child made by fork() has no
@@ -95,6 +130,8 @@ Pool& pool() {
 }
 
 }  // namespace
+
+void pin_helpers(const int32_t* cores, int64_t num_cores) { pool().pin(cores, num_cores); }
 
 void parallel_for(int64_t num_items, int num_threads, void (*body)(const void*, int64_t),
                   const void* context) {
@@ -107,3 +144,12 @@ void parallel_for(int64_t num_items, int num_threads, void (*body)(const void*, 
 }
 
 }  // namespace moetier
+
+int32_t moetier_pin_helpers(const int32_t* cores, int64_t num_cores) {
+  try {
+    moetier::pin_helpers(cores, num_cores);
+  } catch (const std::bad_alloc&) {
+    return MOETIER_NO_MEMORY;
+  }
+  return MOETIER_OK;
+}

@@ -10,7 +10,12 @@ namespace moetier {
 void parallel_for(int64_t num_items, int num_threads, void (*body)(const void*, int64_t),
                   const void* context);
 
-// The same for a callable.
+// From now on helpers stay on these cores, the i-th on cores[(i + 1) % num_cores], so that the
+// first core is left to the caller. Callers are not moved. No effect but on Linux; a core that the
+// process may not use is passed over. Throws std::bad_alloc.
+void pin_helpers(const int32_t* cores, int64_t num_cores);
+
+// parallel_for of a callable.
 template <class Body>
 void parallel_for(int64_t num_items, int num_threads, const Body& body) {
   parallel_for(

@@ -1,5 +1,5 @@
-"""Goal: a step asks near data at most once per MoE layer and worker, whatever it has for it; fetches
-a layer's experts in one request, and asks nobody for what is resident.
+"""Goal: a step asks near data at most once per MoE layer and worker, whatever it has for it; a
+layer's experts are fetched in one request, and nobody is asked for what is resident.
 
 Method: the engine over a real store, with a source and a near-data worker that count.
 """

@@ -5,8 +5,12 @@ token counts, output memory full of NaN, packed bytes at odd addresses, refused 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -91,6 +95,37 @@ def test_low_rank_matmul(isa: Isa, grid: Grid, bits: int, num_blocks: int) -> No
 
 @every_isa
 @every_form
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_matmul_fp32(isa: Isa, grid: Grid, bits: int, rows: int, cols: int) -> None:
+    matrix = at_odd_address(random_matrix(rows, cols, bits, grid=grid))
+    for num_tokens in TOKEN_COUNTS:
+        x = random_inputs(num_tokens, cols, seed=num_tokens)
+        out = poisoned(num_tokens, rows)
+        cpu_native.matmul_fp32(matrix, x, isa=isa, num_threads=2, out=out)
+        # A single number may be small by cancellation: judge it by the inputs' size.
+        expected = reference.matmul(matrix, x)
+        error = float((out - expected).norm())
+        size = float(
+            expected.norm() if rows > 1 else x.norm() * reference.dequantize(matrix).norm()
+        )
+        assert error <= FP32_TOLERANCE * size, num_tokens
+
+
+@every_isa
+@every_form
+@pytest.mark.parametrize("num_blocks", [0, 1, 8])
+def test_low_rank_matmul_fp32(isa: Isa, grid: Grid, bits: int, num_blocks: int) -> None:
+    factors = random_low_rank(128, 192, bits, num_blocks, grid=grid)
+    for num_tokens in TOKEN_COUNTS:
+        x = random_inputs(num_tokens, 192, seed=num_tokens)
+        out = poisoned(num_tokens, 128)
+        cpu_native.low_rank_matmul_fp32(factors, x, isa=isa, num_threads=2, out=out)
+        expected = reference.low_rank_matmul(factors, x)
+        assert relative_rms(out, expected) < FP32_TOLERANCE, num_tokens
+
+
+@every_isa
+@every_form
 @pytest.mark.parametrize("biases", [False, True])
 def test_gated_mlp(isa: Isa, grid: Grid, bits: int, biases: bool) -> None:
     mlp = random_mlp(128, 192, bits, biases=biases, grid=grid)
@@ -153,7 +188,10 @@ def test_the_largest_codes_inputs_and_scales_do_not_overflow(isa: Isa) -> None:
         for sign in (1.0, -1.0):
             x = torch.full((3, 128), 1e4 * sign)
             got = cpu_native.matmul(matrix, x, isa=isa)
-            assert relative_rms(got, reference.matmul(matrix, x)) < FP32_TOLERANCE, (grid, bits)
+            exact = reference.matmul(matrix, x)
+            assert relative_rms(got, exact) < FP32_TOLERANCE, (grid, bits)
+            got = cpu_native.matmul_fp32(matrix, x, isa=isa)
+            assert relative_rms(got, exact) < FP32_TOLERANCE, (grid, bits)
 
 
 @every_isa
@@ -165,11 +203,16 @@ def test_a_token_is_the_same_alone_and_in_any_batch(isa: Isa, grid: Grid, bits: 
     x, x_mlp = random_inputs(70, 448), random_inputs(70, 128)
     matmul = cpu_native.matmul(matrix, x, isa=isa)
     low_rank = cpu_native.low_rank_matmul(factors, x, isa=isa)
+    matmul_fp32 = cpu_native.matmul_fp32(matrix, x, isa=isa)
+    low_rank_fp32 = cpu_native.low_rank_matmul_fp32(factors, x, isa=isa)
     (gated,) = cpu_native.gated_mlp_many([MlpCall(x_mlp, mlp)], isa=isa, num_threads=2)
     for first, last in ((0, 1), (69, 70), (3, 5), (31, 34), (40, 48), (1, 70)):
         part = slice(first, last)
         assert torch.equal(cpu_native.matmul(matrix, x[part], isa=isa), matmul[part])
         assert torch.equal(cpu_native.low_rank_matmul(factors, x[part], isa=isa), low_rank[part])
+        assert torch.equal(cpu_native.matmul_fp32(matrix, x[part], isa=isa), matmul_fp32[part])
+        alone = cpu_native.low_rank_matmul_fp32(factors, x[part], isa=isa)
+        assert torch.equal(alone, low_rank_fp32[part])
         (alone,) = cpu_native.gated_mlp_many([MlpCall(x_mlp[part], mlp)], isa=isa)
         assert torch.equal(alone, gated[part])
 
@@ -210,6 +253,48 @@ def test_more_threads_than_items_or_cores() -> None:
     matrix, x = random_matrix(16, 128, 3), random_inputs(4, 128)
     expected = cpu_native.matmul(matrix, x)
     assert torch.equal(cpu_native.matmul(matrix, x, num_threads=64), expected)
+
+
+def affinities() -> dict[int, set[int]]:
+    """The cores each thread of this process may use."""
+    tasks = [int(path.name) for path in Path("/proc/self/task").iterdir()]
+    return {task: os.sched_getaffinity(task) for task in tasks}
+
+
+PINNED = textwrap.dedent("""
+    import os, sys
+    sys.path[:0] = sys.argv[1:]
+    import torch
+    from kernel_matrices import random_inputs, random_matrix
+    from test_cpu_native import affinities
+    from kernels import cpu_native
+
+    matrix, x = random_matrix(1024, 256, 3), random_inputs(4, 256)
+    expected = cpu_native.matmul(matrix, x)
+    before = affinities()
+    allowed = sorted(os.sched_getaffinity(0))
+    assert all(cores == set(allowed) for cores in before.values())
+    cpu_native.pin_helpers(allowed[-1:])
+    while not any(cores == {allowed[-1]} for cores in affinities().values()):
+        assert torch.equal(cpu_native.matmul(matrix, x, num_threads=2), expected)
+    assert os.sched_getaffinity(0) == set(allowed), "the caller was moved"
+    print("right")
+""")
+
+
+def test_helpers_stay_where_they_are_told_and_the_caller_is_not_moved() -> None:
+    """In a process of its own, for the pool lives as long as the process."""
+    here = Path(__file__).parent
+    told = subprocess.run(
+        [sys.executable, "-c", PINNED, str(here), str(here.parents[1])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert told.stdout.strip() == "right", told.stderr[-2000:]
+    with pytest.raises(ValueError, match="cores: got none"):
+        cpu_native.pin_helpers(())
 
 
 def test_callers_in_several_threads() -> None:

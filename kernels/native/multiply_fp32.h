@@ -1,0 +1,39 @@
+// The float32 product of packed row blocks, one form per instruction set: nothing is rounded to
+// int8.
+//
+// For each row n and token t, over groups g, with codes counted from the grid's middle one:
+//   affine    y[t][n] = sum_g scale[n,g] * dot(codes[n,g], x[t,g])
+//                             + (middle * scale[n,g] - zero_scaled[n,g]) * sum[t,g]
+//   symmetric y[t][n] = row_scale[n]/255 * sum_g scale8[n,g] * dot(codes[n,g], x[t,g])
+// The groups are added in order and each group's inputs in an order that does not depend on the
+// token count, so a token's result does not depend on its batch.
+#pragma once
+#include <cstdint>
+
+#include "tile.h"
+
+namespace moetier {
+
+// Inputs as they came, with the sum of each group, which meets the middle code.
+struct FloatInputs {
+  const float* x;     // [tokens, 64 * groups]
+  const float* sums;  // [tokens, groups]
+  int64_t groups;
+
+  FloatInputs from_token(int64_t token) const {
+    return {x + token * groups * kGroupSize, sums + token * groups, groups};
+  }
+};
+
+// y[t * row_stride + n] for tokens [0, tokens) and rows [0, 16 * num_blocks).
+using MultiplyFp32 = void(const RowBlocks& rows, const FloatInputs& inputs, int64_t tokens,
+                          float* y, int64_t row_stride);
+
+MultiplyFp32 multiply_fp32_portable;
+MultiplyFp32 multiply_fp32_avx2;    // x86 only
+MultiplyFp32 multiply_fp32_avx512;  // x86 only
+
+// The form for `isa`, which must not be above moetier_best_isa().
+MultiplyFp32* multiply_fp32_for(int isa);
+
+}  // namespace moetier
