@@ -95,9 +95,8 @@ class RecordRequest(NamedTuple):
 class ExpertTokens:
     """The tokens that one expert is asked to run: row numbers into the call's hidden states.
 
-    Its compensator, or the first `num_blocks` blocks of it, is applied in rows where `restored` is
-    true. An expert without a restored row has `restored` () and `num_blocks` None, so that the
-    same work is written in one way only. Raises ValueError otherwise.
+    Where `restored` is true its compensator is applied, or the first `num_blocks` blocks of it.
+    Without a restored row they are () and None, nothing else. Raises ValueError otherwise.
     """
 
     key: ExpertKey
@@ -106,11 +105,9 @@ class ExpertTokens:
     num_blocks: int | None = None
 
     def __post_init__(self) -> None:
+        is_right = self.num_blocks is None or (bool(self.restored) and self.num_blocks >= 0)
         if self.restored:
-            fits = len(self.restored) == len(self.token_rows) and any(self.restored)
-            is_right = fits and (self.num_blocks is None or self.num_blocks >= 0)
-        else:
-            is_right = self.num_blocks is None
+            is_right &= len(self.restored) == len(self.token_rows) and any(self.restored)
         if not is_right:
             raise ValueError(
                 f"restored of {self.key}: got {self.restored} with num_blocks {self.num_blocks} "
@@ -126,8 +123,8 @@ class ExpertTokens:
 class ExpertOutputs:
     """What experts made of their tokens, in the order asked; not weighted by the router.
 
-    `degraded` are places in the work asked for: these experts' compensators could not be had, so
-    their restored rows were run from codes alone.
+    `degraded`: places in the work of experts whose restored rows ran from codes alone, as their
+    compensators could not be had.
     """
 
     output_PH: torch.Tensor  # [P, H] on the CPU, in the dtype of the hidden states
