@@ -35,28 +35,62 @@ def combine(
     a row has parts, not as there are experts. A row is in each at most once, so that index_add_ has
     one order only, on a GPU too.
     """
-    device = hidden_SH.device
-    sum_SH = torch.zeros(hidden_SH.shape, dtype=torch.float32, device=device)
     if not parts:
-        return sum_SH.to(hidden_SH.dtype)
+        return torch.zeros_like(hidden_SH)
     parts = sorted(parts, key=lambda part: part.work.key)
     rows_P = _joined(part.work.token_rows for part in parts)
     columns_P = _joined(part.work.columns for part in parts)
     turns_P = _turns(rows_P)
     order_P = np.lexsort((rows_P, turns_P))
-    places_3P = torch.from_numpy(np.array((rows_P[order_P], columns_P[order_P], order_P)))
-    rows, columns, order = places_3P.to(device, non_blocking=True)
-    outputs_PH = torch.cat([part.output_PH.to(device, torch.float32) for part in parts])
-    weighted_PH = outputs_PH[order] * topk_weights_SK.float()[rows, columns, None]
+    places_3P = np.array((rows_P[order_P], columns_P[order_P], order_P))
+    counts = np.bincount(turns_P).tolist()
+    add = _sum_on_host if hidden_SH.device.type == "cpu" else _sum_on_device
+    return add(parts, places_3P, counts, hidden_SH, topk_weights_SK).to(hidden_SH.dtype)
+
+
+def _sum_on_host(
+    parts: Sequence[Part],
+    places_3P: np.ndarray,
+    counts: Sequence[int],
+    hidden_SH: torch.Tensor,
+    topk_weights_SK: torch.Tensor,
+) -> torch.Tensor:
+    """In numpy: its calls on a decode step's few rows cost two thirds of torch's, of 0.2 ms."""
+    rows, columns, order = places_3P
+    outputs_PH = np.concatenate([part.output_PH.cpu().float().numpy() for part in parts])
+    weighted_PH = outputs_PH[order]
+    weighted_PH *= topk_weights_SK.float().numpy()[rows, columns, None]
+    sum_SH = np.zeros(hidden_SH.shape, np.float32)
     start = 0
-    for count in np.bincount(turns_P).tolist():
+    for count in counts:
         turn = slice(start, start + count)
         if count == len(sum_SH):  # every row, in rising order
             sum_SH += weighted_PH[turn]
         else:
-            sum_SH.index_add_(0, rows[turn], weighted_PH[turn])
+            sum_SH[rows[turn]] += weighted_PH[turn]
         start += count
-    return sum_SH.to(hidden_SH.dtype)
+    return torch.from_numpy(sum_SH)
+
+
+def _sum_on_device(
+    parts: Sequence[Part],
+    places_3P: np.ndarray,
+    counts: Sequence[int],
+    hidden_SH: torch.Tensor,
+    topk_weights_SK: torch.Tensor,
+) -> torch.Tensor:
+    """The same in torch, without waiting for the device."""
+    device = hidden_SH.device
+    rows, columns, order = torch.from_numpy(places_3P).to(device, non_blocking=True)
+    outputs_PH = torch.cat([part.output_PH.to(device, torch.float32) for part in parts])
+    weighted_PH = outputs_PH[order] * topk_weights_SK.float()[rows, columns, None]
+    sum_SH = torch.zeros(hidden_SH.shape, dtype=torch.float32, device=device)
+    start = 0
+    for count in counts:
+        turn = slice(start, start + count)
+        sum_SH.index_add_(0, rows[turn], weighted_PH[turn])
+        start += count
+    return sum_SH
 
 
 def _joined(numbers: Iterable[tuple[int, ...]]) -> np.ndarray:

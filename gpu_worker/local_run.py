@@ -237,7 +237,8 @@ class LocalRun:
             work, codes, factors = gathering.work, gathering.codes, gathering.factors
             assert codes is not None, f"{work.key} has neither codes nor a failure"
             end = start + len(work.token_rows)
-            restored_P = torch.tensor(work.restored) if factors is not None else None
+            is_mixed = factors is not None and not all(work.restored)
+            restored_P = torch.tensor(work.restored) if is_mixed else None
             calls.append(ExpertCall(hidden_PH[start:end], codes, factors, restored_P))
             start = end
         outputs = self._device.math.run(calls)

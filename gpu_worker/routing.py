@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -46,12 +47,12 @@ class Routing:
     @property
     def run_TK(self) -> torch.Tensor:
         """[T, K] bool: the pairs that are run."""
-        return self.active_T[:, None] & ~self.skip_TK
+        return torch.from_numpy(self.active_T.numpy()[:, None] & ~self.skip_TK.numpy())
 
     @property
     def num_skipped(self) -> int:
         """Pairs of active rows that are not run."""
-        return int((self.active_T[:, None] & self.skip_TK).sum())
+        return int((self.active_T.numpy()[:, None] & self.skip_TK.numpy()).sum())
 
 
 def skip_mask(topk_weights_TK: torch.Tensor, below: float) -> torch.Tensor:
@@ -83,8 +84,10 @@ def ranks(topk_weights_TK: torch.Tensor) -> torch.Tensor:
     weights the earlier column goes first: phimoe often gives both its experts weight 1 exactly, and
     the first is the one its router scored higher.
     """
-    by_size_TK = topk_weights_TK.abs().argsort(dim=1, descending=True, stable=True)
-    return by_size_TK.argsort(dim=1)
+    # In numpy: on a decode step's few tokens its calls cost a fraction of torch's.
+    sizes_TK = np.abs(topk_weights_TK.cpu().numpy())
+    by_size_TK = (-sizes_TK).argsort(axis=1, kind="stable")
+    return torch.from_numpy(by_size_TK.argsort(axis=1))
 
 
 def shares(topk_weights_TK: torch.Tensor) -> torch.Tensor:

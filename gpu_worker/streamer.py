@@ -87,6 +87,8 @@ class Streamer:
         """Begin to fetch; returns at once. Use the stream in a `with`, on one thread."""
         assert not self._closed, "the streamer was closed"
         stream = Stream(self._source.tier, copies, self._release, self._withdraw, self._clock)
+        if not copies:
+            return stream
         with self._lock:
             self._waiting.extend((stream, batch) for batch in self._batches(copies))
             self._admit()
