@@ -55,6 +55,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.cpu_kernels
+	$(BIN)/python -m benchmarks.overheads
+	$(BIN)/python -m benchmarks.cache
+	$(BIN)/python -m benchmarks.governor
+	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.codecs
 	$(BIN)/python -m benchmarks.transports
 
