@@ -1,6 +1,7 @@
 """Where the milliseconds of a decode step go, and what of them is our own overhead.
 
-`python -m benchmarks.overheads` runs the bundled model on one CPU core at batch 1, 8 and 32: all
+`python -m benchmarks.overheads` runs a model (the bundled one, or `--store`) on one CPU core at
+batch 1, 8 and 32: all
 experts resident, all streamed from a memory node (another process, over gRPC on the loopback), and
 its low-bit pairs near data. In turn with every step, the dense model alone does the same forward
 with transformers' own cache and no experts. Own overhead is what a step takes above that and the
@@ -51,7 +52,6 @@ from gpu_worker.streamer import Streamer
 from ndp_worker.group import Member, NearDataGroup
 from ndp_worker.rpc import NdpClient
 
-REPORT = RESULTS / "overheads-mixtral-mini.md"
 BATCHES = (1, 8, 32)
 PROMPT_TOKENS = 32
 GATE_TOKENS = 8
@@ -299,7 +299,7 @@ def _greedy(
     return answers
 
 
-def page(measured: Sequence[Measured], num_layers: int) -> str:
+def page(name: str, measured: Sequence[Measured], num_layers: int) -> str:
     """The report: one table of parts by setting, one of calls."""
     parts = list(dict.fromkeys(item.part for item in PARTS))
     head = ["ms of a step, median", *(f"{m.setting}, batch {m.batch}" for m in measured)]
@@ -322,7 +322,7 @@ def page(measured: Sequence[Measured], num_layers: int) -> str:
     ]
     return "\n".join(
         [
-            "# mixtral-mini: where a decode step's time goes",
+            f"# {name}: where a decode step's time goes",
             "",
             f"{provenance()} The step has one core, the memory node the other; not run on a GPU.",
             "",
@@ -356,10 +356,10 @@ def _each_ms(seconds: float, calls: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=REPORT)
+    parser.add_argument("--store", type=Path, help="another model's store")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    store = bundled_store()
+    store = arguments.store or bundled_store()
     with memory_node(store) as endpoints:
         bench = Bench(store, endpoints)
         bench.gate()
@@ -369,8 +369,9 @@ def main() -> None:
             for batch in BATCHES
         ]
         num_layers = len(bench.manifest.model.moe_layers)
-    text = page(measured, num_layers)
-    arguments.out.write_text(text)
+    name = bench.manifest.model.name
+    text = page(name, measured, num_layers)
+    (RESULTS / f"overheads-{name}.md").write_text(text)
     print(text)
 
 

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ class StoreExperts:
             )
         self._pairs = config.pair_policy(source.manifest)
         self._sizes = RecordSizes.of(source.manifest, config.factor_share)
+        self._num_records = Counter(key.layer for key in (*self._sizes.codes, *self._sizes.factors))
         self._wire = source if isinstance(source, WireCounted) else None
         self._clock = clock
         self.cache = ExpertCache(
@@ -166,9 +168,7 @@ class StoreExperts:
         local = LocalRun(self._device, hidden_SH, self._tally)
         near = self._submit(dispatch.remote, hidden_SH)
         try:
-            local.run(
-                dispatch, ahead, lambda: self._ahead.start(layer, hidden_SH, self._copies_for)
-            )
+            local.run(dispatch, ahead, partial(self._fetch_ahead, layer, hidden_SH))
         finally:
             self._ahead.finish(ahead)
         near_parts = self._collect(layer, dispatch.remote, near, local)
@@ -203,6 +203,12 @@ class StoreExperts:
             on_device = ahead | {r for r in on_device if (r.key, r.kind) not in names}
         policy = self.costing.policy
         return plan(layer, routing, on_device=on_device, sizes=self._sizes, policy=policy)
+
+    def _fetch_ahead(self, layer: int, hidden_SH: torch.Tensor) -> None:
+        self._ahead.start(layer, hidden_SH, self._copies_for, is_resident=self._is_resident)
+
+    def _is_resident(self, layer: int) -> bool:
+        return len(self.cache.of_layer(layer)) == self._num_records[layer]
 
     def _copies_for(self, guess: Guess) -> tuple[PlannedCopy, ...]:
         """What a layer would have to copy if its routing were the guessed one."""

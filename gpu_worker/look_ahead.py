@@ -65,9 +65,17 @@ class LookAhead:
         layer: int,
         hidden_SH: torch.Tensor,
         copies_for: Callable[[Guess], Sequence[PlannedCopy]],
+        *,
+        is_resident: Callable[[int], bool],
     ) -> None:
-        """This layer's copies are here: the link is free for what the next one may need."""
+        """This layer's copies are here: the link is free for what the next one may need.
+
+        `is_resident` says of a layer that all its records are on the device: no guess is made then.
+        """
         if not self._is_on or self._guess is None or self._prefetcher is None:
+            return
+        following = self._guess.next_layer(layer)
+        if following is None or is_resident(following):
             return
         guess = self._guess.guess(layer, hidden_SH)
         if guess is not None:
