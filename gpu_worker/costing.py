@@ -70,7 +70,12 @@ class Costing:
         if config.target_step_s is not None:
             assert self.table is not None, "costs are measured where there is a target"
             ladder = quality_ladder(config, source.manifest)
-            self.governor = Governor(ladder, self.table, target_s=config.target_step_s)
+            self.governor = Governor(
+                ladder,
+                self.table,
+                target_s=config.target_step_s,
+                fetches_itself=self._fetches_itself,
+            )
 
     @property
     def setting(self) -> QualitySetting | None:
