@@ -149,6 +149,11 @@ class WorkerConfig:
         _at_least("min_top_n", self.min_top_n, 0)
         _within("min_factor_share", self.min_factor_share, most=self.factor_share)
         _within("max_skip_below", self.max_skip_below, most=1)
+        if 0 < self.max_skip_below < self.skip_below:
+            raise ValueError(
+                f"max_skip_below: got {self.max_skip_below}, but skip_below is {self.skip_below} "
+                f"already; use 0 or {self.skip_below:g} to 1"
+            )
 
     def resolve(self, manifest: Manifest) -> WorkerConfig:
         """This config with every None and "auto" replaced by what this store and this machine give.
