@@ -5,7 +5,7 @@ Counters are per replica and since its start, as Prometheus wants them; sums are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.snapshot import ClusterSnapshot
@@ -66,7 +66,7 @@ def _work(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
     yield "moetier_sequences_total", "counter", "Sequences that ended, by how.", ended
 
 
-def _bytes_and_pairs(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
+def _bytes_and_pairs(workers: Sequence[WorkerStats]) -> Iterator[Metric]:
     def by_kind(field: str) -> list[Sample]:
         return [
             ({"replica": w.replica, "kind": kind}, count)
@@ -109,6 +109,25 @@ def _bytes_and_pairs(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
         for way in ("sent", "received")
     ]
     yield "moetier_near_data_bytes_total", "counter", "Activations to and from near data.", wire
+    yield from _ahead(workers)
+
+
+def _ahead(workers: Sequence[WorkerStats]) -> Iterator[Metric]:
+    """What was fetched by a guess of the next layer's routing."""
+    fetched: list[Sample] = []
+    guessed: list[Sample] = []
+    for w in workers:
+        used, right = w.counters.get("ahead_used_bytes", 0), w.counters.get("right_pairs", 0)
+        in_vain = w.counters.get("ahead_bytes", 0) - used
+        wrong = w.counters.get("guessed_pairs", 0) - right
+        fetched += [({"replica": w.replica, "use": "used"}, used)]
+        fetched += [({"replica": w.replica, "use": "in_vain"}, in_vain)]
+        guessed += [({"replica": w.replica, "guess": "right"}, right)]
+        guessed += [({"replica": w.replica, "guess": "wrong"}, wrong)]
+    help_text = "Of the moved bytes those fetched ahead by a guess; moved is planned and in vain."
+    yield "moetier_ahead_bytes_total", "counter", help_text, fetched
+    help_text = "Pairs whose expert was guessed a layer ahead, right or wrong."
+    yield "moetier_guessed_pairs_total", "counter", help_text, guessed
 
 
 def _costs(workers: Iterable[WorkerStats]) -> Iterator[Metric]:

@@ -51,7 +51,10 @@ def as_json(result: Verification) -> dict[str, Any]:
         "num_records": result.num_records,
         "num_files": result.num_files,
         "num_bytes": result.num_bytes,
-        "damage": [dataclasses.asdict(item) for item in result.damage],
+        "damage": [
+            dataclasses.asdict(item) | {"key": item.key and item.key._asdict()}
+            for item in result.damage
+        ],
     }
 
 
