@@ -6,8 +6,8 @@ Pure, and the same for the same input. Knows costs and loads only (`gpu_worker/c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gpu_worker.cost_model import ExpertLoad, LayerCosts
 
@@ -24,10 +24,8 @@ class Choice:
     near: ExpertLoad
 
 
-def choose_near(
-    choices: Sequence[Choice], costs: LayerCosts, *, fixed: Iterable[ExpertLoad] = ()
-) -> frozenset[int]:
-    """Indices of the choices that go near data; `fixed` experts run on the device whatever.
+def choose_near(choices: Sequence[Choice], costs: LayerCosts) -> frozenset[int]:
+    """Indices of the choices that go near data.
 
     Copies share the link, near-data experts share the workers, and both run at the same time: the
     layer takes as long as the slowest. Experts are sent near by falling seconds they save per
@@ -36,7 +34,7 @@ def choose_near(
     """
     if not choices or costs.near is None:
         return frozenset()
-    layer = _Layer(costs, choices, fixed)
+    layer = _Layer(costs, choices)
     best, best_s = layer.best_beginning()
     return _improved(best, best_s, layer) if len(choices) <= MAX_IMPROVED else best
 
@@ -44,15 +42,10 @@ def choose_near(
 class _Layer:
     """What one layer's choices add up to."""
 
-    def __init__(
-        self, costs: LayerCosts, choices: Sequence[Choice], fixed: Iterable[ExpertLoad]
-    ) -> None:
+    def __init__(self, costs: LayerCosts, choices: Sequence[Choice]) -> None:
         assert costs.near is not None, "nothing to choose without near-data workers"
         self._costs, self._near = costs, costs.near
         self._parts = [self._part(choice.local, choice.near) for choice in choices]
-        self._fixed = _Sums()
-        for load in fixed:
-            self._fixed.add_local(self._part(load, None))
 
     @property
     def num_choices(self) -> int:
@@ -60,7 +53,7 @@ class _Layer:
 
     def seconds(self, near: frozenset[int]) -> float:
         """The layer's time when these go near data."""
-        sums = replace(self._fixed)
+        sums = _Sums()
         for index, part in enumerate(self._parts):
             if index in near:
                 sums.add_near(part)
@@ -71,7 +64,7 @@ class _Layer:
     def best_beginning(self) -> tuple[frozenset[int], float]:
         """Of all beginnings of the order by worth the one that ends soonest, and its time."""
         order = sorted(range(len(self._parts)), key=lambda index: (-self._worth(index), index))
-        sums = replace(self._fixed)
+        sums = _Sums()
         for part in self._parts:
             sums.add_local(part)
         best_length, best_s = 0, self._time(sums)
@@ -96,12 +89,12 @@ class _Layer:
         resident_s = max(0.0, sums.resident_s)
         return self._costs.of_sums(max(0.0, copy_bytes), streamed_s, resident_s, near_s).total_s
 
-    def _part(self, local: ExpertLoad, near: ExpertLoad | None) -> _Part:
+    def _part(self, local: ExpertLoad, near: ExpertLoad) -> _Part:
         return _Part(
             copy_bytes=local.copy_bytes,
             device_s=self._costs.device.seconds(local.num_pairs, local.run_bytes),
-            near_s=self._near.run.seconds(near.num_pairs, near.run_bytes) if near else 0.0,
-            act_bytes=near.act_bytes if near else 0.0,
+            near_s=self._near.run.seconds(near.num_pairs, near.run_bytes),
+            act_bytes=near.act_bytes,
         )
 
 

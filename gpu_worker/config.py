@@ -64,7 +64,8 @@ class WorkerConfig:
     - prefetch: fetch what the next layer will probably need once this layer's copies are here:
       always, never, or adaptive, which tries it on real steps and keeps it where they were faster.
       Needs fetch_threads.
-    - prefetch_share: part of max_in_flight_bytes, 0 to 1, that is fetched ahead at most.
+    - prefetch_share: bytes fetched ahead at most, besides max_in_flight_bytes and as a part of it,
+      0 to 1; where no expert fits into that, nothing is fetched ahead.
     - max_sequences: sequences that run at the same time (slots of the KV cache).
     - max_context: tokens of prompt and answer of one sequence; None means what the model allows.
     - prefill_chunk: prompt tokens of one sequence handled in one step.
@@ -148,6 +149,11 @@ class WorkerConfig:
         _at_least("min_top_n", self.min_top_n, 0)
         _within("min_factor_share", self.min_factor_share, most=self.factor_share)
         _within("max_skip_below", self.max_skip_below, most=1)
+        if 0 < self.max_skip_below < self.skip_below:
+            raise ValueError(
+                f"max_skip_below: got {self.max_skip_below}, but skip_below is {self.skip_below} "
+                f"already; use 0 or {self.skip_below:g} to 1"
+            )
 
     def resolve(self, manifest: Manifest) -> WorkerConfig:
         """This config with every None and "auto" replaced by what this store and this machine give.

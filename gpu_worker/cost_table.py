@@ -21,6 +21,11 @@ waited for something else (a busy core, a page from disk) moves a cost by a thir
 FORGET = 0.01
 """How far, each step, a cost that was not measured in it goes back to its start value. What has
 become dear is not used, and so not measured: without this it would never be tried again."""
+MAX_NEAR_FACTOR = 1e4
+"""Near data is never believed to take more times its start value. Where a policy sends it work
+whatever it costs, a worker that is gone for good is lost again in every layer."""
+LEAST_FIXED_S = 1e-7
+"""No layer does its own work in less; a cost of 0 could never grow again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,7 @@ class CostTable:
             if busy_s is not None and time.device_s > time.fixed_s:
                 device = device.scaled(_step((busy_s - time.fixed_s) / time.device_s))
             if time.fixed_s > 0:
-                fixed_s *= _step(rest_s / time.fixed_s)
+                fixed_s = max(LEAST_FIXED_S, fixed_s * _step(rest_s / time.fixed_s))
             self._now = replace(now, device=device, fixed_s=fixed_s)
 
     def end_step(self) -> None:
@@ -128,7 +133,7 @@ class CostTable:
 
     def _near_took(self, ratio: float) -> None:
         with self._lock:
-            self._set_near(self._near_factor * _step(ratio))
+            self._set_near(min(MAX_NEAR_FACTOR, self._near_factor * _step(ratio)))
             self._seen.add("near")
 
     def _set_near(self, factor: float) -> None:

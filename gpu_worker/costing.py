@@ -30,6 +30,7 @@ class _Layer:
     started_s: float
     waited_s: float  # of the step, when it began
     time: LayerTime | None = None
+    sizes: RecordSizes | None = None  # that it was planned with
 
 
 class Costing:
@@ -70,7 +71,12 @@ class Costing:
         if config.target_step_s is not None:
             assert self.table is not None, "costs are measured where there is a target"
             ladder = quality_ladder(config, source.manifest)
-            self.governor = Governor(ladder, self.table, target_s=config.target_step_s)
+            self.governor = Governor(
+                ladder,
+                self.table,
+                target_s=config.target_step_s,
+                fetches_itself=self._fetches_itself,
+            )
 
     @property
     def setting(self) -> QualitySetting | None:
@@ -87,6 +93,7 @@ class Costing:
         """What the layer was planned to do."""
         if self.table is not None:
             self._layer.time = predict(dispatch, sizes, self.policy)
+            self._layer.sizes = sizes
 
     def end_layer(self, tally: Tally) -> None:
         """The layer is computed: count what was predicted and what it took, and learn from it."""
@@ -106,9 +113,7 @@ class Costing:
             self.table.end_step()
 
     def _near_load(self, part: ExpertTokens) -> ExpertLoad:
-        num_pairs = len(part.token_rows)
-        info = self.source.manifest.experts[part.key]
-        run_bytes = info.codes.num_bytes
-        if part.restored and info.factors is not None:
-            run_bytes += info.factors.num_bytes
+        sizes, num_pairs = self._layer.sizes, len(part.token_rows)
+        assert sizes is not None, f"{part.key} runs near data in a layer that was not planned"
+        run_bytes = sizes.codes[part.key] + (sizes.factors[part.key] if part.restored else 0)
         return ExpertLoad(num_pairs, run_bytes, act_bytes=2 * num_pairs * self._row_bytes)

@@ -21,7 +21,7 @@ CachePolicy = Literal["lfu", "score", "layer_lru", "lru"]
 - lru: those used last. A step goes through the layers in a circle, and what it needs next is always
   what was used longest ago: in a cache a little too small nothing is ever found.
 
-Held to Belady's optimum on recorded traces lfu finds most: benchmarks/results/cache.md.
+On the mean over recorded traces lfu comes nearest to Belady's bound: benchmarks/results/cache.md.
 """
 
 Name = tuple[int, int, RecordKind]

@@ -163,11 +163,11 @@ class StoreExperts:
         self.cache.begin_turn(layer, expert_scores(routing) if self.cache.wants_scores else None)
         self.costing.begin_layer(self._tally)
         ahead = self._ahead.settle(layer, topk_ids_SK, self._tally)
-        dispatch = self._plan(layer, routing, ahead.requests)
-        self.costing.planned(dispatch, self._sizes)
         local = LocalRun(self._device, hidden_SH, self._tally)
-        near = self._submit(dispatch.remote, hidden_SH)
         try:
+            dispatch = self._plan(layer, routing, ahead.requests)
+            self.costing.planned(dispatch, self._sizes)
+            near = self._submit(dispatch.remote, hidden_SH)
             local.run(dispatch, ahead, partial(self._fetch_ahead, layer, hidden_SH))
         finally:
             self._ahead.finish(ahead)

@@ -108,15 +108,24 @@ def advance(
 
 
 class Governor:
-    """One worker's governor. The thread that runs its steps owns it."""
+    """One worker's governor. The thread that runs its steps owns it.
+
+    `fetches_itself`: that thread fetches what its steps need, and so never waits for it.
+    """
 
     def __init__(
-        self, ladder: tuple[QualitySetting, ...], table: CostTable, *, target_s: float
+        self,
+        ladder: tuple[QualitySetting, ...],
+        table: CostTable,
+        *,
+        target_s: float,
+        fetches_itself: bool = False,
     ) -> None:
         assert ladder, "a ladder has the config's own setting at least"
         self._ladder = ladder
         self._table = table
         self._target_s = target_s
+        self._fetches_itself = fetches_itself
         self._state = GovernorState()
         # Bytes of factors that a token needs on the first rung, as last seen on one that has any.
         self._full_bytes = 0.0
@@ -152,10 +161,10 @@ class Governor:
             full_bytes = moved / num_tokens / self.setting.factor_bytes
             self._full_bytes += GAIN * (full_bytes - self._full_bytes)
         full_factors_s = self._full_bytes * num_tokens / link.bytes_per_s
-        # A worker that fetches on the step's own thread never waits: its copies are the waiting.
         # Waiting for near data does not count: fewer compensators would send it more.
-        copies_s = counters.wait_s - counters.near_wait_s
-        wait_s = copies_s or link.seconds(counters.total_moved_bytes)
+        wait_s = counters.wait_s - counters.near_wait_s
+        if self._fetches_itself:
+            wait_s = link.seconds(counters.total_moved_bytes)
         before = self._state
         self._state = advance(
             before,

@@ -146,7 +146,7 @@ class _GroupCall:
                 self._send(batch)
             else:
                 self._fail(error)
-        except (StoreError, ValueError) as failure:
+        except Exception as failure:  # noqa: BLE001 - raised again on the thread that waits
             failure.__cause__ = error
             self._fail(failure)
 

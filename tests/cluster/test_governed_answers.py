@@ -72,6 +72,23 @@ def test_waiting_for_near_data_alone_costs_no_quality(tmp_path: Path) -> None:
     assert governor.rung == 0
 
 
+@pytest.mark.parametrize("fetches_itself", [False, True])
+def test_whose_own_thread_fetches_waits_as_long_as_its_copies_take(
+    tmp_path: Path, fetches_itself: bool
+) -> None:
+    """It waits some microseconds at most: what it fetched is there when it asks for it."""
+    manifest = build_store(tmp_path, layers=(0,), experts=2, ffn=64)
+    config = WorkerConfig(device="cpu", target_step_s=1e-3).resolve(manifest)
+    table = CostTable(LayerCosts(LinkCost(1e6), RunCost(0.0)))
+    governor = Governor(
+        quality_ladder(config, manifest), table, target_s=1e-3, fetches_itself=fetches_itself
+    )
+    counters = StepCounters(wait_s=2e-6, moved_bytes={("disk", "factors"): 10**6})
+    for _ in range(50):
+        governor.decoded(1.0, counters, 1)
+    assert (governor.rung > 0) == fetches_itself
+
+
 def test_predicted_and_real_seconds_are_metrics_side_by_side() -> None:
     stats = WorkerStats("r", 0, 0, 0, counters={"predicted_s": 1.5, "layer_s": 2.0})
     text = render(ClusterSnapshot((), (stats,), ()))

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import torch
 
 from expert_store.errors import StoreError
-from expert_store.types import ExpertTokens, RecordRequest
+from expert_store.types import ExpertOutputs, ExpertTokens, RecordRequest
 from gpu_worker.cost_model import ExpertLoad, LinkCost, NearCost
 from gpu_worker.protocols import ExpertSource
 from tests.gpu_worker.sources import CountingSource, InProcessNearData
@@ -49,7 +49,9 @@ class SimulatedNearData(InProcessNearData):
         self.cost = cost
         self.lost: StoreError | None = None
 
-    def submit(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> Future[torch.Tensor]:
+    def submit(
+        self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
+    ) -> Future[ExpertOutputs]:
         self.error = self.lost
         row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
         loads = [

@@ -118,14 +118,5 @@ def test_residents_stay_unless_the_device_is_what_takes_longest() -> None:
     assert len(choose_near(residents, slow_device)) == 2
 
 
-def test_what_must_stay_on_the_device_counts() -> None:
-    """A copy of 20 ms that comes anyway leaves the link full: the others go near data."""
-    costs = costs_of(bytes_per_s=1e8, pair_s=0.012)
-    offered = [choice(1, 1e6)]
-    assert choose_near(offered, costs) == frozenset()
-    busy = ExpertLoad(1, 2e6, copy_bytes=2e6)
-    assert choose_near(offered, costs, fixed=[busy]) == {0}
-
-
 def test_without_workers_nothing_goes_near_data() -> None:
     assert choose_near([choice(1, 1e6)], LayerCosts(LinkCost(1.0), RunCost(1.0))) == frozenset()

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_worker.cost_model import ExpertLoad, LayerCosts, LayerTime, LinkCost, NearCost, RunCost
-from gpu_worker.cost_table import CopyTime, CostTable, after_copy, slower
+from gpu_worker.cost_table import (
+    LEAST_FIXED_S,
+    MAX_NEAR_FACTOR,
+    CopyTime,
+    CostTable,
+    after_copy,
+    slower,
+)
 
 TRUE = LinkCost(bytes_per_s=1e8, call_s=0.002)
 START = LayerCosts(
@@ -75,6 +82,31 @@ def test_near_data_is_learned_as_a_whole_and_losing_it_makes_it_dear() -> None:
     dearer = table.costs().near
     assert dearer is not None
     assert dearer.seconds(LOADS) > 10 * near.seconds(LOADS)
+
+
+def test_a_worker_lost_for_good_stays_a_cost_that_can_be_reckoned_with() -> None:
+    """Where near data runs every pair, whatever it costs, each layer loses it once more."""
+    table = CostTable(START)
+    for _ in range(5000):
+        table.lost_near()
+    table.end_step()
+    table.end_step()  # nothing was measured: back towards the start
+    near = table.costs().near
+    assert near is not None
+    assert START.near is not None
+    assert near.seconds(LOADS) <= MAX_NEAR_FACTOR * START.near.seconds(LOADS)
+
+
+def test_layers_that_took_less_than_predicted_for_long_do_not_end_learning() -> None:
+    table = CostTable(START)
+    for _ in range(5000):
+        costs = table.costs()
+        table.ran_layer(LayerTime(link_s=1.0, fixed_s=costs.fixed_s), 0.5, busy_s=None)
+    assert table.costs().fixed_s == LEAST_FIXED_S
+    for _ in range(100):
+        costs = table.costs()
+        table.ran_layer(LayerTime(fixed_s=costs.fixed_s), 0.001, busy_s=None)
+    assert table.costs().fixed_s == pytest.approx(0.001, rel=0.05)
 
 
 def test_what_is_not_measured_goes_back_to_its_start_value_and_what_is_does_not() -> None:

@@ -19,10 +19,11 @@ from expert_store.errors import ExpertUnavailableError
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey, RecordRequest
 from gpu_worker.config import WorkerConfig
-from gpu_worker.cost_model import LayerCosts, LinkCost, NearCost, RunCost
+from gpu_worker.cost_model import ExpertLoad, LayerCosts, LinkCost, NearCost, RunCost
 from gpu_worker.cost_table import CopyTime, CostTable
 from gpu_worker.experts import StoreExperts
 from gpu_worker.meters import MAX_PERIOD_S, MeteredSource
+from gpu_worker.record_sizes import RecordSizes
 from tests.gpu_worker.simulated_time import SimulatedClock, SimulatedNearData, SimulatedSource
 from tests.gpu_worker.sources import CountingSource, LossySource
 from tests.gpu_worker.steps import HIDDEN, NUM_EXPERTS, Step
@@ -126,6 +127,26 @@ def test_a_worker_that_is_lost_is_asked_less_and_less_and_tried_again(segment: S
     assert sum(run.near_pairs(step) for _ in range(600)) > 0
     assert dearest is not None
     assert dearest.call_s > WORKER.call_s
+
+
+def test_of_a_compensator_cut_short_near_data_is_charged_what_it_reads(segment: Segment) -> None:
+    """What a call is said to have cost is what the plan said that it would cost."""
+    step = Step(num_rows=2)
+    run = Simulation(segment, SLOW, near_data="all", top_n=1, factor_share=0.5, target_step_s=1e6)
+    table = run.experts.costing.table
+    seen: list[Sequence[ExpertLoad]] = []
+    assert table is not None
+    table.ran_near = lambda loads, seconds: seen.append(loads)  # type: ignore[method-assign]
+    assert run.near_pairs(step) == step.ids.numel()
+    sizes = RecordSizes.of(segment.manifest, 0.5)
+    (loads,) = seen
+    restored = {int(e) for e in step.ids.gather(1, step.weights.argmax(dim=1)[:, None])}
+    keys = [ExpertKey(0, expert) for expert in sorted(set(step.ids.flatten().tolist()))]
+    assert [load.run_bytes for load in loads] == [
+        sizes.codes[key] + (sizes.factors[key] if key.expert in restored else 0) for key in keys
+    ]
+    whole = RecordSizes.of(segment.manifest).factors
+    assert all(sizes.factors[key] < whole[key] for key in keys if key.expert in restored)
 
 
 def test_predicted_and_real_time_of_layers_are_counted_and_agree(segment: Segment) -> None:

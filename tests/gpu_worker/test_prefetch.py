@@ -16,10 +16,12 @@ import torch
 from expert_store.errors import ExpertUnavailableError
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey, RecordRequest
-from gpu_worker.counters import StepCounters
+from gpu_worker.counters import StepCounters, Tally
 from gpu_worker.experts import ExpertsFailed, StoreExperts
-from gpu_worker.record_sizes import largest_expert_bytes
+from gpu_worker.prefetch import Prefetcher
+from gpu_worker.record_sizes import RecordSizes, largest_expert_bytes
 from gpu_worker.router_guess import Guess, RouterGuess
+from gpu_worker.streamer import Streamer
 from tests.gpu_worker.sources import CountingSource, LossySource
 from tests.gpu_worker.steps import NUM_EXPERTS, TOP_K, Step, running
 from tests.hand_store import build_store
@@ -146,7 +148,7 @@ def test_the_likeliest_experts_come_first_and_only_as_many_as_fit(segment: Segme
 
 
 def test_what_was_lost_on_the_way_ahead_is_asked_for_again(segment: Segment) -> None:
-    """The fetch ahead fails once; the step does not."""
+    """A fetch of an expert's two records fails once, and each is then fetched alone."""
 
     class FailsOnce(CountingSource):
         failed = False
@@ -165,6 +167,46 @@ def test_what_was_lost_on_the_way_ahead_is_asked_for_again(segment: Segment) -> 
         wanted, _ = run(experts, first, second)
     assert source.failed
     assert all(map(torch.equal, outputs, wanted))
+
+
+def test_a_plan_does_not_count_on_what_was_lost_before_it(segment: Segment) -> None:
+    gone, here = (RecordRequest(ExpertKey(1, expert), "codes") for expert in range(2))
+    size = RecordSizes.of(segment.manifest)
+    # Without threads a fetch has ended, or failed, when it is asked for.
+    streamer = Streamer(
+        LossySource(segment, [gone]),
+        device="cpu",
+        max_in_flight_bytes=1 << 20,
+        fetch_bytes=1,
+        num_threads=0,
+    )
+    prefetcher, ids = Prefetcher(streamer, 1 << 20), torch.tensor([[0, 1]])
+    guess = Guess(1, ids, torch.tensor([[0.6, 0.4]]))
+    prefetcher.start(guess, [size.copy_of(gone), size.copy_of(here)])
+    ahead = prefetcher.settle(1, ids, tally := Tally())
+    assert ahead.requests == {here}
+    assert ahead.covering(gone) is None
+    prefetcher.finish(ahead)
+    prefetcher.check_integrity()
+    assert tally.ahead_bytes == size.codes[here.key]
+    prefetcher.close()
+
+
+def test_a_step_that_cannot_be_planned_gives_its_records_ahead_back(segment: Segment) -> None:
+    first, second = Step(1, 3), Step(1, 4, layer=1)
+    unknown = Step(1, 4, layer=1)
+    unknown.ids = unknown.ids + 1000
+    with running(segment, prefetch="always", cache_bytes=0) as experts:
+        experts.predict_with(told(second, right))
+        experts.begin(None)
+        first.run(experts)
+        with pytest.raises(ValueError, match="not in the store"):
+            unknown.run(experts)
+        experts.begin(None)
+        outputs, _ = run(experts, first, second)
+        with running(segment, prefetch="never", cache_bytes=0) as plain:
+            wanted, _ = run(plain, first, second)
+        assert all(map(torch.equal, outputs, wanted))
 
 
 def test_a_loss_hits_whom_it_hits_without_fetching_ahead(segment: Segment) -> None:

@@ -17,7 +17,7 @@ import torch
 from expert_store.compress import compress
 from expert_store.config import CompressionConfig
 from expert_store.segment import Segment
-from expert_store.types import ExpertTokens
+from expert_store.types import ExpertOutputs, ExpertTokens
 from gpu_worker.build import build_engine
 from gpu_worker.config import WorkerConfig
 from gpu_worker.sequence import SamplingParams
@@ -43,7 +43,9 @@ class CountingNearData(InProcessNearData):
         super().__init__(source)
         self.layers: Counter[int] = Counter()
 
-    def submit(self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]) -> Future[torch.Tensor]:
+    def submit(
+        self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
+    ) -> Future[ExpertOutputs]:
         self.layers.update({part.key.layer for part in work})
         return super().submit(hidden_TH, work)
 

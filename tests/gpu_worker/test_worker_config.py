@@ -55,6 +55,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
         ({"target_step_s": float("nan")}, "target_step_s: got nan, expected a positive number"),
         ({"min_top_n": -1}, "min_top_n: got -1"),
         ({"min_factor_share": 0.6, "factor_share": 0.5}, "min_factor_share: got 0.6, expected 0 "),
+        ({"max_skip_below": 0.1, "skip_below": 0.2}, "max_skip_below: got 0.1, but skip_below is"),
     ],
 )
 def test_wrong_values_are_named(wrong: dict[str, Any], message: str) -> None:

@@ -163,3 +163,13 @@ def test_who_has_lost_factors_is_not_asked_to_restore_again_while_another_can() 
     assert near.submit(HIDDEN_TH, RESTORED).result(0).degraded == (2,)  # the other has key 2's
     assert near.submit(HIDDEN_TH, RESTORED).result(0).degraded == (2,)  # nobody has key 1's
     assert [item.key.expert for item in workers[0].calls[-1][0]] == [0]  # low-bit work goes on
+
+
+def test_an_answer_of_the_wrong_length_fails_the_call_and_leaves_nobody_waiting() -> None:
+    class Short(FakeWorker):
+        def answer(self) -> None:
+            self.calls[-1][1].set_result(ExpertOutputs(HIDDEN_TH[:1]))
+
+    future = group((Short(), None)).submit(HIDDEN_TH, WORK)
+    with pytest.raises(RuntimeError, match="split"):
+        future.result(0)
