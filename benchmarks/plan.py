@@ -218,6 +218,8 @@ time.
 
 {_table(found["clusters"]["rows"], policy=False)}
 
+{_crowded(found["clusters"]["rows"])}
+
 Assumed throughout (`moetier plan --help` says where each is from): links of
 {defaults.link_gbps:g} Gbit/s each way, batch {defaults.batch} per GPU at context
 {defaults.context}, first token of a {defaults.prompt}-token prompt on an idle cluster;
@@ -275,6 +277,24 @@ def _errors(rows: Rows) -> str:
                  f"{max(errors):.0%}")
             )  # fmt: skip
     return table(("error of", "over", "cases", "median", "worst"), lines)
+
+
+def _crowded(rows: Rows) -> str:
+    """Where more GPUs on one node are predicted to do less: the closed form does not show it."""
+    most = max(gpus for gpus, nodes in CLUSTERS if nodes == 1)
+    speed = {(row["model"], row["gpus"]): row["tokens_per_s"] for row in rows if row["nodes"] == 1}
+    told = [
+        f"{name} ({speed[name, 1]:,.0f} tokens/s with 1 GPU, {speed[name, most]:,.0f} with {most})"
+        for name in SHAPES
+        if speed[name, most] < speed[name, 1]
+    ]
+    if not told:
+        return f"On one node {most} GPUs do more than one for every model."
+    return (
+        f"On one node {most} GPUs do less than one for {', '.join(told)}: each worker plans by "
+        "what its own calls took, and together they crowd the node's link with copies. The closed "
+        "form is a lone worker's choice, so its bottleneck is another there."
+    )
 
 
 def _table(rows: Rows, *, policy: bool) -> str:
