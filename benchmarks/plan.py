@@ -51,7 +51,7 @@ WAYS: tuple[tuple[NearDataPolicy, float], ...] = (
 DECODE_STEPS = 12
 CLUSTERS = ((1, 1), (1, 16), (8, 1), (8, 16), (64, 16), (64, 256))
 """GPU workers and memory nodes."""
-SIMULATED = PlanInputs(max_layers=2, warm_up=3, steps=2, chunk=512)
+SIMULATED = PlanInputs(max_layers=2, chunk=512)
 Rows = list[dict[str, Any]]
 
 
@@ -218,8 +218,6 @@ time.
 
 {_table(found["clusters"]["rows"], policy=False)}
 
-{_crowded(found["clusters"]["rows"])}
-
 Assumed throughout (`moetier plan --help` says where each is from): links of
 {defaults.link_gbps:g} Gbit/s each way, batch {defaults.batch} per GPU at context
 {defaults.context}, first token of a {defaults.prompt}-token prompt on an idle cluster;
@@ -229,8 +227,9 @@ cached; experts' popularity Zipf with exponent {defaults.skew:g}, tokens indepen
 {hardware.gpu_gb_per_s:g} GB/s and {hardware.gpu_tflops:g} TFLOP/s of which kernels reach
 {hardware.gpu_share:.0%}; node {hardware.node_gb_per_s:g} GB/s, {hardware.node_cores:g} cores of
 {hardware.core_gb_per_s:g} GB/s and {hardware.core_gops:g} GOP/s each; {hardware.call_us:g} us a
-call, {hardware.layer_us:g} us a layer. {SIMULATED.max_layers} MoE layers, or as many as
-give every node an expert, are simulated and stand for all.
+call, {hardware.layer_us:g} us a layer; activations go past records on a link.
+{SIMULATED.max_layers} MoE layers, or as many as give every node an expert, are simulated for
+{SIMULATED.steps} steps after {SIMULATED.warm_up}, and stand for all.
 """
 
 
@@ -277,24 +276,6 @@ def _errors(rows: Rows) -> str:
                  f"{max(errors):.0%}")
             )  # fmt: skip
     return table(("error of", "over", "cases", "median", "worst"), lines)
-
-
-def _crowded(rows: Rows) -> str:
-    """Where more GPUs on one node are predicted to do less: the closed form does not show it."""
-    most = max(gpus for gpus, nodes in CLUSTERS if nodes == 1)
-    speed = {(row["model"], row["gpus"]): row["tokens_per_s"] for row in rows if row["nodes"] == 1}
-    told = [
-        f"{name} ({speed[name, 1]:,.0f} tokens/s with 1 GPU, {speed[name, most]:,.0f} with {most})"
-        for name in SHAPES
-        if speed[name, most] < speed[name, 1]
-    ]
-    if not told:
-        return f"On one node {most} GPUs do more than one for every model."
-    return (
-        f"On one node {most} GPUs do less than one for {', '.join(told)}: each worker plans by "
-        "what its own calls took, and together they crowd the node's link with copies. The closed "
-        "form is a lone worker's choice, so its bottleneck is another there."
-    )
 
 
 def _table(rows: Rows, *, policy: bool) -> str:

@@ -83,8 +83,9 @@ class PlanInputs:
     - skew: exponent of a Zipf distribution of the experts' popularity; 0 is uniform. The tokens of
       a step are drawn independently of each other and of earlier steps, which real text is not.
     - seed, steps, warm_up, max_layers: of the simulation: what is drawn, how many steps are
-      measured after how many, and of how many MoE layers (the others count as like them), or of as
-      many more as give every node an expert.
+      measured after how many (workers that share a node need about a dozen to learn its costs), and
+      of how many MoE layers (the others count as like them), or of as many more as give every node
+      an expert.
     """
 
     num_gpus: int = 1
@@ -100,7 +101,7 @@ class PlanInputs:
     skew: float = 0.5
     seed: int = 0
     steps: int = 4
-    warm_up: int = 4
+    warm_up: int = 12
     max_layers: int = 8
     recipe: Recipe = field(default_factory=Recipe)
     hardware: Hardware = field(default_factory=Hardware)
