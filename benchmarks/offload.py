@@ -3,7 +3,8 @@
 `python -m benchmarks.offload` makes two hosts of this machine (network namespaces, root needed):
 a memory node that holds the experts and a GPU node, here one CPU core, that runs the model. It
 measures every contestant over links of 0.25, 1 and 4 Gbit/s, in turns, and writes
-benchmarks/results/offload-MODEL.md and .csv. Gates come first; a red one writes nothing.
+benchmarks/results/offload-MODEL.md and .csv. The gate comes before the links and the rivals' own
+before the rivals; what a red one guards is not written.
 """
 
 from __future__ import annotations

@@ -85,7 +85,6 @@ PARTS = (
     Timed("text and events", Engine, "_update"),
     Timed("rest of a step", Engine, "step"),
 )
-NOT_OURS = (DENSE, KERNELS, BYTES, NEAR)
 
 
 class NoExperts:

@@ -51,7 +51,7 @@ WAYS: tuple[tuple[NearDataPolicy, float], ...] = (
 DECODE_STEPS = 12
 CLUSTERS = ((1, 1), (1, 16), (8, 1), (8, 16), (64, 16), (64, 256))
 """GPU workers and memory nodes."""
-SIMULATED = PlanInputs(max_layers=2, warm_up=3, steps=2, chunk=512)
+SIMULATED = PlanInputs(max_layers=2, chunk=512)
 Rows = list[dict[str, Any]]
 
 
@@ -227,8 +227,9 @@ cached; experts' popularity Zipf with exponent {defaults.skew:g}, tokens indepen
 {hardware.gpu_gb_per_s:g} GB/s and {hardware.gpu_tflops:g} TFLOP/s of which kernels reach
 {hardware.gpu_share:.0%}; node {hardware.node_gb_per_s:g} GB/s, {hardware.node_cores:g} cores of
 {hardware.core_gb_per_s:g} GB/s and {hardware.core_gops:g} GOP/s each; {hardware.call_us:g} us a
-call, {hardware.layer_us:g} us a layer. {SIMULATED.max_layers} MoE layers, or as many as
-give every node an expert, are simulated and stand for all.
+call, {hardware.layer_us:g} us a layer; activations go past records on a link.
+{SIMULATED.max_layers} MoE layers, or as many as give every node an expert, are simulated for
+{SIMULATED.steps} steps after {SIMULATED.warm_up}, and stand for all.
 """
 
 

@@ -216,6 +216,7 @@ def system_of_run(manifest: Manifest, case: Case, costs: LayerCosts, dense: RunC
         call_s=costs.link.call_s,
         near_call_s=costs.near.call_s,
         request_bytes=config.fetch_bytes,
+        activations_wait=True,  # so does `BoundedLink`
     )
 
 

@@ -53,15 +53,20 @@ def provenance() -> str:
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Write dataclass rows as CSV with a header. Raises ValueError when there are none."""
+    """Write dataclass rows as CSV with a header. Raises ValueError when there are none.
+
+    Hardware, commit and date stand in every row; rows that have none of their own get them here.
+    """
     if not rows:
         raise ValueError(f"{path}: no rows to write")
     names = [field.name for field in dataclasses.fields(rows[0])]
+    made = {"hardware": processor(), "commit": commit(), "date": today()}
+    more = {name: value for name, value in made.items() if name not in names}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer = csv.DictWriter(file, [*names, *more], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
+        writer.writerows(dataclasses.asdict(row) | more for row in rows)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

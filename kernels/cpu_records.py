@@ -1,7 +1,8 @@
 """What the native kernels are told: ctypes mirrors of `native/moetier_kernels.h`, checked.
 
-Every pointer is checked here before it gets there. Owns no memory: who makes a record keeps what it
-points to alive until the call is over. Used by `kernels/cpu_native.py`.
+Where and how each tensor lies in memory is checked here; that a call's shapes fit each other, by
+`kernels/ops.py` before. Owns no memory: who makes a record keeps what it points to alive until the
+call is over. Used by `kernels/cpu_native.py`.
 
 Legend: T tokens, H hidden.
 """

@@ -98,7 +98,6 @@ def gated_mlp(
         return reference.gated_mlp(x_TH, mlp, factors, restored_T)
     if backend == "triton":
         return _triton().gated_mlp_many([MlpCall(x_TH, mlp, factors, restored_T)])[0]
-    matmul, low_rank_matmul = _matmul_fp32, _low_rank_matmul_fp32
     if backend == "cpu_int8":
         native = _native_or_warn()
         if native and _is_packed(mlp):
@@ -106,8 +105,9 @@ def gated_mlp(
             call = MlpCall(x_TH, mlp, factors, restored_T)
             return native.gated_mlp_many([call], num_threads=threads)[0]
     return compose_gated_mlp(
-        x_TH, mlp, factors, restored_T, matmul=matmul, low_rank_matmul=low_rank_matmul
-    )
+        x_TH, mlp, factors, restored_T,
+        matmul=_matmul_fp32, low_rank_matmul=_low_rank_matmul_fp32,
+    )  # fmt: skip
 
 
 def gated_mlp_many(

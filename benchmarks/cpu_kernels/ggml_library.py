@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 _POINTER, _INT, _INT64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
-CPU_DEVICE = 0  # enum ggml_backend_dev_type
 F32 = 0  # enum ggml_type
 TYPES = {"Q4_0": 2, "Q5_0": 6, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "IQ4_NL": 20}
 """enum ggml_type of what is compared."""

@@ -82,8 +82,8 @@ def _plan(
 
 
 def decode_all(pool: list[QuantizedMatrix], x_TK: torch.Tensor) -> Callable[[], None]:
-    """The decode kernel on each matrix; inputs' digits and job tables are there already, as they
-    are once per step."""
+    """The decode kernel on each matrix; inputs' digits and job tables are there already: all
+    experts of a layer share one launch that makes digits and one copy of tables."""
     num_tokens, cols = x_TK.shape
     rows, form = pool[0].rows, triton_decode.Form(pool[0].bits, pool[0].grid)
     in_order = torch.arange(num_tokens, device=x_TK.device)

@@ -2,8 +2,8 @@
 
 gemlite is no dependency: `pip install --no-deps --target .moetier/gpu-peers gemlite tqdm` puts it
 where this step looks, and that folder is carried along. It has 2 and 4 bits, no 3. Both multiply
-the same codes, scales and zeros; gemlite takes float16 inputs, ours float32. It tunes itself on
-the first call of a shape, before the rounds.
+the same codes, scales and zeros; gemlite takes float16 inputs, ours the digits of float32 ones,
+whose making is not timed. It tunes itself on the first call of a shape, before the rounds.
 
 Legend: T tokens, N rows, K cols, G groups.
 """
@@ -43,7 +43,10 @@ def run(setting: Setting, recorder: Recorder) -> None:
     if gemlite is None:
         recorder.note(NOT_HERE)
         return
-    recorder.note(f"gemlite {getattr(gemlite, '__version__', 'of unknown version')}")
+    recorder.note(
+        f"gemlite {getattr(gemlite, '__version__', 'of unknown version')}; ours is the decode "
+        "kernel alone: the launch that makes digits of a layer's inputs is not timed, steps have it"
+    )
     with torch.inference_mode():
         for rows, cols in SHAPES:
             for bits in BITS:

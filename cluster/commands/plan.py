@@ -131,6 +131,8 @@ def as_json(found: Answer) -> dict[str, Any]:
         "kind": "prediction",
         "model": dataclasses.asdict(found.shape),
         "inputs": dataclasses.asdict(found.inputs),
+        # Bytes of a store's mean expert, which then count instead of the inputs' recipe.
+        "stored": None if found.stored is None else dataclasses.asdict(found.stored),
         "tokens_per_s": decode.pop("tokens_per_s"),
         "time_to_first_token_s": found.first_token_s,
         **decode,

@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         check_unicode("--prompt", prompt)
         if not prompt:
             raise ValueError("--prompt: got an empty text, expected something to answer")
+    if args.out.is_dir():
+        raise ValueError(f"--out: {args.out} is a folder, expected a file to write")
     texts = [] if args.prompt else read_texts(args.text)
     with store_progress() as report:
         store = bundled_store(report) if args.store is None else folder(args.store)

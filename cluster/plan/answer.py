@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from cluster.plan.estimate import Estimate, estimate
-from cluster.plan.inputs import PlanInputs
+from cluster.plan.inputs import MAX_SEED, PlanInputs
 from cluster.plan.routing import DrawnRouting
 from cluster.plan.shapes import ModelShape
 from cluster.plan.simulation import Simulated, simulate_decode, simulate_steps
@@ -49,8 +49,8 @@ def answer(shape: ModelShape, inputs: PlanInputs, stored: RecordBytes | None = N
         warm_up=inputs.warm_up,
         steps=inputs.steps,
     )
-    first = replace(inputs, seed=inputs.seed + 1)
-    expected = estimate(system, _routing(shape, first, 0, [inputs.batch]), range(ESTIMATED_STEPS))
+    other = replace(inputs, seed=(inputs.seed + 1) % (MAX_SEED + 1))  # draws of its own
+    expected = estimate(system, _routing(shape, other, 0, [inputs.batch]), range(ESTIMATED_STEPS))
     first_token_s = _first_token_s(shape, inputs, system)
     return Answer(shape, inputs, system, decode, first_token_s, expected, stored)
 

@@ -39,12 +39,14 @@ class Events:
 
 @dataclass(slots=True)
 class Server:
-    """A link's direction, a device or a worker: first come, first served, one at a time.
+    """A link's direction, a device or a worker: first come, first served, one at a time; what goes
+    first is served before all else, and delays it.
 
     `busy_s` and `num_bytes` are what it was given since `reset`.
     """
 
     free_s: float = 0.0
+    first_free_s: float = 0.0
     busy_s: float = 0.0
     num_bytes: float = 0.0
 
@@ -55,6 +57,17 @@ class Server:
         self.busy_s += seconds
         self.num_bytes += num_bytes
         return begin_s, self.free_s
+
+    def take_first(
+        self, now_s: float, seconds: float, num_bytes: float = 0.0
+    ) -> tuple[float, float]:
+        """The same of what waits for nothing but others that go first."""
+        begin_s = max(now_s, self.first_free_s)
+        self.first_free_s = begin_s + seconds
+        self.free_s = max(begin_s, self.free_s) + seconds
+        self.busy_s += seconds
+        self.num_bytes += num_bytes
+        return begin_s, self.first_free_s
 
     def reset(self) -> None:
         self.busy_s = self.num_bytes = 0.0

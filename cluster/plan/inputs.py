@@ -11,6 +11,8 @@ from typing import get_args
 
 from gpu_worker.config import NearDataPolicy
 
+MAX_SEED = 2**63 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -24,7 +26,8 @@ class Hardware:
     - node_gb_per_s: memory bandwidth of a memory node; 8 channels of DDR4-3200.
     - node_cores: cores its near-data worker may use.
     - core_gb_per_s, core_gops: what one core makes of packed codes at 1 and at 16 tokens; as
-      measured with AVX-512 VNNI (benchmarks/results/kernels-cpu.csv).
+      measured of 2-bit experts with AVX-512 VNNI on an idle machine (AMD EPYC, H 2048, F 1408,
+      commit 98c4c33). benchmarks/results/cpu-kernels.csv has what a busy one makes, which is less.
     - call_us: a request to a memory node and its answer, without their bytes; of a persistent gRPC
       stream between processes, measured.
     """
@@ -80,8 +83,9 @@ class PlanInputs:
     - skew: exponent of a Zipf distribution of the experts' popularity; 0 is uniform. The tokens of
       a step are drawn independently of each other and of earlier steps, which real text is not.
     - seed, steps, warm_up, max_layers: of the simulation: what is drawn, how many steps are
-      measured after how many, and of how many MoE layers (the others count as like them), or of as
-      many more as give every node an expert.
+      measured after how many (workers that share a node need about a dozen to learn its costs), and
+      of how many MoE layers (the others count as like them), or of as many more as give every node
+      an expert.
     """
 
     num_gpus: int = 1
@@ -97,7 +101,7 @@ class PlanInputs:
     skew: float = 0.5
     seed: int = 0
     steps: int = 4
-    warm_up: int = 4
+    warm_up: int = 12
     max_layers: int = 8
     recipe: Recipe = field(default_factory=Recipe)
     hardware: Hardware = field(default_factory=Hardware)
@@ -111,7 +115,7 @@ class PlanInputs:
             ("prompt", 1, 1 << 17),
             ("chunk", 1, 4096),
             ("top_n", 0, 1024),
-            ("seed", 0, 2**63 - 1),
+            ("seed", 0, MAX_SEED),
             ("steps", 1, 1000),
             ("warm_up", 0, 1000),
             ("max_layers", 1, 1000),
@@ -128,10 +132,10 @@ class PlanInputs:
 
 
 def _check_over(name: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value > least):
+    if not least < value < math.inf:
         raise ValueError(f"{name}: got {value}, expected a number over {least:g}")
 
 
 def _check_within(name: str, value: float, least: float, most: float) -> None:
-    if not (math.isfinite(value) and least <= value <= most):
-        raise ValueError(f"{name}: got {value}, expected {least:g} to {most:g}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: got {value}, expected {least} to {most}")

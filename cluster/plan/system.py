@@ -51,6 +51,8 @@ class System:
     - gpu_bytes_per_s, node_bytes_per_s: the links, each way; `call_s` and
       `near_call_s` a request for bytes, and for running, and its answer.
     - request_bytes: of one request at most; None: all that a node is asked for.
+    - activations_wait: whether activations wait behind records that were asked for before them.
+      Connections that share a link do not make kilobytes wait for megabytes.
     """
 
     num_gpus: int
@@ -74,6 +76,7 @@ class System:
     call_s: float
     near_call_s: float
     request_bytes: int | None = None
+    activations_wait: bool = False
 
     def node_of(self, key: ExpertKey) -> int:
         """Experts are dealt out one by one, a layer where the one before it ended."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
-from cluster.plan.events import Events, Machine
+from cluster.plan.events import Events, Machine, Server
 from cluster.plan.routing import RoutingSource
 from cluster.plan.system import System
 from expert_store.types import ExpertKey, RecordRequest
@@ -140,7 +140,7 @@ class SimulatedWorker:
         half_s = self._system.call_s / 2
         self._events.at(
             now_s + half_s,
-            partial(self._transfer, node, self._machine, num_bytes, half_s, then),
+            partial(self._transfer, node, self._machine, num_bytes, half_s, then, are_records=True),
         )
 
     def _transfer(
@@ -151,16 +151,21 @@ class SimulatedWorker:
         delay_s: float,
         then: Callable[[float], None],
         now_s: float,
+        *,
+        are_records: bool = False,
     ) -> None:
         """Through the sender's link and the receiver's at the same time, whichever is slower."""
+        take = Server.take_first
+        if are_records or self._system.activations_wait:
+            take = Server.take
         is_from_node = sender is not self._machine
         node_s = num_bytes / self._system.node_bytes_per_s
         gpu_s = num_bytes / self._system.gpu_bytes_per_s
         out_s, in_s = (node_s, gpu_s) if is_from_node else (gpu_s, node_s)
-        begin_s, sent_s = sender.out.take(now_s, out_s, num_bytes)
+        begin_s, sent_s = take(sender.out, now_s, out_s, num_bytes)
 
         def receive(time_s: float) -> None:
-            _, received_s = receiver.into.take(time_s, in_s, num_bytes)
+            _, received_s = take(receiver.into, time_s, in_s, num_bytes)
             self._events.at(max(sent_s, received_s) + delay_s, then)
 
         self._events.at(begin_s, receive)

@@ -26,7 +26,7 @@ enum MoetierActivation {
   MOETIER_CLAMPED_SWIGLU = 4
 };
 
-// The structures below are mirrored in cpu_native.py, field by field.
+// The structures below are mirrored in cpu_records.py, field by field.
 
 // A packed [rows, cols]: 2 to 4 bits on an affine grid, 1 to 4 on a symmetric one.
 struct MoetierMatrix {

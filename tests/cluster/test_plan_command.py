@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
+from cluster.plan.inputs import MAX_SEED
 from tests.hand_store import build_store
 
 QUICK = ("--max-layers", "1", "--steps", "1", "--warm-up", "1", "--prompt", "8")
@@ -39,6 +40,9 @@ def test_a_store_s_own_records_count(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["plan", "--model", str(tmp_path), "--bits", "4", *QUICK]) == 0
     codes = next(iter(manifest.experts.values())).codes.num_bytes
     assert f"as stored, {codes:,} bytes of codes" in capsys.readouterr().out
+    # With the last seed there is; the closed form draws with another.
+    assert main(["plan", "--model", str(tmp_path), "--seed", str(MAX_SEED), "--json", *QUICK]) == 0
+    assert json.loads(capsys.readouterr().out)["stored"]["codes"] == codes
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,9 @@ def test_a_store_s_own_records_count(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (("--gpus", "0"), "--gpus: got 0, expected 1 to 1024"),
         (("--memory-nodes", "-1"), "--memory-nodes: got -1"),
+        (("--steps", "1" + "0" * 400), "0000, expected 1 to 1000"),
+        (("--context", "2000000"), "--context: got 2000000, expected 1 to 1048576"),
+        (("--seed", str(MAX_SEED + 1)), f"expected 0 to {MAX_SEED}"),
         (("--link", "nan"), "--link: got nan, expected a number over 0"),
         (("--link", "0"), "--link: got 0.0"),
         (("--link", "1e999"), "--link: got inf"),

@@ -77,6 +77,23 @@ def test_near_data_takes_rows_there_pairs_back_and_its_own_time() -> None:
     assert found == [pytest.approx(2 * layer_s + 0.5, abs=1e-6)]
 
 
+def test_activations_do_not_wait_behind_records() -> None:
+    """Low-bit experts 1 and 2 near data, two pairs; 0 is restored and copied: 1500 bytes.
+
+    The rows go there and back while they are under way, unless they have to wait.
+    """
+    system = replace(SYSTEM, near_data="low_bit", near=RunCost(pair_s=1e-12))
+    copied_s = 0.25 + 1.5 + 0.25 + 2 * 0.125
+    found = steps_of(system)
+    assert found == [pytest.approx(2 * (0.25 + copied_s + 0.0625) + 0.5, abs=1e-6)]
+    # The answers want to leave at 0.52 s; behind the records they leave at 1.75.
+    late = replace(system, near_call_s=1.0)
+    assert steps_of(late) == found
+    waits_s = 1.75 + 0.02 + 0.5
+    waiting = steps_of(replace(late, activations_wait=True))
+    assert waiting == [pytest.approx(2 * (0.25 + waits_s + 0.0625) + 0.5, abs=1e-6)]
+
+
 def test_what_was_copied_is_kept_and_costs_no_second_copy() -> None:
     first, second = steps_of(replace(SYSTEM, cache_bytes=10**6), 2)
     layer_s = 0.25 + 4 * 0.125 + 0.0625
@@ -190,3 +207,12 @@ def test_events_happen_in_order_and_servers_one_after_another() -> None:
     assert server.take(2.0, 1.0, 5) == (3.0, 4.0)
     assert server.take(9.0, 1.0) == (9.0, 10.0)
     assert (server.busy_s, server.num_bytes) == (4.0, 15)
+
+
+def test_what_goes_first_delays_what_waits() -> None:
+    server = Server()
+    assert server.take(0.0, 10.0) == (0.0, 10.0)
+    assert server.take_first(1.0, 2.0, 7) == (1.0, 3.0)
+    assert server.take_first(2.0, 1.0) == (3.0, 4.0)
+    assert server.take(2.0, 1.0) == (13.0, 14.0)
+    assert (server.busy_s, server.num_bytes) == (14.0, 7)

@@ -135,6 +135,7 @@ def test_a_store_of_another_model_is_refused(moetier: Run, trace: Path, tmp_path
         (("trace", "--out", "{folder}/x", "--text", "none.txt"), 2, "none.txt does not exist"),
         (("trace", "--out", "{folder}/x", "--prompt", ""), 2, "--prompt: got an empty text"),
         (("trace", "--out", "{text}/x", "--tokens", 1, "--groups", 1), 1, "cannot be written"),
+        (("trace", "--out", "{folder}"), 2, "is a folder, expected a file to write"),
     ],
 )
 def test_mistakes_are_named(

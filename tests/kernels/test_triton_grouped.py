@@ -195,7 +195,7 @@ def test_launches_do_not_grow_with_experts(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(launches) == 2
 
 
-def test_digits_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_are_exact() -> None:
     """Every float32 within 2**-6 of its group's largest comes back; sums and zeros too."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(3, 192, generator=generator) * 63 + 1
