@@ -56,6 +56,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.cpu_kernels
 	$(BIN)/python -m benchmarks.overheads
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.prefetch
 	$(BIN)/python -m benchmarks.cache
 	$(BIN)/python -m benchmarks.governor
 	$(BIN)/python -m benchmarks.plan

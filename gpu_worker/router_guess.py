@@ -70,6 +70,11 @@ class RouterGuess:
             )
         return RouterGuess(routers, top_k)
 
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer."""
+        return next(iter(self._routers.values())).weight_EH.shape[0]
+
     def next_layer(self, layer: int) -> int | None:
         """The MoE layer after this one; None after the last."""
         return self._next.get(layer)
