@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -218,7 +218,15 @@ def test_what_does_not_end_by_itself_is_ended(command: list[str], code: int) -> 
         assert child.wait(10) == code
 
 
-def test_no_signal_leaves_a_clean_up_half_way() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as on a terminal: a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_no_signal_leaves_a_clean_up_half_way(interruptible: None) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     done = []
     with uninterrupted():
