@@ -33,7 +33,7 @@ def combine(
     The order of `parts` does not matter: a row's parts are added in rising order of expert. The
     first parts of all rows are added at once, then the second ones, and so on: as many additions as
     a row has parts, not as there are experts. A row is in each at most once, so that index_add_ has
-    one order only, on a GPU too.
+    one order only, on a GPU too. Carries no gradient.
     """
     if not parts:
         return torch.zeros_like(hidden_SH)
@@ -42,6 +42,7 @@ def combine(
     columns_P = _joined(part.work.columns for part in parts)
     turns_P = _turns(rows_P)
     order_P = np.lexsort((rows_P, turns_P))
+    topk_weights_SK = topk_weights_SK.detach()
     places_3P = np.array((rows_P[order_P], columns_P[order_P], order_P))
     counts = np.bincount(turns_P).tolist()
     add = _sum_on_host if hidden_SH.device.type == "cpu" else _sum_on_device
@@ -57,7 +58,7 @@ def _sum_on_host(
 ) -> torch.Tensor:
     """In numpy: its calls on a decode step's few rows cost two thirds of torch's, of 0.2 ms."""
     rows, columns, order = places_3P
-    outputs_PH = np.concatenate([part.output_PH.cpu().float().numpy() for part in parts])
+    outputs_PH = np.concatenate([part.output_PH.detach().cpu().float().numpy() for part in parts])
     weighted_PH = outputs_PH[order]
     weighted_PH *= topk_weights_SK.float().numpy()[rows, columns, None]
     sum_SH = np.zeros(hidden_SH.shape, np.float32)

@@ -62,8 +62,8 @@ def route(
     "random", whatever batch they are in; without it, tokens with the same experts are the same.
     Raises ValueError when top_n is not 0 to K.
     """
-    ids_TK = topk_ids_TK.to("cpu", torch.int64)
-    weights_TK = topk_weights_TK.to("cpu", torch.float32)
+    ids_TK = topk_ids_TK.detach().to("cpu", torch.int64)
+    weights_TK = topk_weights_TK.detach().to("cpu", torch.float32)
     if active_T is None:
         active_T = torch.ones(ids_TK.shape[0], dtype=torch.bool)
     skip_TK = skip_mask(weights_TK, policy.skip_below)
