@@ -1,7 +1,7 @@
 """From `moetier serve` to ready, to the first token, and what HTTP and Serve add to each token.
 
 `python -m benchmarks.startup` starts the cluster for the bundled model some times, and asks it for
-streams of one client at a time. Beside every start the same engine runs the same request in this
+streams of one client at a time. After every start the same engine runs the same request in this
 process: what HTTP, Serve and the actor add is the difference. Needs no other Ray on this machine.
 """
 

@@ -34,19 +34,14 @@ class AheadRecords:
         if stream is not None:
             stream.withdraw()
             self._arrive(stream.landed())
-        self._due = frozenset() if stream is None else stream.due
-
-    @property
-    def requests(self) -> frozenset[RecordRequest]:
-        """Records that a plan need not ask for."""
-        return frozenset(self._here) | self._due
+        due = frozenset() if stream is None else stream.due
+        self.requests = frozenset(self._here) | due  # records that a plan need not ask for
+        self._by_record = {(found.key, found.kind): found for found in self.requests}
 
     def covering(self, request: RecordRequest) -> RecordRequest | None:
         """The record here, or on its way, that holds what is asked for."""
-        for found in self.requests:
-            if found.key == request.key and found.kind == request.kind and found.covers(request):
-                return found
-        return None
+        found = self._by_record.get((request.key, request.kind))
+        return found if found is not None and found.covers(request) else None
 
     def take(self, request: RecordRequest) -> Landed | None:
         """The record if it is here; None while it is on its way."""
