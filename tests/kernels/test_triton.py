@@ -8,8 +8,6 @@ With TRITON_INTERPRET=0 on a machine with a GPU the same tests run compiled, on 
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import replace
 
 import pytest
@@ -22,34 +20,13 @@ from kernel_matrices import (
     random_matrix,
     relative_rms,
 )
+from triton_device import DEVICE, poisoned_outputs  # noqa: F401 - a fixture
 
-from kernels import reference
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed on this platform", allow_module_level=True)
-
-from kernels import triton_matmul, triton_prefill
+from kernels import reference, triton_matmul, triton_prefill
 from kernels.types import Grid, QuantizedMatrix
 
-COMPILED = os.environ["TRITON_INTERPRET"] == "0"
-DEVICE = "cuda" if COMPILED else "cpu"
-if COMPILED and not torch.cuda.is_available():
-    pytest.skip("TRITON_INTERPRET=0 needs a GPU, there is none", allow_module_level=True)
-
 every_form = pytest.mark.parametrize(("grid", "bits"), FORMS)
-
-
-@pytest.fixture(autouse=True)
-def _poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is NaN, so that an element no program writes is seen."""
-
-    original = torch.Tensor.new_empty
-
-    def new_empty(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        fresh = original(self, *args, **kwargs)
-        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 def matrix_of(rows: int, cols: int, bits: int, grid: Grid = "affine") -> QuantizedMatrix:

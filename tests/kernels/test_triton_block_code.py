@@ -6,8 +6,6 @@ With TRITON_INTERPRET=0 on a machine with a GPU the same tests run compiled, on 
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
 import sys
 import textwrap
@@ -18,35 +16,14 @@ import pytest
 import torch
 from block_codes import code_of
 from kernel_matrices import at_odd_address
+from triton_device import COMPILED, DEVICE, poisoned_outputs  # noqa: F401 - a fixture
 
-from kernels import ops
+from kernels import ops, triton_block_code
 from kernels.block_code import block_sections, decode_block_code
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed on this platform", allow_module_level=True)
-
-from kernels import triton_block_code
-
-COMPILED = os.environ["TRITON_INTERPRET"] == "0"
-DEVICE = "cuda" if COMPILED else "cpu"
-if COMPILED and not torch.cuda.is_available():
-    pytest.skip("TRITON_INTERPRET=0 needs a GPU, there is none", allow_module_level=True)
 
 every_form = pytest.mark.parametrize("differenced", [False, True])
 every_mode = pytest.mark.parametrize("grouped", [False, True])
-
-
-@pytest.fixture(autouse=True)
-def _poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is NaN, so that a weight no program writes is seen."""
-
-    original = torch.Tensor.new_empty
-
-    def new_empty(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        fresh = original(self, *args, **kwargs)
-        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 @every_form

@@ -7,8 +7,6 @@ a token alone and in a batch. With TRITON_INTERPRET=0 the same tests run compile
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import fields, replace
 from typing import get_args
 
@@ -24,34 +22,14 @@ from kernel_matrices import (
     random_mlp,
     relative_rms,
 )
+from triton_device import DEVICE, poisoned_outputs  # noqa: F401 - a fixture
 
-from kernels import ops, reference
+from kernels import ops, reference, triton_decode, triton_digits, triton_grouped
+from kernels.triton_digits import Digits, to_digits
 from kernels.types import Activation, GatedMLP, GatedRepair, Grid, LowRank, MlpCall, QuantizedMatrix
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed on this platform", allow_module_level=True)
-
-from kernels import triton_decode, triton_digits, triton_grouped
-from kernels.triton_digits import Digits, to_digits
-
-COMPILED = os.environ["TRITON_INTERPRET"] == "0"
-DEVICE = "cuda" if COMPILED else "cpu"
-if COMPILED and not torch.cuda.is_available():
-    pytest.skip("TRITON_INTERPRET=0 needs a GPU, there is none", allow_module_level=True)
-
 every_form = pytest.mark.parametrize(("grid", "bits"), FORMS)
-
-
-@pytest.fixture(autouse=True)
-def _poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is NaN, so that an element no program writes is seen."""
-    original = torch.Tensor.new_empty
-
-    def new_empty(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        fresh = original(self, *args, **kwargs)
-        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 def on_device(part: object) -> object:
