@@ -82,8 +82,10 @@ def compose(config: ClusterConfig) -> Application:
         max_ongoing_requests=MAX_TIER_CALLS,
         health_check_period_s=HEALTH_PERIOD_S,
         ray_actor_options={"num_cpus": 0},
+        # Not an argument: Serve gives a new user_config to the replica that runs.
+        user_config={"store": config.store.path},
         **_SHUTDOWN,
-    ).bind(TierSettings(config.store, config.ndp, config.directory))
+    ).bind(TierSettings(replace(config.store, path="auto"), config.ndp, config.directory))
     worker = _worker_deployment(config).bind(
         WorkerSettings(
             store=config.store.path,

@@ -82,7 +82,8 @@ class Keeper:
     """The tier actors of one cluster. Used by one event loop.
 
     An actor that is silent for `start_timeout_s` is replaced; replacements that fail are tried
-    again after 0.5, 1, 2 ... 30 s. `generation` counts the changes of who runs and where.
+    again after 0.5, 1, 2 ... 30 s. `generation` counts the changes of who runs and where,
+    from `first_generation` on.
     """
 
     def __init__(
@@ -92,12 +93,13 @@ class Keeper:
         *,
         start_timeout_s: float,
         clock: Callable[[], float],
+        first_generation: int = 0,
     ) -> None:
         self._launcher = launcher
         self._kept = tuple(_Kept(need) for need in needs)
         self._start_timeout_s = start_timeout_s
         self._clock = clock
-        self.generation = 0
+        self.generation = first_generation
 
     def running(self) -> tuple[Running, ...]:
         """The actors that have answered and were not given up."""

@@ -1,7 +1,7 @@
 """The tier manager: a small Serve deployment that starts, heals and hands out the tier actors.
 
 The one place that creates StoreActors and NdpActors. What to do when is `cluster/keeper.py`, where
-they go is `cluster/placement.py`.
+they go is `cluster/placement.py`, which stores are served is `cluster/tier_sets.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from cluster.placement import Node, Placed, tier_needs
 from cluster.settings import DirectorySettings, NdpSettings, StoreSettings
 from cluster.snapshot import ClusterSnapshot, IngressStats, Reports
 from cluster.tier_link import Endpoints, open_directory
+from cluster.tier_sets import TierSets
 from expert_store.actor import StoreActor, StoreHandle
 from expert_store.holder import HolderStatus
 from gpu_worker.actor import REPORT_INTERVAL_S
@@ -41,7 +42,11 @@ STOP_TIMEOUT_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class TierSettings:
-    """The sections of the config that the tiers are made of."""
+    """The sections of the config that the tiers are made of.
+
+    Which store it is does not belong to it (`store.path` is not read): that comes with
+    `TierManager.reconfigure`, so that a new one does not restart the manager and every tier.
+    """
 
     store: StoreSettings
     ndp: NdpSettings
@@ -49,37 +54,49 @@ class TierSettings:
 
 
 class TierManager:
-    """Serve runs one. Its constructor fails, with the reason, when a tier does not start."""
+    """Serve runs one. `reconfigure` comes first and fails, with the reason, when a tier does not
+    start. Serves the configured store, and every other that workers ask for as long as they do.
+    """
 
-    async def __init__(self, settings: TierSettings) -> None:  # type: ignore[misc] # Serve awaits it
-        self._keeper = Keeper(
-            RayLauncher(settings),
-            tier_needs(settings.store, settings.ndp),
-            start_timeout_s=settings.store.start_timeout_s,
-            clock=time.monotonic,
-        )
-        self._model: ModelDescription | None = None
+    def __init__(self, settings: TierSettings) -> None:
+        self._settings = settings
+        self._sets = TierSets(self._keeper, clock=time.monotonic)
+        self._models: dict[str, ModelDescription] = {}  # by store
         self._workers = Reports[WorkerStats](WORKER_EXPIRY_S, time.monotonic)
         self._ingresses = Reports[IngressStats](INGRESS_EXPIRY_S, time.monotonic)
-        await self._keeper.start()
-        self._tending = asyncio.create_task(self._tend())
+        self._tending: asyncio.Task[None] | None = None
 
-    async def endpoints(self) -> Endpoints:
-        """Who answers now."""
-        running = self._keeper.running()
-        return Endpoints(
-            self._keeper.generation,
-            tuple(StoreHandle(r.handle, r.status.listing) for r in running if r.role == "store"),
-            tuple(r.status.listing for r in running if r.role == "ndp"),
-        )
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Serve's user_config: {"store": FOLDER}, the store that is served from now on.
+
+        Raises ValueError for anything else; the first time also when its tiers do not start.
+        """
+        store = user_config.get("store")
+        if set(user_config) != {"store"} or not isinstance(store, str) or not store:
+            raise ValueError(
+                f'user_config of TierManager: got {dict(user_config)}, expected {{"store": FOLDER}}'
+            )
+        await self._sets.configure(store)
+        if self._tending is None:
+            self._tending = asyncio.create_task(self._tend())
+
+    async def endpoints(self, store: str) -> Endpoints:
+        """Who answers now for a store; its tiers are started if there are none.
+
+        Waits until they answer. Raises PlacementError, TierStartError or TooManyStoresError.
+        """
+        return _endpoints(await self._sets.get(store))
 
     async def report(
-        self, stats: WorkerStats, model: ModelDescription, generation: int
+        self, stats: WorkerStats, model: ModelDescription, generation: int, store: str
     ) -> Endpoints | None:
-        """A GPU worker's sign of life; the endpoints when it knows another generation of them."""
+        """A GPU worker's sign of life: it runs `model` from `store`. The store's endpoints when it
+        knows another generation of them; None also while their actors still start.
+        """
         self._workers.add(stats.replica, stats)
-        self._model = model
-        return None if generation == self._keeper.generation else await self.endpoints()
+        self._models[store] = model
+        keeper = self._sets.used(store)
+        return None if keeper is None or generation == keeper.generation else _endpoints(keeper)
 
     async def hold(self, seconds: float) -> None:
         """Returns after so long. Serve drains this replica, tiers and all, no sooner than that,
@@ -88,37 +105,54 @@ class TierManager:
         await asyncio.sleep(seconds)
 
     async def model(self) -> ModelDescription | None:
-        """The model that the workers run; None before the first of them has started."""
-        return self._model
+        """The model of the configured store; None before the first of its workers has started.
+        While a new store rolls in, that of the workers there are.
+        """
+        configured = self._models.get(self._sets.configured or "")
+        return configured or next(reversed(self._models.values()), None)
 
     async def snapshot(self, ingress: IngressStats) -> ClusterSnapshot:
         """The cluster now; `ingress` is the asker's own part of it."""
         self._ingresses.add(ingress.replica, ingress)
         return ClusterSnapshot(
-            self._keeper.statuses(), self._workers.current(), self._ingresses.current()
+            self._sets.statuses(), self._workers.current(), self._ingresses.current()
         )
 
     def check_health(self) -> None:
         """Raises when nobody looks after the tiers. A lost tier is not this one's illness."""
-        if self._tending.done():
+        if self._tending is not None and self._tending.done():
             raise RuntimeError("the tier manager no longer tends its actors")
 
     async def __del__(self) -> None:
-        if hasattr(self, "_tending"):
+        if self._tending is not None:
             self._tending.cancel()
-            await self._keeper.close()
+        await self._sets.close()
 
     async def _tend(self) -> None:
         while True:
-            await self._keeper.tend()
+            await self._sets.tend()
+            gone = self._models.keys() - set(self._sets.stores)
+            self._models = {s: model for s, model in self._models.items() if s not in gone}
             await asyncio.sleep(TEND_INTERVAL_S)
+
+    def _keeper(self, store: str) -> Keeper:
+        return Keeper(
+            RayLauncher(self._settings, store),
+            tier_needs(self._settings.store, self._settings.ndp),
+            start_timeout_s=self._settings.store.start_timeout_s,
+            clock=time.monotonic,
+            # No two sets of tiers count alike, those of a manager that was restarted included: a
+            # worker would take the new one's endpoints for those that it knows.
+            first_generation=time.time_ns(),
+        )
 
 
 class RayLauncher:
     """Starts tier actors with Ray. They are owned, so they end with the tier manager's process."""
 
-    def __init__(self, settings: TierSettings) -> None:
+    def __init__(self, settings: TierSettings, store: str) -> None:
         self._settings = settings
+        self._store = store
         self._directory = open_directory(settings.directory)
 
     async def nodes(self) -> Sequence[Node]:
@@ -131,13 +165,14 @@ class RayLauncher:
             "max_restarts": -1,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(placed.node.node_id, soft=False),
         }
-        store = self._settings.store.path
         store_actor: Any = StoreActor  # what ray.remote makes of the class, mypy does not know
         ndp_actor: Any = NdpActor
         if placed.need.section == "store":
-            return store_actor.options(**options).remote(store, directory=self._directory)
+            return store_actor.options(**options).remote(self._store, directory=self._directory)
         config = NdpConfig(num_threads=self._settings.ndp.num_threads or "auto")
-        return ndp_actor.options(**options).remote(store, config=config, directory=self._directory)
+        return ndp_actor.options(**options).remote(
+            self._store, config=config, directory=self._directory
+        )
 
     async def ask(self, handle: Any) -> HolderStatus:
         try:
@@ -156,6 +191,15 @@ class RayLauncher:
         except (RayError, TimeoutError) as error:
             logger.info("an actor did not stop by itself: %s", _first_lines(error))
         ray.kill(handle)
+
+
+def _endpoints(keeper: Keeper) -> Endpoints:
+    running = keeper.running()
+    return Endpoints(
+        keeper.generation,
+        tuple(StoreHandle(r.handle, r.status.listing) for r in running if r.role == "store"),
+        tuple(r.status.listing for r in running if r.role == "ndp"),
+    )
 
 
 def live_nodes() -> tuple[Node, ...]:

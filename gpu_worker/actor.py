@@ -68,17 +68,19 @@ class WorkerSettings:
 class GpuWorker:
     """Serve runs as many of these as there are replicas.
 
-    `tiers` is the tier manager's handle: `endpoints()` once, then every second
-    `report(stats, model, generation)`, which gives new endpoints when they have changed. A
+    `tiers` is the tier manager's handle: `endpoints(store)` once, then every second
+    `report(stats, model, generation, store)`, which gives new endpoints when they have changed. A
     `hold(seconds)` is always open, so that the tiers outlive the requests when all is shut down.
     """
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
         self, settings: WorkerSettings, tiers: Any, connect: Connect
     ) -> None:
-        self._tiers = tiers
+        self._tiers, self._store = tiers, settings.store
         # The tiers start meanwhile; both take seconds.
-        endpoints, _ = await asyncio.gather(_first(tiers), asyncio.to_thread(_load_libraries))
+        endpoints, _ = await asyncio.gather(
+            _first(tiers, settings.store), asyncio.to_thread(_load_libraries)
+        )
         self._link = await asyncio.to_thread(connect, endpoints)
         replica = serve.get_replica_context().replica_id.unique_id
         self._service = await asyncio.to_thread(_open, settings, self._link, replica)
@@ -128,7 +130,7 @@ class GpuWorker:
             try:
                 async with asyncio.timeout(5 * REPORT_INTERVAL_S):
                     endpoints = await self._tiers.report.remote(
-                        self._service.load(), model, self._link.generation
+                        self._service.load(), model, self._link.generation, self._store
                     )
                 if endpoints is not None:
                     await asyncio.to_thread(self._link.follow, endpoints)
@@ -138,8 +140,8 @@ class GpuWorker:
             await asyncio.sleep(REPORT_INTERVAL_S)
 
 
-async def _first(tiers: Any) -> Any:
-    return await tiers.endpoints.remote()
+async def _first(tiers: Any, store: str) -> Any:
+    return await tiers.endpoints.remote(store)
 
 
 async def _hold_once(tiers: Any) -> None:

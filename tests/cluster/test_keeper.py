@@ -1,60 +1,21 @@
 """Goal: tier actors come up where they belong, are replaced when lost, and never in a busy loop.
 
-Method: a launcher of this process whose actors die on command, and a clock that only tests move.
+Method: a launcher of this process whose actors die on command, and a clock that only tests move
+(`fake_tiers.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cluster.keeper import Keeper, TierLost, TierStartError
-from cluster.placement import Need, Node, Placed, PlacementError
-from expert_store.holder import HolderStatus
-from expert_store.listing import Listing
-
-NODES = (Node("a", "10.0.0.1", {"tier": "x"}), Node("b", "10.0.0.2", {"tier": "x"}))
-STORE = Need("store-0", "store", "tier=x")
-NDP = Need("ndp-0", "ndp", "tier=x")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-class FakeLauncher:
-    """Handles are numbers; `sick` says how a handle answers from now on."""
-
-    def __init__(self, nodes: Sequence[Node] = NODES) -> None:
-        self.live = list(nodes)
-        self.started: list[tuple[str, str]] = []
-        self.stopped: list[int] = []
-        self.sick: dict[int, TierLost] = {}
-        self.pids: dict[int, int] = {}
-
-    async def nodes(self) -> Sequence[Node]:
-        return self.live
-
-    async def start(self, placed: Placed) -> int:
-        self.started.append((placed.need.name, placed.node.node_id))
-        return len(self.started)
-
-    async def ask(self, handle: int) -> HolderStatus:
-        if handle in self.sick:
-            raise self.sick[handle]
-        listing = Listing(f"actor-{handle}", "records", "v", "a", ("127.0.0.1:1",))
-        return HolderStatus(listing, 1, 1, self.pids.get(handle, handle))
-
-    async def stop(self, handle: int) -> None:
-        self.stopped.append(handle)
+from cluster.placement import Need, Node, PlacementError
+from tests.cluster.fake_tiers import NDP, NODES, STORE, Clock, FakeLauncher
 
 
 def keeper_of(launcher: FakeLauncher, clock: Clock, *needs: Need) -> Keeper:

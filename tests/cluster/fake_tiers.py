@@ -1,0 +1,51 @@
+"""A launcher whose actors die on command, and a clock that only tests move: for tests of who keeps
+the tiers running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.keeper import TierLost
+from cluster.placement import Need, Node, Placed
+from expert_store.holder import HolderStatus
+from expert_store.listing import Listing
+
+NODES = (Node("a", "10.0.0.1", {"tier": "x"}), Node("b", "10.0.0.2", {"tier": "x"}))
+STORE = Need("store-0", "store", "tier=x")
+NDP = Need("ndp-0", "ndp", "tier=x")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class FakeLauncher:
+    """Handles are numbers; `sick` says how a handle answers from now on."""
+
+    def __init__(self, nodes: Sequence[Node] = NODES) -> None:
+        self.live = list(nodes)
+        self.started: list[tuple[str, str]] = []
+        self.stopped: list[int] = []
+        self.sick: dict[int, TierLost] = {}
+        self.pids: dict[int, int] = {}
+
+    async def nodes(self) -> Sequence[Node]:
+        return self.live
+
+    async def start(self, placed: Placed) -> int:
+        self.started.append((placed.need.name, placed.node.node_id))
+        return len(self.started)
+
+    async def ask(self, handle: int) -> HolderStatus:
+        if handle in self.sick:
+            raise self.sick[handle]
+        listing = Listing(f"actor-{handle}", "records", "v", "a", ("127.0.0.1:1",))
+        return HolderStatus(listing, 1, 1, self.pids.get(handle, handle))
+
+    async def stop(self, handle: int) -> None:
+        self.stopped.append(handle)
