@@ -6,6 +6,7 @@ Declares what the HTTP side needs of a worker. Knows no route, no Ray and no tok
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -15,6 +16,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from cluster.attempts import Attempts, Count, Generator
 from cluster.openai_answers import AnswerHead, Kind, event
 from cluster.openai_errors import ApiError
 from cluster.settings import HttpSettings
@@ -22,13 +24,11 @@ from gpu_worker.messages import Event, Failed, Finished, GenerateRequest, ModelD
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
 
-class Worker(Protocol):
-    """Somebody who runs requests: one GPU worker, or all of them behind a router."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
-        """Pieces, then exactly one Finished or Failed. Closing it ends the request."""
-        ...
+class Worker(Generator, Protocol):
+    """Somebody who runs requests and knows of which model."""
 
     async def describe(self) -> ModelDescription:
         """Raises ApiError 503 when no worker answers."""
@@ -40,10 +40,15 @@ class ClientGone(Exception):
 
 
 class Answering:
-    """Runs requests on a worker under the endpoint's limits."""
+    """Runs requests on a worker under the endpoint's limits; on another one if it is lost.
 
-    def __init__(self, worker: Worker, settings: HttpSettings) -> None:
-        self._worker = worker
+    Headers of every answer: x-moetier-version, the version of the store that answered. Of one that
+    is degraded: x-moetier-degraded: true, on a stream only if its first token was already; what
+    comes later is told in its last chunk (`AnswerHead.last_chunks`).
+    """
+
+    def __init__(self, worker: Worker, settings: HttpSettings, count: Count) -> None:
+        self._attempts = Attempts(worker, count)
         self._settings = settings
 
     async def answer(
@@ -66,7 +71,8 @@ class Answering:
         return await _while_connected(http, self._begin(request, head, stream))
 
     async def _begin(self, request: GenerateRequest, head: AnswerHead, stream: bool) -> Response:
-        events = self._worker.generate(request)
+        # A stream shows its first token when it comes; else nobody sees a thing before the end.
+        events = self._attempts.run(request, whole=not stream)
         handed_over = False
         try:
             async with asyncio.timeout(self._settings.request_timeout_s) as limit:
@@ -75,7 +81,8 @@ class Answering:
                     raise self.error(first)
                 if stream:
                     handed_over = True
-                    return EventStream(self._stream(head, first, events, limit.when()))
+                    source = self._stream(request, head, first, events, limit.when())
+                    return EventStream(source, _headers(first, degraded=first.degraded))
                 return await self._whole(head, first, events)
         except TimeoutError as error:
             raise self._timed_out() from error
@@ -93,15 +100,22 @@ class Answering:
             current = await anext(events)
         if isinstance(current, Failed):
             raise self.error(current)
-        headers = {"x-moetier-degraded": "true"} if current.degraded else {}
+        headers = _headers(first, degraded=current.degraded)
         if current.quality is not None:
             headers["x-moetier-quality"] = current.quality
         return JSONResponse(head.whole(text, current), headers=headers)
 
     async def _stream(
-        self, head: AnswerHead, first: Event, events: AsyncIterator[Event], deadline: float | None
+        self,
+        request: GenerateRequest,
+        head: AnswerHead,
+        first: Event,
+        events: AsyncIterator[Event],
+        deadline: float | None,
     ) -> AsyncIterator[str]:
-        """Server-sent events. A failure is an error event and the end, without DONE."""
+        """Server-sent events. A failure is an error event and the end, without DONE: the body is
+        whole all the same, so that no client takes it for a broken connection.
+        """
         try:
             if (opening := head.first_chunk()) is not None:
                 yield opening
@@ -113,9 +127,13 @@ class Answering:
             if isinstance(current, Finished):
                 yield head.last_chunks(current)
             else:
-                yield event(self.error(current).body)
+                yield event(self.error(current).body(request.request_id))
         except TimeoutError:
-            yield event(self._timed_out().body)
+            yield event(self._timed_out().body(request.request_id))
+        except Exception:
+            logger.exception("request %s failed in the midst of its stream", request.request_id)
+            mistake = ApiError(500, "internal error in the midst of it", code="internal_error")
+            yield event(mistake.body(request.request_id))
         finally:
             await _close(events)
 
@@ -130,7 +148,7 @@ class Answering:
                 return ApiError(400, message, param=field, code="context_length_exceeded")
             case "queue_full":
                 return ApiError(429, message, code="queue_full", retry_after_s=again)
-            case "unavailable":
+            case "unavailable" | "stopped":
                 return ApiError(503, message, code="unavailable", retry_after_s=again)
             case "internal":
                 return ApiError(500, message, code="internal_error")
@@ -143,8 +161,8 @@ class Answering:
 class EventStream(StreamingResponse):
     """Server-sent events whose source is closed with the response, however that ends."""
 
-    def __init__(self, source: AsyncIterator[str]) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    def __init__(self, source: AsyncIterator[str], headers: dict[str, str]) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
         super().__init__(source, media_type="text/event-stream", headers=headers)
         self._source = source
 
@@ -153,6 +171,13 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await _close(self._source)
+
+
+def _headers(first: Event, *, degraded: bool) -> dict[str, str]:
+    """What an answer's headers tell of how it came to be."""
+    assert not isinstance(first, Failed), "an answer begins with a Piece or a Finished"
+    headers = {} if first.version is None else {"x-moetier-version": first.version}
+    return {**headers, "x-moetier-degraded": "true"} if degraded else headers
 
 
 async def _while_connected(http: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -16,6 +16,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from cluster.attempts import WorkerLostError
 from cluster.openai_errors import ApiError
 from cluster.routes import create_app
 from cluster.settings import HttpSettings
@@ -24,8 +25,6 @@ from gpu_worker.messages import Event, Failed, GenerateRequest, ModelDescription
 
 logger = logging.getLogger(__name__)
 
-MAX_TRIES = 3
-"""Times that a request is sent to a worker while nothing of its answer has come."""
 QUEUE_FULL = "every GPU worker is busy and as many requests wait as may; try again later"
 ASK_TIMEOUT_S = 10.0
 SHARE_INTERVAL_S = 3.0
@@ -79,30 +78,22 @@ class RoutedWorker:
         return description
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
-        """As a worker's own; a worker that dies before its first event is replaced by another."""
-        for attempt in range(1, MAX_TRIES + 1):
-            started = False
-            response = self._streams.generate.remote(request)
-            ended = False
-            try:
-                async for event in response:
-                    started = True
-                    ended = not isinstance(event, Piece)
-                    yield event
-                return
-            except BackPressureError:
-                ended = True
-                yield Failed("queue_full", QUEUE_FULL)
-                return
-            except (RayError, RayServeException) as error:
-                ended = True
-                logger.warning("request %s, try %d: %r", request.request_id, attempt, error)
-                if started or attempt == MAX_TRIES:
-                    yield Failed("unavailable", "the GPU worker was lost; ask again")
-                    return
-            finally:
-                if not ended:
-                    response.cancel()
+        """As a worker's own, on the one that Serve's router picks."""
+        response = self._streams.generate.remote(request)
+        ended = False
+        try:
+            async for event in response:
+                ended = not isinstance(event, Piece)
+                yield event
+        except BackPressureError:
+            ended = True
+            yield Failed("queue_full", QUEUE_FULL)
+        except (RayError, RayServeException) as error:
+            ended = True
+            raise WorkerLostError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        finally:
+            if not ended:
+                response.cancel()
 
 
 class RemoteTiers:

@@ -37,6 +37,10 @@ Metric = tuple[str, str, str, list[Sample]]
 
 
 def _load(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
+    versions: list[Sample] = [
+        ({"replica": w.replica, "version": w.version or "unknown"}, 1) for w in workers
+    ]
+    yield "moetier_worker_info", "gauge", "1 for each GPU worker and its store's version.", versions
     gauges = {
         "running_sequences": "Sequences that hold a slot.",
         "waiting_sequences": "Sequences that were accepted and hold no slot yet.",
@@ -64,6 +68,9 @@ def _work(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
         for how, count in sorted(w.finished.items())
     ]
     yield "moetier_sequences_total", "counter", "Sequences that ended, by how.", ended
+    degraded: list[Sample] = [({"replica": w.replica}, w.degraded_requests) for w in workers]
+    help_text = "Requests answered with some compensator missing; their pairs: moetier_pairs_total."
+    yield "moetier_degraded_requests_total", "counter", help_text, degraded
 
 
 def _bytes_and_pairs(workers: Sequence[WorkerStats]) -> Iterator[Metric]:
@@ -159,6 +166,9 @@ def _requests(snapshot: ClusterSnapshot) -> Iterator[Metric]:
         for (route, status), count in sorted(ingress.requests.items())
     ]
     yield "moetier_http_requests_total", "counter", "HTTP requests, by route and status.", samples
+    retries: list[Sample] = [({"replica": i.replica}, i.retries) for i in snapshot.ingresses]
+    help_text = "Times a request was sent to another worker because the first was lost."
+    yield "moetier_request_retries_total", "counter", help_text, retries
 
 
 def _tiers(snapshot: ClusterSnapshot) -> Iterator[Metric]:

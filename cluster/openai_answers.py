@@ -46,13 +46,14 @@ class AnswerHead:
     def last_chunks(self, finished: Finished) -> str:
         """The finish reason, then the usage if asked for, then DONE.
 
-        An answer that was degraded says so in `moetier_degraded`, one that was governed in
-        `moetier_quality`: a stream's headers have left.
+        An answer that was degraded, at whichever token, or governed says so in the finish chunk, as
+        "moetier": {"degraded": true or false, "quality": the governor's setting or null}: a
+        stream's headers have left. The chunk of an answer of full quality has no such field.
         """
         delta: dict[str, Any] = {} if self.kind == "chat" else {"text": ""}
-        more: dict[str, Any] = {"moetier_degraded": True} if finished.degraded else {}
-        if finished.quality is not None:
-            more["moetier_quality"] = finished.quality
+        more: dict[str, Any] = {}
+        if finished.degraded or finished.quality is not None:
+            more["moetier"] = {"degraded": finished.degraded, "quality": finished.quality}
         chunks = self._chunk(delta, finish_reason=_reason(finished), **more)
         if self.include_usage:
             chunks += event({**self._stream_common(), "choices": [], "usage": usage(finished)})
@@ -93,13 +94,16 @@ def event(data: dict[str, Any]) -> str:
 
 
 def model_object(model: ModelDescription) -> dict[str, Any]:
-    """An entry of /v1/models; `max_model_len` is the context in tokens, as vLLM has it."""
+    """An entry of /v1/models; `max_model_len` is the context in tokens, as vLLM has it, and
+    `version` the store's.
+    """
     return {
         "id": model.name,
         "object": "model",
         "created": model.created,
         "owned_by": "moetier",
         "max_model_len": model.max_context,
+        "version": model.version,
     }
 
 

@@ -37,16 +37,16 @@ class ApiError(Exception):
         self.code = code
         self.retry_after_s = retry_after_s
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """{"error": {message, type, param, code}}"""
+    def body(self, request_id: str) -> dict[str, Any]:
+        """{"error": {message, type, param, code}, "request_id": the id to ask about}"""
         return {
             "error": {
                 "message": self.message,
                 "type": TYPES.get(self.status, "invalid_request_error"),
                 "param": self.param,
                 "code": self.code,
-            }
+            },
+            "request_id": request_id,
         }
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Protocol
 
 from fastapi import FastAPI, Request, Response
@@ -17,6 +18,8 @@ from starlette.exceptions import HTTPException
 
 from cluster import metrics
 from cluster.answering import Answering, ClientGone, Worker
+from cluster.attempts import Count
+from cluster.model_watch import ModelWatch
 from cluster.openai_answers import Kind, model_object
 from cluster.openai_api import ChatRequest, CompletionRequest, parse_request
 from cluster.openai_errors import ApiError
@@ -78,14 +81,15 @@ class Routes:
         self._tiers = tiers
         self._settings = settings
         self._replica = replica
-        self._answering = Answering(worker, settings)
-        self._description: ModelDescription | None = None
+        self._retries = Count()
+        self._answering = Answering(worker, settings, self._retries)
+        self._model = ModelWatch(worker.describe)
         self.answered: Counter[tuple[str, int]] = Counter()
 
     @property
     def stats(self) -> IngressStats:
         """What this replica has answered so far."""
-        return IngressStats(self._replica, dict(self.answered))
+        return IngressStats(self._replica, dict(self.answered), self._retries.retries)
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions"""
@@ -97,7 +101,7 @@ class Routes:
 
     async def models(self) -> Response:
         """GET /v1/models"""
-        return JSONResponse({"object": "list", "data": [model_object(await self._described())]})
+        return JSONResponse({"object": "list", "data": [model_object(await self._model.get())]})
 
     async def model(self, name: str) -> Response:
         """GET /v1/models/{name}"""
@@ -110,7 +114,7 @@ class Routes:
         again = self._settings.retry_after_s
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                model = await self._described()
+                model = await self._model.get()
                 snapshot = await self._tiers.snapshot(self.stats)
         except TimeoutError as error:
             message = f"no answer from a GPU worker and the tier manager in {HEALTH_TIMEOUT_S:g} s"
@@ -158,23 +162,17 @@ class Routes:
                 return bytes(body)
         raise ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large")
 
-    async def _described(self) -> ModelDescription:
-        """The model; it never changes while this process lives."""
-        if self._description is None:
-            self._description = await self._worker.describe()
-        return self._description
-
     async def _named(self, name: str) -> ModelDescription:
-        model = await self._described()
+        model = await self._model.get()
         if name != model.name:
             message = f"model: {name[:200]!r} is not served here, use {model.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return model
 
 
-async def _on_api_error(_: Request, error: Exception) -> Response:
+async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+    return _error_response(request, error, error.headers)
 
 
 async def _on_client_gone(_: Request, error: Exception) -> Response:
@@ -188,12 +186,22 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     known = {404: f"no such route: {where}", 405: f"method not allowed: {where}"}
     api_error = ApiError(error.status_code, known.get(error.status_code, str(error.detail)))
     headers = {**(error.headers or {}), **api_error.headers}
-    return JSONResponse(api_error.body, status_code=api_error.status, headers=headers)
+    return _error_response(request, api_error, headers)
 
 
 async def _on_mistake(request: Request, error: Exception) -> Response:
     """Our mistake: the log has the traceback, the client an id to name."""
-    request_id = request.scope.get("state", {}).get("request_id", "unknown")
+    request_id = _id_of(request)
     logger.error("request %s failed", request_id, exc_info=error)
     message = f"internal error; the log has it under request id {request_id}"
-    return JSONResponse(ApiError(500, message, code="internal_error").body, status_code=500)
+    return _error_response(request, ApiError(500, message, code="internal_error"), {})
+
+
+def _error_response(request: Request, error: ApiError, headers: Mapping[str, str]) -> Response:
+    body = error.body(_id_of(request))
+    return JSONResponse(body, status_code=error.status, headers=dict(headers))
+
+
+def _id_of(request: Request) -> str:
+    found: str = request.scope.get("state", {}).get("request_id", "unknown")
+    return found

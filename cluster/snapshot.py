@@ -27,10 +27,13 @@ class TierStatus:
 
 @dataclass(frozen=True, slots=True)
 class IngressStats:
-    """Requests that one ingress replica has answered, by (route, status)."""
+    """Requests that one ingress replica has answered, by (route, status); and how often it sent one
+    to another worker because the first was lost.
+    """
 
     replica: str
     requests: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    retries: int = 0
 
 
 @dataclass(frozen=True, slots=True)

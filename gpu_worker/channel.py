@@ -20,6 +20,7 @@ class Channel:
         self._ready = asyncio.Event()
         self._lock = threading.Lock()
         self._text = ""
+        self._degraded = False
         self._end: Finished | Failed | None = None
 
     def put(self, event: Event) -> None:
@@ -28,6 +29,7 @@ class Channel:
             assert self._end is None, f"{event} after the end {self._end}"
             if isinstance(event, Piece):
                 self._text += event.text
+                self._degraded = self._degraded or event.degraded
             else:
                 self._end = event
         if not self._loop.is_closed():  # else nobody is left to read
@@ -40,7 +42,7 @@ class Channel:
             with self._lock:
                 text, self._text = self._text, ""
                 if text:
-                    return Piece(text)
+                    return Piece(text, self._degraded)
                 if self._end is not None:
                     return self._end
                 self._ready.clear()

@@ -11,12 +11,15 @@ from typing import Any, Literal
 
 from gpu_worker.sequence import FinishReason, SamplingParams
 
-FailureKind = Literal["invalid", "context_length", "queue_full", "unavailable", "internal"]
+FailureKind = Literal[
+    "invalid", "context_length", "queue_full", "unavailable", "stopped", "internal"
+]
 """Why a request ended without an answer.
 
 - invalid: the request can never run; context_length is the one case of it that clients look for.
 - queue_full: too many wait; the same request may succeed later.
-- unavailable: an expert's codes could not be read from any tier.
+- unavailable: an expert's codes could not be read from any tier; no other worker has them.
+- stopped: this worker ends before the answer is whole; another one can give it.
 - internal: a mistake of ours.
 """
 
@@ -33,14 +36,16 @@ class ChatMessage:
 class GenerateRequest:
     """A prompt (text or token ids) or a conversation, and how to go on from it.
 
-    `request_id` is for logs; it need not be unique. Raises ValueError unless exactly one of prompt
-    and messages is given.
+    `request_id` is for logs; it need not be unique: a request that is sent to another worker keeps
+    it and counts its `attempt`. Raises ValueError unless exactly one of prompt and messages is
+    given.
     """
 
     request_id: str
     params: SamplingParams
     prompt: str | tuple[int, ...] | None = None
     messages: tuple[ChatMessage, ...] = ()
+    attempt: int = 1
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (not self.messages):
@@ -49,9 +54,15 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that was added to the answer, maybe of several tokens."""
+    """Text that was added to the answer, maybe of several tokens.
+
+    `degraded`: some token so far was answered with less than the store promises. `version`: on an
+    answer's first event, the version of the store that answers.
+    """
 
     text: str
+    degraded: bool = False
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +74,7 @@ class Finished:
     num_output_tokens: int
     degraded: bool  # some token was answered with less than the store promises
     quality: str | None = None  # the governor's lowest setting while answering; None is full
+    version: str | None = None  # as a Piece's, where the answer has no text
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +98,7 @@ class ModelDescription:
     model_type: str
     max_context: int
     created: int  # seconds since 1970: when this worker loaded it
+    version: str | None = None  # of the store: another one when any record differs
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +106,10 @@ class WorkerStats:
     """A worker's load now and what it did since its start.
 
     `counters` is `StepCounters.as_dict()` over all steps; `finished` counts requests by how they
-    ended (a finish reason or a failure kind). `governed_tokens` were computed with less than full
-    quality to keep a latency target; `knobs` are what the governor has set now, by name.
+    ended (a finish reason or a failure kind), `degraded_requests` those answered to their end with
+    less than the store promises. `version` is the store's. `governed_tokens` were computed with
+    less than full quality to keep a latency target; `knobs` are what the governor has set now, by
+    name.
     """
 
     replica: str
@@ -108,3 +123,5 @@ class WorkerStats:
     finished: Mapping[str, int] = field(default_factory=dict)
     governed_tokens: int = 0
     knobs: Mapping[str, float] = field(default_factory=dict)
+    degraded_requests: int = 0
+    version: str | None = None

@@ -12,21 +12,22 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 
-from expert_store.errors import StoreError
+from gpu_worker import failures
 from gpu_worker.channel import Channel
 from gpu_worker.counters import StepCounters
 from gpu_worker.engine import Engine, StepOutput, TokenEvent
 from gpu_worker.messages import (
     Event,
     Failed,
-    FailureKind,
     Finished,
     GenerateRequest,
     ModelDescription,
     Piece,
     WorkerStats,
 )
+from gpu_worker.outage import OutageLog
 from gpu_worker.prompt import PromptTooLongError, encode_prompt, longest_token_bytes
 from gpu_worker.scheduler import QueueFullError
 from gpu_worker.sequence import Sequence
@@ -40,7 +41,7 @@ MAX_STEP_S = 300.0
 class EngineService:
     """One engine, many concurrent requests. Owns and closes the engine.
 
-    `clock` gives seconds and is only used to tell a hung step.
+    `clock` gives seconds: to tell a hung step, and how long compensators were gone.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class EngineService:
         self._live: dict[str, tuple[Sequence, Channel]] = {}
         self._counters = StepCounters()
         self._finished: Counter[str] = Counter()
+        self._degraded_requests = 0
+        self._outage = OutageLog(replica, clock)
         self._steps = self._computed_tokens = self._output_tokens = self._governed_tokens = 0
         self._crash: BaseException | None = None
         self._busy_since: float | None = None
@@ -101,19 +104,21 @@ class EngineService:
             request_id = f"{self._num_requests}:{request.request_id}"
             sequence = Sequence(request_id, prompt_ids, request.params)
         except PromptTooLongError as error:
-            yield _for_sender(_invalid(error, "context_length"), request)
+            failed = failures.invalid(error, "context_length")
+            yield failures.for_sender(failed, request)
             return
         except ValueError as error:
-            yield _for_sender(_invalid(error), request)
+            yield failures.for_sender(failures.invalid(error), request)
             return
         channel = Channel()
         self._arrive(sequence, channel)
-        ended = False
+        ended, version = False, self._description.version
         try:
             while not ended:
                 event = await channel.get()
                 ended = not isinstance(event, Piece)
-                yield _for_sender(event, request) if isinstance(event, Failed) else event
+                yield self._told(event, request, version)
+                version = None  # the first event says it for all
         finally:
             if not ended:
                 self._leave(request_id)
@@ -138,10 +143,21 @@ class EngineService:
         with self._encoding:
             return encode_prompt(self._engine.tokenizer, request, max_bytes=self._max_prompt_bytes)
 
+    def _told(self, event: Event, request: GenerateRequest, version: str | None) -> Event:
+        """The event as this request is told of it."""
+        if not isinstance(event, Failed):
+            return replace(event, version=version) if version else event
+        if event is failures.DIED:
+            event = failures.died(request.attempt)
+        if event.kind in ("stopped", "unavailable", "internal"):
+            told = (request.request_id, request.attempt, event.kind, event.message)
+            logger.warning("request %s, attempt %d: %s: %s", *told)
+        return failures.for_sender(event, request)
+
     def _arrive(self, sequence: Sequence, channel: Channel) -> None:
         with self._wake:
             if self._stopped:
-                channel.put(_stopped())
+                channel.put(failures.stopped())
                 return
             self._arriving.append((sequence, channel))
             self._wake.notify()
@@ -163,10 +179,12 @@ class EngineService:
         finally:
             with self._wake:
                 self._stopped = True
-                waiting = [*self._arriving, *self._live.values()]
-                self._arriving, self._live = [], {}
-            for _, channel in waiting:
-                channel.put(_stopped())
+                arriving, self._arriving = self._arriving, []
+            live, self._live = self._live, {}
+            for _, channel in arriving:
+                channel.put(failures.stopped())
+            for _, channel in live.values():
+                channel.put(failures.stopped() if self._crash is None else failures.DIED)
             self._engine.close()
 
     def _next_turn(self) -> bool:
@@ -200,7 +218,7 @@ class EngineService:
         except ValueError as error:
             wanted = len(sequence.prompt_ids) + (sequence.params.max_tokens or 1)
             too_long = wanted > self._engine.max_context
-            failed = _invalid(error, "context_length" if too_long else "invalid")
+            failed = failures.invalid(error, "context_length" if too_long else "invalid")
             channel.put(self._counted(failed))
         else:
             self._live[sequence.request_id] = (sequence, channel)
@@ -210,6 +228,7 @@ class EngineService:
         self._steps += 1
         self._computed_tokens += output.num_tokens
         self._governed_tokens += output.governed_tokens
+        self._outage.stepped(output.counters.degraded_pairs)
         # Before the events: who has seen an answer's end finds it counted.
         self._stats = self._snapshot()
         for event in output.events:
@@ -219,14 +238,15 @@ class EngineService:
         sequence, channel = self._live[event.request_id]
         self._output_tokens += event.token_id is not None
         if event.text:
-            channel.put(Piece(event.text))
+            channel.put(Piece(event.text, event.degraded))
         if event.finish_reason is None:
             return
         del self._live[event.request_id]
         if event.error is not None:
-            channel.put(self._counted(_failed(event.error)))
+            channel.put(self._counted(failures.of_engine(event.error)))
             return
         self._finished[event.finish_reason] += 1
+        self._degraded_requests += event.degraded
         self._stats = self._snapshot()
         channel.put(
             Finished(
@@ -257,28 +277,6 @@ class EngineService:
             finished=dict(self._finished),
             governed_tokens=self._governed_tokens,
             knobs={} if governor is None else governor.knobs,
+            degraded_requests=self._degraded_requests,
+            version=self._description.version,
         )
-
-
-def _invalid(error: ValueError, kind: FailureKind = "invalid") -> Failed:
-    """Our ValueErrors begin with the field's name."""
-    field, colon, _ = str(error).partition(":")
-    return Failed(kind, str(error), field if colon and field.isidentifier() else None)
-
-
-def _for_sender(failed: Failed, request: GenerateRequest) -> Failed:
-    """The engine knows only prompts; who sent messages is told of those."""
-    if failed.field != "prompt" or not request.messages:
-        return failed
-    message = "messages" + failed.message.removeprefix("prompt")
-    return Failed(failed.kind, message, "messages")
-
-
-def _failed(error: Exception) -> Failed:
-    if isinstance(error, StoreError):
-        return Failed("unavailable", str(error))
-    return Failed("internal", str(error))
-
-
-def _stopped() -> Failed:
-    return Failed("internal", "the worker stopped before the answer was whole; ask again")

@@ -55,7 +55,7 @@ def test_a_governed_answer_says_so(endpoint: Endpoint, governor: Governor) -> No
         stream = http.post("/v1/completions", json={**BODY, "stream": True})
         metrics = http.get("/metrics").text
     assert whole.headers["x-moetier-quality"] == str(governor.setting)
-    assert f'"moetier_quality":"{governor.setting}"' in stream.text
+    assert f'"quality":"{governor.setting}"' in stream.text
     assert 'moetier_governor_knob{replica="local",knob="top_n"} 0' in metrics
     governed = next(line for line in metrics.splitlines() if line.startswith("moetier_governed_t"))
     assert float(governed.split()[-1]) > 0

@@ -215,7 +215,8 @@ def test_a_degraded_answer_says_so(endpoint: Endpoint, http: httpx2.Client) -> N
     finally:
         endpoint.experts.degraded = False
     assert whole.headers["x-moetier-degraded"] == "true"
-    assert '"moetier_degraded":true' in stream.text
+    assert stream.headers["x-moetier-degraded"] == "true", "known at the first token"
+    assert '"moetier":{"degraded":true,"quality":null}' in stream.text
 
 
 def test_a_lost_expert_is_503(endpoint: Endpoint, http: httpx2.Client) -> None:
@@ -374,7 +375,7 @@ def test_an_engine_that_dies_fails_its_requests_and_its_health() -> None:
         endpoint.service.check_health()
         endpoint.experts.end = lambda: None  # type: ignore[method-assign,assignment,return-value]
         for _ in range(2):
-            check_error(http.post("/v1/completions", json=BODY), 500, code="internal_error")
+            check_error(http.post("/v1/completions", json=BODY), 503, code="unavailable")
         with pytest.raises(RuntimeError, match="has died"):
             endpoint.service.check_health()
 

@@ -203,13 +203,14 @@ def test_what_asks_for_nothing_is_accepted(field: str) -> None:
 
 def test_an_error_has_openais_shape() -> None:
     error = ApiError(429, "later", code="queue_full", retry_after_s=2)
-    assert error.body == {
+    assert error.body("r-1") == {
         "error": {
             "message": "later",
             "type": "rate_limit_error",
             "param": None,
             "code": "queue_full",
-        }
+        },
+        "request_id": "r-1",
     }
     assert error.headers == {"retry-after": "2"}
 
@@ -249,14 +250,16 @@ def test_chunks_are_the_clients_own_types(include_usage: bool) -> None:
 
 def test_a_degraded_stream_says_so_at_its_end() -> None:
     head = AnswerHead("completion", "c", 5, "mini")
-    assert '"moetier_degraded":true' in head.last_chunks(Finished("stop", 1, 1, True))
+    chunks = head.last_chunks(Finished("stop", 1, 1, True))
+    assert '"moetier":{"degraded":true,"quality":null}' in chunks
     assert "degraded" not in head.last_chunks(FINISHED)
 
 
 def test_a_governed_stream_says_with_what_quality_at_its_end() -> None:
     head = AnswerHead("chat", "c", 5, "mini")
     governed = Finished("stop", 1, 1, False, "top_n=0; factor_share=0.25")
-    assert '"moetier_quality":"top_n=0; factor_share=0.25"' in head.last_chunks(governed)
+    told = '"moetier":{"degraded":false,"quality":"top_n=0; factor_share=0.25"}'
+    assert told in head.last_chunks(governed)
     assert "quality" not in head.last_chunks(FINISHED)
 
 

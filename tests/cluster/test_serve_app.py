@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 from hand_store import build_store
 from ray import cloudpickle
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve._private.build_app import build_app
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 import cluster.app
 from cluster import autoscaling
 from cluster.app import build, num_gpus
+from cluster.attempts import Attempts, Count
 from cluster.config import ClusterConfig, config_from_mapping
-from cluster.ingress import MAX_TRIES, QUEUE_FULL, RemoteTiers, RoutedWorker
+from cluster.ingress import QUEUE_FULL, RemoteTiers, RoutedWorker
 from cluster.openai_errors import ApiError
 from cluster.snapshot import IngressStats
 from gpu_worker.actor import HOLD_AGAIN_S, HOLD_S, GpuWorker
@@ -216,19 +217,21 @@ class Handle:
 
 
 def events_of(*answers: Answer) -> list[Event]:
+    """What a client that streams is given, from a handle that gives these answers in turn."""
     left = list(answers)
 
     async def collect() -> list[Event]:
         worker = RoutedWorker(Handle(generate=lambda _: left.pop(0)), Handle())
-        return [event async for event in worker.generate(REQUEST)]
+        return [event async for event in Attempts(worker, Count()).run(REQUEST, whole=False)]
 
     found = asyncio.run(collect())
     assert not left, "every answer was used"
     return found
 
 
-def test_a_worker_that_dies_before_its_first_event_is_replaced() -> None:
-    assert events_of(Answer([], DIED), Answer([Piece("a"), END])) == [Piece("a"), END]
+@pytest.mark.parametrize("error", [DIED, ActorUnavailableError("away", None)])
+def test_a_worker_that_dies_before_its_first_event_is_replaced(error: Exception) -> None:
+    assert events_of(Answer([], error), Answer([Piece("a"), END])) == [Piece("a"), END]
 
 
 def test_a_worker_that_dies_later_ends_the_answer() -> None:
@@ -236,11 +239,6 @@ def test_a_worker_that_dies_later_ends_the_answer() -> None:
     assert piece == Piece("a")
     assert isinstance(failed, Failed)
     assert failed.kind == "unavailable"
-
-
-def test_tries_are_bounded() -> None:
-    (failed,) = events_of(*[Answer([], DIED) for _ in range(MAX_TRIES)])
-    assert isinstance(failed, Failed)
 
 
 def test_serves_own_backpressure_is_a_full_queue() -> None:
