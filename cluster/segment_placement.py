@@ -103,11 +103,11 @@ def _add_hot(layout: Layout, there: Sequence[frozenset[int]], hot_ratio: float) 
     heapq.heapify(wanted)
     while wanted and -wanted[0][0] > limit:
         item = wanted[0][1]
-        node = layout.coolest(item)
-        if node is None:
+        coolest = layout.coolest(item)
+        if coolest is None:
             heapq.heappop(wanted)
             continue
-        layout.add(item, node)
+        layout.add(item, coolest)
         heapq.heapreplace(wanted, (-_per_copy(layout, item), item))
 
 
