@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.autoscaling import Targets
+from expert_store.redis_url import RedisAddress, parse_redis_url
 
 Transport = Literal["object_store", "grpc"]
 Compression = Literal["none", "zstd"]
@@ -162,24 +163,49 @@ class DirectorySettings:
     """Who knows which endpoint serves which part of the store.
 
     - kind: memory (inside the tier manager; one cluster) or redis (outlives it).
-    - redis_url: such as redis://10.0.0.5:6379/0; required by redis, without user or password.
-    - password_file: file that holds the Redis password and nothing else; null is no password.
+    - redis_url: redis://HOST:PORT/DB, or redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB where
+      Sentinels know the master; rediss instead of redis is TLS. Without user or password.
+    - password_file: file that holds the Redis password and nothing else, read for every new
+      connection, so that it can be rotated; null is no password.
+    - sentinel_password_file: the same for the Sentinels' own password.
+    - ca_file: PEM file of the CAs that TLS trusts; null is the system's.
     """
 
     kind: DirectoryKind = "memory"
     redis_url: str | None = None
     password_file: str | None = None
+    sentinel_password_file: str | None = None
+    ca_file: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind == "redis" and not self.redis_url:
-            raise ValueError("redis_url: got nothing, kind redis needs redis://HOST:PORT/DB")
         if self.kind == "memory" and (self.redis_url or self.password_file):
             raise ValueError("kind: got memory together with redis_url or password_file; use redis")
-        if self.redis_url and not re.match(r"rediss?://[^@]+$", self.redis_url):
+        if self.kind == "redis" and not self.redis_url:
+            raise ValueError("redis_url: got nothing, kind redis needs redis://HOST:PORT/DB")
+        self._check_url()
+
+    def _check_url(self) -> None:
+        url = self.redis_url or ""
+        if "@" in url:
             raise ValueError(
-                "redis_url: expected redis://HOST:PORT/DB or rediss://..., no user or password "
-                "(the password goes into password_file)"
+                "redis_url: expected no user or password in it (it is logged); the password goes "
+                "into password_file"
             )
+        address = _parse_redis_url(url) if url else None
+        if self.sentinel_password_file and (address is None or address.service is None):
+            raise ValueError(
+                "sentinel_password_file: given without Sentinels; use redis+sentinel://, or null"
+            )
+        if self.ca_file and (address is None or not address.is_tls):
+            raise ValueError("ca_file: given without TLS; use rediss:// in redis_url, or null")
+
+
+def _parse_redis_url(url: str) -> RedisAddress:
+    """As `parse_redis_url`, its ValueError naming the field."""
+    try:
+        return parse_redis_url(url)
+    except ValueError as error:
+        raise ValueError(f"redis_url: {error}") from error
 
 
 def split_label(label: str | None) -> dict[str, str]:

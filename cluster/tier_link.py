@@ -45,8 +45,17 @@ def open_directory(settings: DirectorySettings) -> OpenDirectory | None:
     if settings.kind == "memory":
         return None
     assert settings.redis_url is not None, "checked at the door"
-    password_file = Path(settings.password_file) if settings.password_file else None
-    return partial(RedisDirectory, settings.redis_url, password_file=password_file)
+    return partial(
+        RedisDirectory,
+        settings.redis_url,
+        password_file=_path(settings.password_file),
+        sentinel_password_file=_path(settings.sentinel_password_file),
+        ca_file=_path(settings.ca_file),
+    )
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None
 
 
 class TierLink:

@@ -14,10 +14,13 @@ from typing import Any, Protocol, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 from redis.retry import Retry
+from redis.sentinel import Sentinel
 
 from expert_store.errors import DirectoryError
 from expert_store.listing import Listing
+from expert_store.redis_url import RedisAddress, parse_redis_url
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +48,12 @@ class Directory(Protocol):
 class RedisDirectory:
     """A directory in Redis: one expiring key per listing, `<prefix>:listing:<name>`.
 
-    `url` is redis://[user:password@]host:port/db (or rediss://); a password in a file wins over
-    one in the URL. Each call takes at most about twice `timeout_s`. Raises ValueError for a
-    malformed URL or an empty password file; connects only when first used.
+    `url` is as in `expert_store/redis_url.py`; with Sentinels every connection asks them for the
+    master. A password in a file wins over one in the URL and is read anew for every connection:
+    a rotated one needs no restart. TLS trusts the CAs in `ca_file`, without it the system's.
+    Each call takes at most about `timeout_s` times 2 for the server and 2 for each Sentinel.
+
+    Raises ValueError for a malformed URL or an empty password file; connects only when first used.
     """
 
     def __init__(
@@ -56,25 +62,24 @@ class RedisDirectory:
         *,
         prefix: str = "moetier",
         password_file: Path | None = None,
+        sentinel_password_file: Path | None = None,
+        ca_file: Path | None = None,
         expiry_s: float = 15.0,
         timeout_s: float = 1.0,
     ) -> None:
         _check_expiry(expiry_s)
         self._expiry_ms = max(1, round(expiry_s * 1000))
         self._prefix = f"{prefix}:listing:"
+        address = parse_redis_url(url)
+        self._where = str(address)
         options: dict[str, Any] = {
             "socket_timeout": timeout_s,
             "socket_connect_timeout": timeout_s,
             "retry": Retry(NoBackoff(), 1),
         }
-        if password_file is not None:
-            password = password_file.read_text().strip()
-            if not password:
-                raise ValueError(f"password_file: {password_file} is empty")
-            options["password"] = password
-        self._client = redis.Redis.from_url(url, **options)
-        where = self._client.connection_pool.connection_kwargs
-        self._where = f"{where.get('host', where.get('path'))}:{where.get('port', '')}"
+        if address.is_tls:
+            options |= {"ssl": True, "ssl_ca_certs": str(ca_file) if ca_file else None}
+        self._client = _open(address, options, password_file, sentinel_password_file)
 
     def announce(self, listing: Listing) -> None:
         key = self._prefix + listing.name
@@ -110,6 +115,54 @@ class RedisDirectory:
                 f"Redis at {self._where} did not answer: {error}; check that it runs and that "
                 "directory.url and its password are right"
             ) from error
+
+
+class PasswordFile(CredentialProvider):
+    """The password for a new connection: what stands in the file then, or the URL's own user.
+
+    Raises ValueError at once for an empty file, OSError for one that cannot be read.
+    """
+
+    def __init__(self, file: Path, username: str | None = None) -> None:
+        self._file, self._username = file, username
+        self._read()
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        try:
+            password = self._read()
+        except (OSError, ValueError) as error:
+            # While a secret is exchanged it may be away: as if the server were.
+            raise redis.ConnectionError(f"no password: {error}") from error
+        return (self._username, password) if self._username else (password,)
+
+    def _read(self) -> str:
+        password = self._file.read_text().strip()
+        if not password:
+            raise ValueError(f"password_file: {self._file} is empty")
+        return password
+
+
+def _open(
+    address: RedisAddress,
+    options: dict[str, Any],
+    password_file: Path | None,
+    sentinel_password_file: Path | None,
+) -> redis.Redis:
+    """A client of the server, or of the master that the Sentinels name."""
+    own: dict[str, Any] = {"db": address.database}
+    if password_file is not None:
+        own["credential_provider"] = PasswordFile(password_file, address.username)
+    else:
+        own |= {"username": address.username, "password": address.password}
+    if address.service is None:
+        ((host, port),) = address.hosts
+        return redis.Redis(host, port, **own, **options)
+    asking = dict(options)
+    if sentinel_password_file is not None:
+        asking["credential_provider"] = PasswordFile(sentinel_password_file)
+    sentinels = Sentinel(address.hosts, sentinel_kwargs=asking)
+    client: redis.Redis = sentinels.master_for(address.service, **own, **options)
+    return client
 
 
 class LastKnownDirectory:

@@ -62,6 +62,22 @@ BAD = {
     "worker's own check": ("worker: {max_sequences: 0}", ["worker.max_sequences", "at least 1"]),
     "label": ("ndp: {label: memory}", ["ndp.label", "key=value"]),
     "near data without ndp": ("worker: {near_data: low_bit}", ["worker.near_data", "ndp.enabled"]),
+    "redis by http": (
+        "directory: {kind: redis, redis_url: 'http://h:1'}",
+        ["directory.redis_url", "unknown scheme 'http'", "redis+sentinel://"],
+    ),
+    "sentinels of no service": (
+        "directory: {kind: redis, redis_url: 'redis+sentinel://a:1,b:2'}",
+        ["directory.redis_url", "without the name of a service"],
+    ),
+    "a CA without TLS": (
+        "directory: {kind: redis, redis_url: 'redis://a:1', ca_file: /ca.pem}",
+        ["directory.ca_file", "rediss://"],
+    ),
+    "a Sentinel password without one": (
+        "directory: {kind: redis, redis_url: 'redis://a:1', sentinel_password_file: /p}",
+        ["directory.sentinel_password_file", "redis+sentinel://"],
+    ),
     "redis without url": ("directory: {kind: redis}", ["directory.redis_url", "redis://"]),
     "password in url": (
         "directory: {kind: redis, redis_url: 'redis://:hunter2@h:1/0'}",
