@@ -1,4 +1,4 @@
-"""The composition root: which class gets which, as one Serve application; and a local Ray for it.
+"""The composition root: one Serve application from a config; and a local Ray for it.
 
 `build` is the import path for `serve run`, `serve deploy` and KubeRay (`cluster.app:build`, the
 config as args); `app` is the same for `serve build`, which gives no arguments (MOETIER_CONFIG).
@@ -6,53 +6,39 @@ config as args); `app` is the same for `serve build`, which gives no arguments (
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from cluster.autoscaling import POLICY_IMPORT_PATH
 from cluster.config import ClusterConfig, config_from_mapping, load_config
+from cluster.deployments import compose, num_gpus
 from cluster.door import (
     ClusterStartError,
     check_ray_address,
     check_store,
     check_worker,
-    check_worker_if_readable,
     endpoint_url,
     last_line,
     settle_port,
     wait_healthy,
 )
 from cluster.environment import config_path, prepare_for_ray
-from cluster.ingress import Ingress
-from cluster.orchestrator import TierManager, TierSettings, live_nodes
+from cluster.orchestrator import live_nodes
 from cluster.placement import place, sole_node_cpus, sole_node_labels, tier_needs, worker_need
 from cluster.processes import Process, descendants, end, named, uninterrupted
-from cluster.settings import AutoscalingSettings, split_label
-from cluster.tier_link import connect, open_directory
-from gpu_worker.actor import GpuWorker, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "moetier"
-MAX_INGRESS_CALLS = 1024
-MAX_TIER_CALLS = 1024
-HEALTH_PERIOD_S = 5.0
-_SHUTDOWN: Any = {"graceful_shutdown_wait_loop_s": 0.5, "graceful_shutdown_timeout_s": 20.0}
-# Less, so that an ingress is still there to tell of a worker that had to be ended.
-_WORKER_SHUTDOWN: Any = {**_SHUTDOWN, "graceful_shutdown_timeout_s": 15.0}
 START_DEADLINE_S = 300.0
 END_PATIENCE_S = 5.0
 
@@ -66,98 +52,8 @@ def build(args: Mapping[str, Any]) -> Application:
     if "config_path" in args:
         if set(args) != {"config_path"}:
             raise ValueError("args: give config_path alone, or the config's own sections")
-        return compose(load_config(Path(args["config_path"])))
-    return compose(config_from_mapping(args, source="args"))
-
-
-def compose(config: ClusterConfig) -> Application:
-    """The application for a config: ingress, GPU workers, tier manager. Raises as `build`."""
-    config = config.resolve()
-    check_worker_if_readable(config.worker, config.store)
-    logger.info("resolved config: %s", config)
-    tiers = serve.deployment(
-        TierManager,
-        name="TierManager",
-        num_replicas=1,
-        max_ongoing_requests=MAX_TIER_CALLS,
-        health_check_period_s=HEALTH_PERIOD_S,
-        ray_actor_options={"num_cpus": 0},
-        # Not an argument: Serve gives a new user_config to the replica that runs.
-        user_config={"store": config.store.path},
-        **_SHUTDOWN,
-    ).bind(TierSettings(replace(config.store, path="auto"), config.ndp, config.directory))
-    worker = _worker_deployment(config).bind(
-        WorkerSettings(
-            store=config.store.path,
-            config=config.worker,
-            max_waiting=config.replicas.max_waiting,
-            name=None if config.model == "auto" else config.model,
-        ),
-        tiers,
-        partial(
-            connect,
-            store=config.store.path,
-            transport=config.store.transport,
-            compression=config.store.compression,
-            directory=open_directory(config.directory),
-        ),
-    )
-    ingress = serve.deployment(
-        Ingress,
-        name="Ingress",
-        num_replicas=config.http.replicas,
-        max_ongoing_requests=MAX_INGRESS_CALLS,
-        max_queued_requests=MAX_INGRESS_CALLS,
-        health_check_period_s=HEALTH_PERIOD_S,
-        ray_actor_options={"num_cpus": 0},
-        **_SHUTDOWN,
-    )
-    return ingress.bind(worker, tiers, config.http)
-
-
-def num_gpus(config: ClusterConfig) -> float:
-    """GPUs that Ray sets aside for each GPU worker."""
-    if config.replicas.num_gpus is not None:
-        return config.replicas.num_gpus
-    if config.worker.device != "auto":
-        return 1.0 if config.worker.device == "cuda" else 0.0
-    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-
-
-def _worker_deployment(config: ClusterConfig) -> Any:
-    replicas = config.replicas
-    # A worker is given what its engine takes; more waits at the ingress, up to http.max_queued.
-    capacity = config.worker.max_sequences + replicas.max_waiting
-    options: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": num_gpus(config)}
-    if label := split_label(replicas.label):
-        options["label_selector"] = label
-    how_many: dict[str, Any] = {"num_replicas": replicas.num_replicas}
-    if replicas.autoscaling is not None:
-        how_many = {"autoscaling_config": _autoscaling(replicas.autoscaling, capacity)}
-    return serve.deployment(
-        GpuWorker,
-        name="GpuWorker",
-        max_ongoing_requests=capacity,
-        max_queued_requests=config.http.max_queued,
-        health_check_period_s=HEALTH_PERIOD_S,
-        ray_actor_options=options,
-        **_WORKER_SHUTDOWN,
-        **how_many,
-    )
-
-
-def _autoscaling(settings: AutoscalingSettings, capacity: int) -> AutoscalingConfig:
-    return AutoscalingConfig(
-        min_replicas=settings.min_replicas,
-        max_replicas=settings.max_replicas,
-        upscale_delay_s=settings.upscale_delay_s,
-        downscale_delay_s=settings.downscale_delay_s,
-        target_ongoing_requests=capacity,  # of Serve's own policy; ours has its targets
-        policy=AutoscalingPolicy(
-            policy_function=POLICY_IMPORT_PATH,
-            policy_kwargs=dataclasses.asdict(settings.targets),
-        ),
-    )
+        return compose(load_config(Path(args["config_path"])), by="serve")
+    return compose(config_from_mapping(args, source="args"), by="serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +101,7 @@ def start_local_cluster(config: ClusterConfig) -> RunningCluster:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     before = descendants(os.getpid())
     try:
-        _init_ray(
+        init_ray(
             address="local",
             num_cpus=sole_node_cpus(config.replicas, os.cpu_count() or 1),
             labels=sole_node_labels(config.store, config.ndp, config.replicas),
@@ -231,7 +127,7 @@ def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
     check_worker(config.worker, check_store(config.store), is_here=False)
     prepare_for_ray()
     try:
-        _init_ray(address=address)
+        init_ray(address=address)
     except ConnectionError as error:
         raise ClusterStartError(
             f"cannot join the Ray cluster at {address}: {error}; check that it runs there and, if "
@@ -244,7 +140,7 @@ def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
         raise
 
 
-def _init_ray(**options: Any) -> None:
+def init_ray(**options: Any) -> None:
     """Quietly; and SIGTERM stays the caller's, where Ray's handler would end us without a word."""
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
@@ -294,4 +190,4 @@ def __getattr__(name: str) -> Application:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     path = config_path()
-    return compose(ClusterConfig() if path is None else load_config(path))
+    return compose(ClusterConfig() if path is None else load_config(path), by="serve")

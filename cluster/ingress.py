@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,11 +17,19 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from cluster.attempts import WorkerLostError
+from cluster.deployed import Deployed
 from cluster.openai_errors import ApiError
 from cluster.routes import create_app
 from cluster.settings import HttpSettings
 from cluster.snapshot import ClusterSnapshot, IngressStats
-from gpu_worker.messages import Event, Failed, GenerateRequest, ModelDescription, Piece
+from gpu_worker.messages import (
+    Event,
+    Failed,
+    GenerateRequest,
+    ModelDescription,
+    Piece,
+    WorkerStats,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +48,24 @@ class Ingress:
         self._settings = settings
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        replica = serve.get_replica_context().replica_id.unique_id
+        self._replica = serve.get_replica_context().replica_id.unique_id
         app = create_app(
-            self._worker, self._tiers, self._settings, replica=replica, stamp_request_id=False
+            self._worker, self._tiers, self._settings, replica=self._replica, stamp_request_id=False
         )
         self._sharing = asyncio.create_task(self._share(app))
         return app
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Serve's user_config: what is deployed. Raises ValueError as `Deployed.of_mapping`."""
+        self._deployed = Deployed.of_mapping(user_config)
+
+    async def deployed(self) -> Deployed:
+        """What is deployed; for a rollout, over Serve's handle."""
+        return self._deployed
+
+    async def workers(self) -> tuple[WorkerStats, ...]:
+        """The GPU workers that report now. Raises ApiError when the tier manager does not."""
+        return (await self._tiers.snapshot(IngressStats(self._replica))).workers
 
     async def _share(self, app: FastAPI) -> None:
         """Tell the tier manager what was answered here, so that any replica can show all."""

@@ -108,6 +108,11 @@ class ReplicaSettings:
     - num_gpus: GPUs that Ray sets aside for each; null is 1, or 0 with worker.device cpu or
       where the cluster has no GPU.
     - max_waiting: requests that one worker keeps waiting for a slot; more wait at the ingress.
+    - drain_s: seconds a worker that is told to stop may take to end the requests it has; streams
+      that are not done by then end with an error event.
+    - max_surge_percent: workers that may start beyond their number before old ones stop, when
+      another version rolls in. 0 stops one first, and needs no room; with a single worker requests
+      then wait until the new one is up.
     - autoscaling: see below; null keeps num_replicas.
     """
 
@@ -116,6 +121,8 @@ class ReplicaSettings:
     num_cpus: float = 1.0
     num_gpus: float | None = None
     max_waiting: int = 32
+    drain_s: float = 15.0
+    max_surge_percent: int = 0
     autoscaling: AutoscalingSettings | None = None
 
     def __post_init__(self) -> None:
@@ -124,6 +131,8 @@ class ReplicaSettings:
         _within("num_cpus", self.num_cpus, 0, 1024)
         _within("num_gpus", self.num_gpus, 0, 64)
         _within("max_waiting", self.max_waiting, 0, 100_000)
+        _within("drain_s", self.drain_s, 1, 3600)
+        _within("max_surge_percent", self.max_surge_percent, 0, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +141,8 @@ class HttpSettings:
 
     - host: address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 is every network.
     - port: TCP port; 0 picks a free one.
-    - replicas: ingress replicas; two or more keep answering while one is replaced.
+    - replicas: ingress replicas; two or more keep answering while one is replaced. Requests inside
+      one that dies are lost: a stream breaks off (incomplete chunked read), others are 500.
     - max_body_bytes: largest request body; larger is answered 413.
     - request_timeout_s: seconds a request may take in all; then it is cancelled and answered 408.
     - max_queued: requests that wait at one ingress for busy workers; more are answered 429.
@@ -141,7 +151,7 @@ class HttpSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    replicas: int = 1
+    replicas: int = 2
     max_body_bytes: int = 4 << 20
     request_timeout_s: float = 600.0
     max_queued: int = 64

@@ -206,8 +206,8 @@ class FollowingNearData:
 
 def connect(
     endpoints: Endpoints,
-    *,
     store: str,
+    *,
     transport: Transport,
     compression: Compression = "none",
     directory: OpenDirectory | None,

@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 1.0
-HOLD_S = 20.0
-"""Serve ends no replica with an open call: so long a worker's last requests may use the tiers."""
 HOLD_AGAIN_S = 5.0
+"""Serve ends no replica with an open call: with one made so often that outlasts its drain, a
+worker's last requests may use the tiers."""
 
 
 class Link(Protocol):
@@ -51,18 +51,21 @@ class Link(Protocol):
     def close(self) -> None: ...
 
 
-Connect = Callable[[Any], Link]
-"""The tier manager's endpoints -> the link. Sent to the replica, so it must pickle."""
+Connect = Callable[[Any, str], Link]
+"""The tier manager's endpoints for a store, and that store -> the link. Sent to the replica, so it
+must pickle."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """What one replica is told. `name` None is the store's own name of its model."""
+    """What one replica is told, besides its store. `name` None is the store's own name of its
+    model; `drain_s` is what Serve gives a replica that it stops.
+    """
 
-    store: str
     config: WorkerConfig
     max_waiting: int
     name: str | None = None
+    drain_s: float = 15.0
 
 
 class GpuWorker:
@@ -73,17 +76,41 @@ class GpuWorker:
     `hold(seconds)` is always open, so that the tiers outlive the requests when all is shut down.
     """
 
-    async def __init__(  # type: ignore[misc] # Serve awaits it
-        self, settings: WorkerSettings, tiers: Any, connect: Connect
-    ) -> None:
-        self._tiers, self._store = tiers, settings.store
+    def __init__(self, settings: WorkerSettings, tiers: Any, connect: Connect) -> None:
+        self._settings, self._tiers, self._connect = settings, tiers, connect
+        self._store: str | None = None
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Serve's user_config, before the first request: {"store": FOLDER}. Opens the model.
+
+        A replica runs one store for life, so that no request meets two. For another one Serve must
+        start new replicas (`moetier rollout`); an update in place is refused in the log. Raises
+        ValueError for anything else, and what opening the store raises.
+        """
+        store = user_config.get("store")
+        if set(user_config) != {"store"} or not isinstance(store, str) or not store:
+            raise ValueError(
+                f'user_config of GpuWorker: got {dict(user_config)}, expected {{"store": FOLDER}}'
+            )
+        if self._store is None:
+            await self._open(store)
+        elif store != self._store:
+            logger.error(
+                "this worker goes on with %s, not %s: its replica must be restarted for that; "
+                "change something in ray_actor_options together with user_config",
+                self._store,
+                store,
+            )
+
+    async def _open(self, store: str) -> None:
         # The tiers start meanwhile; both take seconds.
         endpoints, _ = await asyncio.gather(
-            _first(tiers, settings.store), asyncio.to_thread(_load_libraries)
+            _first(self._tiers, store), asyncio.to_thread(_load_libraries)
         )
-        self._link = await asyncio.to_thread(connect, endpoints)
+        self._link = await asyncio.to_thread(self._connect, endpoints, store)
         replica = serve.get_replica_context().replica_id.unique_id
-        self._service = await asyncio.to_thread(_open, settings, self._link, replica)
+        self._service = await asyncio.to_thread(_open, store, self._settings, self._link, replica)
+        self._store = store
         self._holding = asyncio.create_task(self._hold())
         self._reporting = asyncio.create_task(self._report())
 
@@ -96,12 +123,16 @@ class GpuWorker:
 
     def check_health(self) -> None:
         """Deep but bounded: the engine's thread lives and no step hangs. Asks nobody else."""
+        if self._store is None:
+            return  # it still opens
         self._service.check_health()
         if self._reporting.done():
             raise RuntimeError("the worker no longer reports to the tier manager")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the autoscaling policy decides on (`cluster/autoscaling.py`)."""
+        if self._store is None:
+            return {}  # it still opens
         stats = self._service.load()
         return {
             "moetier_running_sequences": stats.running_sequences,
@@ -121,7 +152,8 @@ class GpuWorker:
         """Holds that overlap, since none can be made any more once the tier manager is to end."""
         async with asyncio.TaskGroup() as holds:
             while True:
-                holds.create_task(_hold_once(self._tiers))
+                hold_s = self._settings.drain_s + HOLD_AGAIN_S
+                holds.create_task(_hold_once(self._tiers, hold_s))
                 await asyncio.sleep(HOLD_AGAIN_S)
 
     async def _report(self) -> None:
@@ -144,8 +176,8 @@ async def _first(tiers: Any, store: str) -> Any:
     return await tiers.endpoints.remote(store)
 
 
-async def _hold_once(tiers: Any) -> None:
-    held = tiers.hold.remote(HOLD_S)
+async def _hold_once(tiers: Any, seconds: float) -> None:
+    held = tiers.hold.remote(seconds)
     try:
         await held
     except (ray.exceptions.RayError, serve.exceptions.RayServeException) as error:
@@ -160,20 +192,28 @@ def _load_libraries() -> None:
     """
     importlib.import_module("gpu_worker.build")
     importlib.import_module("gpu_worker.service")
+    importlib.import_module("gpu_worker.warm_up")
 
 
-def _open(settings: WorkerSettings, link: Link, replica: str) -> EngineService:
+def _open(store: str, settings: WorkerSettings, link: Link, replica: str) -> EngineService:
     from gpu_worker.build import build_engine
     from gpu_worker.service import EngineService
+    from gpu_worker.warm_up import warm_up
 
     engine = build_engine(
-        Path(settings.store),
+        Path(store),
         link.source,
         link.near_data,
         settings.config,
         max_waiting=settings.max_waiting,
     )
-    model = link.source.manifest.model
-    name = settings.name or model.name
-    description = ModelDescription(name, model.model_type, engine.max_context, int(time.time()))
+    warm_up(engine)
+    manifest = link.source.manifest
+    description = ModelDescription(
+        settings.name or manifest.model.name,
+        manifest.model.model_type,
+        engine.max_context,
+        int(time.time()),
+        manifest.version,
+    )
     return EngineService(engine, description, replica=replica)

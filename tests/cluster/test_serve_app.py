@@ -27,7 +27,7 @@ from cluster.config import ClusterConfig, config_from_mapping
 from cluster.ingress import QUEUE_FULL, RemoteTiers, RoutedWorker
 from cluster.openai_errors import ApiError
 from cluster.snapshot import IngressStats
-from gpu_worker.actor import HOLD_AGAIN_S, HOLD_S, GpuWorker
+from gpu_worker.actor import GpuWorker
 from gpu_worker.messages import (
     Event,
     Failed,
@@ -72,13 +72,18 @@ def test_a_worker_is_drained_while_the_others_still_stand_and_its_hold_lasts() -
         for name, each in deployments(ARGS).items()
     }
     assert timeouts["GpuWorker"] < min(timeouts["Ingress"], timeouts["TierManager"])
-    assert timeouts["GpuWorker"] <= HOLD_S - HOLD_AGAIN_S, "one hold is open all the while"
+    assert timeouts["GpuWorker"] == 15
 
 
 def test_holds_overlap_and_are_let_go_when_the_worker_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gpu_worker.actor.HOLD_AGAIN_S", 0.0)
+    async def at_once(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    sleep, pauses = asyncio.sleep, list[float]()
+    monkeypatch.setattr("gpu_worker.actor.asyncio.sleep", at_once)
     calls: list[Hold] = []
 
     def hold(seconds: float) -> Hold:
@@ -86,16 +91,19 @@ def test_holds_overlap_and_are_let_go_when_the_worker_ends(
         return calls[-1]
 
     async def work() -> None:
-        worker: Any = SimpleNamespace(_tiers=Handle(hold=hold))
+        settings = SimpleNamespace(drain_s=30)
+        worker: Any = SimpleNamespace(_tiers=Handle(hold=hold), _settings=settings)
         holding = asyncio.create_task(GpuWorker._hold(worker))
         while len(calls) < 3:
-            await asyncio.sleep(0)
+            await sleep(0)
         assert not any(call.cancelled for call in calls)
         holding.cancel()
         await asyncio.wait({holding})
 
     asyncio.run(work())
-    assert all(call.cancelled and call.seconds == HOLD_S for call in calls)
+    # The last one began at most `HOLD_AGAIN_S` before the drain: it is open all the while.
+    assert all(call.cancelled and call.seconds == 30 + 5 for call in calls)
+    assert set(pauses) == {5}
 
 
 class Hold:
@@ -125,7 +133,7 @@ def test_autoscaling_is_our_policy_with_its_targets() -> None:
 
 def test_a_worker_reports_under_the_names_that_the_policy_reads() -> None:
     service = SimpleNamespace(load=lambda: WorkerStats("r", 1, 2, 3))
-    worker: Any = SimpleNamespace(_service=service)
+    worker: Any = SimpleNamespace(_service=service, _store="/s")
     assert GpuWorker.record_autoscaling_stats(worker) == {
         autoscaling.RUNNING_SEQUENCES: 1,
         autoscaling.WAITING_SEQUENCES: 2,
