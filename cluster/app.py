@@ -101,7 +101,7 @@ def start_local_cluster(config: ClusterConfig) -> RunningCluster:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     before = descendants(os.getpid())
     try:
-        init_ray(
+        _init_ray(
             address="local",
             num_cpus=sole_node_cpus(config.replicas, os.cpu_count() or 1),
             labels=sole_node_labels(config.store, config.ndp, config.replicas),
@@ -125,14 +125,7 @@ def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
     check_ray_address(address)
     config = config.resolve()
     check_worker(config.worker, check_store(config.store), is_here=False)
-    prepare_for_ray()
-    try:
-        init_ray(address=address)
-    except ConnectionError as error:
-        raise ClusterStartError(
-            f"cannot join the Ray cluster at {address}: {error}; check that it runs there and, if "
-            "it asks for a token, that RAY_AUTH_MODE=token and RAY_AUTH_TOKEN are set"
-        ) from error
+    connect_ray(address)
     try:
         return RunningCluster(endpoint_url(config.http), _deploy(config), config, None)
     except BaseException:
@@ -140,7 +133,20 @@ def join_cluster(config: ClusterConfig, address: str) -> RunningCluster:
         raise
 
 
-def init_ray(**options: Any) -> None:
+def connect_ray(address: str) -> None:
+    """Connect to a Ray cluster that runs already. Raises ValueError or ClusterStartError."""
+    check_ray_address(address)
+    prepare_for_ray()
+    try:
+        _init_ray(address=address)
+    except ConnectionError as error:
+        raise ClusterStartError(
+            f"cannot join the Ray cluster at {address}: {error}; check that it runs there and, if "
+            "it asks for a token, that RAY_AUTH_MODE=token and RAY_AUTH_TOKEN are set"
+        ) from error
+
+
+def _init_ray(**options: Any) -> None:
     """Quietly; and SIGTERM stays the caller's, where Ray's handler would end us without a word."""
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
@@ -159,14 +165,19 @@ def _deploy(config: ClusterConfig) -> str:
     try:
         serve.run(compose(config), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
-        told = serve.status().applications.get(APP_NAME)
-        parts = told.deployments.items() if told else ()
-        causes = [f"{name}: {last_line(part.message)}" for name, part in parts if part.message]
-        raise ClusterStartError(
-            f"the application did not start: {'; '.join(causes) or last_line(str(error))} "
-            "(the whole story is in /tmp/ray/session_latest/logs/serve)"
-        ) from error
+        raise ClusterStartError(start_failure(error)) from error
     return wait_healthy(endpoint_url(config.http), START_DEADLINE_S)
+
+
+def start_failure(error: RuntimeError) -> str:
+    """Why `serve.run` gave up, from what Serve tells of each deployment."""
+    told = serve.status().applications.get(APP_NAME)
+    parts = told.deployments.items() if told else ()
+    causes = [f"{name}: {last_line(part.message)}" for name, part in parts if part.message]
+    return (
+        f"the application did not start: {'; '.join(causes) or last_line(str(error))} "
+        "(the whole story is in /tmp/ray/session_latest/logs/serve)"
+    )
 
 
 @uninterrupted()

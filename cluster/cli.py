@@ -32,6 +32,7 @@ COMMANDS = {
     "plan": "predict speed and bottleneck of a cluster for a model, from the cost model",
     "generate": "continue a prompt in this process, without Ray",
     "serve": "start the cluster with its OpenAI-style HTTP endpoint",
+    "rollout": "another store for a running cluster, worker after worker, and back",
     "demo": "the whole path once: compress, serve, ask, measure, shut down",
     "doctor": "what this machine has and what moetier would do with it",
 }

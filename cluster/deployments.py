@@ -110,13 +110,19 @@ def num_gpus(config: ClusterConfig) -> float:
     return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
+def worker_options(config: ClusterConfig) -> dict[str, Any]:
+    """What Ray is asked for by each GPU worker."""
+    replicas = config.replicas
+    options: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": num_gpus(config)}
+    if label := split_label(replicas.label):
+        options["label_selector"] = label
+    return options
+
+
 def _worker_deployment(config: ClusterConfig) -> Any:
     replicas = config.replicas
     # A worker is given what its engine takes; more waits at the ingress, up to http.max_queued.
     capacity = config.worker.max_sequences + replicas.max_waiting
-    options: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": num_gpus(config)}
-    if label := split_label(replicas.label):
-        options["label_selector"] = label
     how_many: dict[str, Any] = {"num_replicas": replicas.num_replicas}
     if replicas.autoscaling is not None:
         how_many = {"autoscaling_config": _autoscaling(replicas.autoscaling, capacity)}
@@ -127,7 +133,7 @@ def _worker_deployment(config: ClusterConfig) -> Any:
         max_queued_requests=config.http.max_queued,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        ray_actor_options=options,
+        ray_actor_options=worker_options(config),
         user_config={"store": config.store.path},
         max_surge_percent=replicas.max_surge_percent,
         **_shutdown(replicas.drain_s),
