@@ -25,7 +25,7 @@ from local_endpoint import (
     wait_until,
 )
 
-from gpu_worker.messages import Failed, Finished, GenerateRequest, Piece
+from gpu_worker.messages import Failed, GenerateRequest, Piece
 from gpu_worker.sequence import SamplingParams
 
 BODY = {"model": "mini", "prompt": "The return statement", "max_tokens": 8, "temperature": 0}
@@ -395,4 +395,4 @@ def test_closing_ends_live_requests() -> None:
     assert all(isinstance(piece, Piece) for piece in pieces)
     assert isinstance(last, Failed)
     assert isinstance(refused, Failed)
-    assert not isinstance(last, Finished)
+    assert last.kind == refused.kind == "stopped", "another worker may be asked"
