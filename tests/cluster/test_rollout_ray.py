@@ -103,7 +103,9 @@ def stores(mini_cache: Path) -> tuple[Path, Path]:
     """Two versions of one model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOETIER_CACHE", str(mini_cache))
-        return bundled_store(), compressed_store(MIXTRAL_MINI, CompressionConfig(avg_rank=16))
+        return bundled_store(), compressed_store(
+            MIXTRAL_MINI, CompressionConfig("paper", avg_rank=16)
+        )
 
 
 @pytest.fixture(scope="module")
