@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gpu_worker.sequence import FinishReason, SamplingParams
 
@@ -88,6 +88,14 @@ class ModelDescription:
     created: int  # seconds since 1970: when this worker loaded it
 
 
+class ExpertUses(NamedTuple):
+    """How often a worker has asked the memory tier for one expert, or to run it."""
+
+    layer: int
+    expert: int
+    uses: int
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
     """A worker's load now and what it did since its start.
@@ -95,6 +103,7 @@ class WorkerStats:
     `counters` is `StepCounters.as_dict()` over all steps; `finished` counts requests by how they
     ended (a finish reason or a failure kind). `governed_tokens` were computed with less than full
     quality to keep a latency target; `knobs` are what the governor has set now, by name.
+    `expert_uses` are what it asked most of the memory tier since they were told last.
     """
 
     replica: str
@@ -108,3 +117,4 @@ class WorkerStats:
     finished: Mapping[str, int] = field(default_factory=dict)
     governed_tokens: int = 0
     knobs: Mapping[str, float] = field(default_factory=dict)
+    expert_uses: tuple[ExpertUses, ...] = ()
