@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from cluster.placement import Need, Node, Placed, PlacementError, place
 from cluster.snapshot import Role, TierStatus
 from expert_store.errors import StoreError
 from expert_store.holder import HolderStatus
+from gpu_worker.messages import ExpertUses
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class _Kept:
     failures: int = 0
     retry_at: float = 0.0
     silent_since: float | None = None
+    successor: _Kept | None = None  # of one whose node is drained
 
     @property
     def role(self) -> Role:
@@ -99,6 +101,7 @@ class Keeper:
         self._kept = tuple(_Kept(need) for need in needs)
         self._start_timeout_s = start_timeout_s
         self._clock = clock
+        self._draining: set[str] = set()
         self.generation = first_generation
 
     def running(self) -> tuple[Running, ...]:
@@ -122,6 +125,17 @@ class Keeper:
             for kept in self._kept
         )
 
+    def add_uses(self, uses: Iterable[ExpertUses]) -> None:
+        """What a worker asked of the tier: nothing to do here, every actor holds all."""
+
+    def drain(self, node_id: str) -> None:
+        """Let the actors of a node run elsewhere from now on, then stop there."""
+        self._draining.add(node_id)
+
+    def is_drained(self, node_id: str) -> bool:
+        """Whether no actor runs on a node that is to leave."""
+        return all(kept.node is None or kept.node.node_id != node_id for kept in self._kept)
+
     async def start(self) -> None:
         """Place and start all, and wait until each answers.
 
@@ -142,9 +156,11 @@ class Keeper:
 
     async def close(self) -> None:
         """Stop all."""
-        handles = [kept.handle for kept in self._kept if kept.handle is not None]
+        successors = [kept.successor for kept in self._kept if kept.successor is not None]
+        all_kept = (*self._kept, *successors)
+        handles = [kept.handle for kept in all_kept if kept.handle is not None]
         for kept in self._kept:
-            kept.handle, kept.problem = None, "stopped"
+            kept.handle, kept.successor, kept.problem = None, None, "stopped"
         await asyncio.gather(*(self._launcher.stop(handle) for handle in handles))
 
     async def _first_answer(self, kept: _Kept) -> None:
@@ -163,6 +179,8 @@ class Keeper:
             if self._clock() >= kept.retry_at:
                 await self._replace(kept)
             return
+        if kept.node is not None and kept.node.node_id in self._draining:
+            await self._move(kept)
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 status = await self._launcher.ask(kept.handle)
@@ -175,11 +193,47 @@ class Keeper:
 
     async def _replace(self, kept: _Kept) -> None:
         try:
-            (where,) = place([kept.need], await self._launcher.nodes())
+            (where,) = place([kept.need], await self._open_nodes())
         except PlacementError as error:
             self._failed(kept, str(error))
             return
         await self._launch(kept, where)
+
+    async def _open_nodes(self) -> Sequence[Node]:
+        return [n for n in await self._launcher.nodes() if n.node_id not in self._draining]
+
+    async def _move(self, kept: _Kept) -> None:
+        """Off a node that is drained: the one elsewhere answers before this one is stopped."""
+        if kept.successor is None:
+            if self._clock() < kept.retry_at:
+                return
+            try:
+                (where,) = place([kept.need], await self._open_nodes())
+            except PlacementError as error:
+                self._cannot_move(kept, str(error))
+                return
+            kept.successor = _Kept(kept.need)
+            await self._launch(kept.successor, where)
+        successor = kept.successor
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                status = await self._launcher.ask(successor.handle)
+        except (TierLost, TimeoutError) as error:
+            assert successor.silent_since is not None, "it has never answered"
+            late = self._clock() - successor.silent_since >= self._start_timeout_s
+            if late or (isinstance(error, TierLost) and error.is_final):
+                kept.successor = None
+                self._cannot_move(kept, str(error) or "no answer")
+                await self._launcher.stop(successor.handle)
+            return
+        before, kept.handle, kept.node = kept.handle, successor.handle, successor.node
+        kept.successor = None
+        self._answered(kept, status)
+        await self._launcher.stop(before)
+
+    def _cannot_move(self, kept: _Kept, problem: str) -> None:
+        kept.retry_at = self._clock() + MAX_BACKOFF_S
+        logger.warning("%s cannot leave its node: %s", kept.need.name, problem)
 
     async def _launch(self, kept: _Kept, where: Placed) -> None:
         kept.handle = await self._launcher.start(where)

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,12 +19,17 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.keeper import Keeper, TierLost
-from cluster.placement import Node, Placed, tier_needs
+from cluster.placement import MAX_NODES_TOLD, Node, Placed, tier_needs
+from cluster.segments import expert_sizes
 from cluster.settings import DirectorySettings, NdpSettings, StoreSettings
 from cluster.snapshot import ClusterSnapshot, IngressStats, Reports
+from cluster.spread import SpreadRules, wants_spread
+from cluster.spread_keeper import SpreadKeeper
 from cluster.tier_link import Endpoints, open_directory
-from cluster.tier_sets import TierSets
+from cluster.tier_sets import TierKeeper, TierSets
 from expert_store.actor import StoreActor, StoreHandle
+from expert_store.errors import StoreError
+from expert_store.format import load_manifest
 from expert_store.holder import HolderStatus
 from gpu_worker.actor import REPORT_INTERVAL_S
 from gpu_worker.messages import ModelDescription, WorkerStats
@@ -51,6 +57,10 @@ class TierSettings:
     store: StoreSettings
     ndp: NdpSettings
     directory: DirectorySettings
+
+
+class TierDrainError(StoreError):
+    """A node could not be emptied in time."""
 
 
 class TierManager:
@@ -93,10 +103,35 @@ class TierManager:
         """A GPU worker's sign of life: it runs `model` from `store`. The store's endpoints when it
         knows another generation of them; None also while their actors still start.
         """
-        self._workers.add(stats.replica, stats)
+        self._workers.add(stats.replica, replace(stats, expert_uses=()))
         self._models[store] = model
         keeper = self._sets.used(store)
+        if keeper is not None:
+            keeper.add_uses(stats.expert_uses)
         return None if keeper is None or generation == keeper.generation else _endpoints(keeper)
+
+    async def drain(self, node: str, timeout_s: float) -> None:
+        """Empty a memory node (its Ray id or address) that is to leave, of every store's actors.
+
+        Their records are held elsewhere before they are stopped. Raises ValueError for no such
+        node, TierDrainError when it is not empty in time; it goes on being emptied then.
+        """
+        nodes = await asyncio.to_thread(live_nodes)
+        found = [each.node_id for each in nodes if node in (each.node_id, each.address)]
+        if len(found) != 1:
+            known = ", ".join(f"{each.address} ({each.node_id})" for each in nodes[:MAX_NODES_TOLD])
+            raise ValueError(f"node: {len(found)} live nodes are {node!r}; there are {known}")
+        self._sets.drain(found[0])
+        deadline = time.monotonic() + timeout_s
+        while not self._sets.is_drained(found[0]):
+            if time.monotonic() >= deadline:
+                problems = [f"{s.name}: {s.problem}" for s in self._sets.statuses() if s.problem]
+                raise TierDrainError(
+                    f"node {node} still holds records after {timeout_s:g} s "
+                    f"({'; '.join(problems) or 'its actors are still being moved'}); is there room "
+                    "on other nodes?"
+                )
+            await asyncio.sleep(TEND_INTERVAL_S)
 
     async def hold(self, seconds: float) -> None:
         """Returns after so long. Serve drains this replica, tiers and all, no sooner than that,
@@ -135,16 +170,22 @@ class TierManager:
             self._models = {s: model for s, model in self._models.items() if s not in gone}
             await asyncio.sleep(TEND_INTERVAL_S)
 
-    def _keeper(self, store: str) -> Keeper:
-        return Keeper(
-            RayLauncher(self._settings, store),
-            tier_needs(self._settings.store, self._settings.ndp),
-            start_timeout_s=self._settings.store.start_timeout_s,
-            clock=time.monotonic,
+    async def _keeper(self, store: str) -> TierKeeper:
+        settings, launcher = self._settings, RayLauncher(self._settings, store)
+        options: Any = {
+            "start_timeout_s": settings.store.start_timeout_s,
+            "clock": time.monotonic,
             # No two sets of tiers count alike, those of a manager that was restarted included: a
             # worker would take the new one's endpoints for those that it knows.
-            first_generation=time.time_ns(),
-        )
+            "first_generation": time.time_ns(),
+        }
+        if settings.store.placement != "full":
+            manifest = await asyncio.to_thread(load_manifest, Path(store))
+            sizes = expert_sizes(manifest, together=True)
+            if wants_spread(settings.store, sizes, await launcher.nodes()):
+                rules = SpreadRules(sizes, settings.store, settings.ndp)
+                return SpreadKeeper(launcher, rules, **options)
+        return Keeper(launcher, tier_needs(settings.store, settings.ndp), **options)
 
 
 class RayLauncher:
@@ -168,10 +209,12 @@ class RayLauncher:
         store_actor: Any = StoreActor  # what ray.remote makes of the class, mypy does not know
         ndp_actor: Any = NdpActor
         if placed.need.section == "store":
-            return store_actor.options(**options).remote(self._store, directory=self._directory)
+            return store_actor.options(**options).remote(
+                self._store, placed.keys, directory=self._directory
+            )
         config = NdpConfig(num_threads=self._settings.ndp.num_threads or "auto")
         return ndp_actor.options(**options).remote(
-            self._store, config=config, directory=self._directory
+            self._store, placed.keys, config=config, directory=self._directory
         )
 
     async def ask(self, handle: Any) -> HolderStatus:
@@ -193,7 +236,7 @@ class RayLauncher:
         ray.kill(handle)
 
 
-def _endpoints(keeper: Keeper) -> Endpoints:
+def _endpoints(keeper: TierKeeper) -> Endpoints:
     running = keeper.running()
     return Endpoints(
         keeper.generation,

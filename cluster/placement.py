@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.settings import NdpSettings, ReplicaSettings, StoreSettings, split_label
+from expert_store.types import ExpertKey
 
 MAX_NODES_TOLD = 16
 """Nodes that an error lists; a cluster may have thousands."""
@@ -42,6 +43,7 @@ class Placed:
 
     need: Need
     node: Node
+    keys: frozenset[ExpertKey] | None = None  # the experts it holds or runs; None is all
 
 
 class PlacementError(ValueError):
@@ -109,7 +111,7 @@ def place(needs: Sequence[Need], nodes: Sequence[Node]) -> tuple[Placed, ...]:
         load[need.section, node.node_id] += 1
         placed.append(Placed(need, node))
     if missing:
-        raise PlacementError("\n".join(_explain(need, nodes) for need in missing.values()))
+        raise PlacementError("\n".join(explain_missing(need, nodes) for need in missing.values()))
     return tuple(placed)
 
 
@@ -129,7 +131,8 @@ def _lacking(need: Need, node: Node) -> dict[str, float]:
     }
 
 
-def _explain(need: Need, nodes: Sequence[Node]) -> str:
+def explain_missing(need: Need, nodes: Sequence[Node]) -> str:
+    """Why no node can take an actor, and what to do."""
     labelled = [node for node in nodes if _has_label(need, node)]
     if not labelled:
         return (

@@ -28,7 +28,10 @@ from expert_store.types import ExpertKey
 KEEP_HOT = 0.5
 """A further copy that is there stays until it is wanted half as much as one that is made: heat that
 wavers would else move bytes back and forth."""
-MAX_SHARE_ROUNDS = 8
+KEEP_RUNNER = 0.8
+"""An expert is run elsewhere when that node, with it, would have less than so much of the work of
+the one that runs it: another set of experts costs a worker a restart."""
+MAX_SHARE_ROUNDS = 4
 
 
 def place_segments(
@@ -59,8 +62,9 @@ def place_segments(
         raise _no_arrangement(items, nodes)
     required = [set(holders) for holders in layout.holders]
     _add_hot(layout, there, rules.hot_ratio)
+    shares = _share_near_data(layout, before)
     movement = _movement(layout, required, there, before)
-    return Segments(_segments(layout), movement)
+    return Segments(_segments(layout, shares), movement)
 
 
 def _attempt(
@@ -115,15 +119,16 @@ def _per_copy(layout: Layout, item: int) -> float:
     return layout.items[item].heat / len(layout.holders[item])
 
 
-def share_near_data(layout: Layout) -> list[set[ExpertKey]]:
+def _share_near_data(layout: Layout, before: Segments | None) -> list[set[ExpertKey]]:
     """Which node runs which expert: one of its holders each, work spread by the nodes' cores.
 
     Work is heat times bytes: a use reads the codes once. The biggest goes first, to whoever would
-    be done earliest; then each may go over to another of its holders that would be done earlier.
+    be done earliest; then each may go over to another of its holders that would be done much
+    earlier. Who ran an expert before goes on with it unless that is so.
     """
     work = [0.0] * len(layout.nodes)
-    runner: dict[int, int] = {}
-    codes = [i for i, item in enumerate(layout.items) if item.record.kind == "codes"]
+    ran = _ran(layout, before)
+    runner = dict(ran)
 
     def cost(item: int) -> float:
         return layout.items[item].heat * layout.items[item].num_bytes
@@ -132,26 +137,44 @@ def share_near_data(layout: Layout) -> list[set[ExpertKey]]:
         own = 0.0 if runner.get(item) == node else cost(item)
         return (work[node] + own) / layout.nodes[node].cores, node
 
-    ordered = sorted(codes, key=lambda i: (-cost(i), i))
-    for _ in range(MAX_SHARE_ROUNDS):
-        has_changed = False
-        for item in ordered:
-            node = min(layout.holders[item], key=partial(end, item))
-            if node != (was := runner.get(item)):
-                if was is not None:
-                    work[was] -= cost(item)
-                work[node] += cost(item)
-                runner[item], has_changed = node, True
-        if not has_changed:
-            break
+    for item, node in ran.items():
+        work[node] += cost(item)
+    codes = [i for i, item in enumerate(layout.items) if item.record.kind == "codes"]
+    for item in sorted(codes, key=lambda i: (-cost(i), i)) * MAX_SHARE_ROUNDS:
+        able = [node for node in layout.holders[item] if layout.nodes[node].cores > 0]
+        if not able:
+            continue
+        best, was = min(able, key=partial(end, item)), runner.get(item)
+        if was is not None:
+            stay = KEEP_RUNNER if ran.get(item) == was else 1.0
+            if best == was or end(item, best)[0] >= stay * end(item, was)[0]:
+                continue
+            work[was] -= cost(item)
+        work[best] += cost(item)
+        runner[item] = best
     shares: list[set[ExpertKey]] = [set() for _ in layout.nodes]
     for item, node in runner.items():
         shares[node].add(layout.items[item].record.key)
     return shares
 
 
-def _segments(layout: Layout) -> dict[str, NodeSegment]:
-    shares = share_near_data(layout)
+def _ran(layout: Layout, before: Segments | None) -> dict[int, int]:
+    """The node that ran each expert before, where it still can."""
+    known = before.nodes if before is not None else {}
+    numbers = {
+        key: number
+        for number, node in enumerate(layout.nodes)
+        if node.cores > 0
+        for key in known.get(node.node_id, NodeSegment()).near_data
+    }
+    return {
+        item: numbers[each.record.key]
+        for item, each in enumerate(layout.items)
+        if each.record.kind == "codes" and numbers.get(each.record.key, -1) in layout.holders[item]
+    }
+
+
+def _segments(layout: Layout, shares: Sequence[set[ExpertKey]]) -> dict[str, NodeSegment]:
     found = {}
     for number, node in enumerate(layout.nodes):
         records = [layout.items[item].record for item in layout.loads[number].items]

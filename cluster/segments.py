@@ -37,7 +37,7 @@ class MemoryNode:
     """A node that can hold records: `room_bytes` of them, and how fast it is.
 
     `link_bytes_s` and `cores` only count against those of the other nodes: twice the link gets
-    twice the heat, twice the cores twice the near-data work.
+    twice the heat, twice the cores twice the near-data work. Without cores it runs none.
     """
 
     node_id: str
@@ -46,10 +46,10 @@ class MemoryNode:
     cores: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.room_bytes < 0 or self.link_bytes_s <= 0 or self.cores <= 0:
+        if self.room_bytes < 0 or self.link_bytes_s <= 0 or self.cores < 0:
             raise ValueError(
                 f"node {self.node_id}: got room_bytes {self.room_bytes}, link_bytes_s "
-                f"{self.link_bytes_s}, cores {self.cores}; expected none negative, the last two "
+                f"{self.link_bytes_s}, cores {self.cores}; expected none negative, the link "
                 "above 0"
             )
 

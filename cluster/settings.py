@@ -16,6 +16,7 @@ from expert_store.redis_url import RedisAddress, parse_redis_url
 
 Transport = Literal["object_store", "grpc"]
 Compression = Literal["none", "zstd"]
+Placement = Literal["auto", "full", "spread"]
 DirectoryKind = Literal["memory", "redis"]
 
 _LABEL = re.compile(r"{0}(/{0})?={0}".format(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"))
@@ -26,7 +27,13 @@ class StoreSettings:
     """The expert store and the actors that hold it.
 
     - path: folder of the store, the same on every node that holds it; "auto" is `make demo`'s.
-    - replicas: copies, one actor each, spread over the nodes that carry the label.
+    - placement: full (every actor holds all), spread (every node with the label holds a part, so
+      that copies of each expert lie on several and hot ones on more), or auto: full where every
+      node has room for all.
+    - replicas: with full, copies, one actor each, spread over the nodes that carry the label.
+    - copies: with spread, of every expert, on different nodes; fewer where there are fewer nodes.
+    - node_bytes: with spread or auto, bytes of records that a node may hold; null is 60 % of the
+      memory that Ray knows of it.
     - transport: how records reach a GPU worker: object_store (Ray, zero copy on one node) or grpc.
     - compression: of records on their way over grpc: none, or zstd (min/max and HQQ codes lose 10
       to 25 % of their bytes, searched grids 6 to 9 %; a GB takes each host up to 2 s of a core, the
@@ -36,7 +43,10 @@ class StoreSettings:
     """
 
     path: str = "auto"
+    placement: Placement = "auto"
     replicas: int = 1
+    copies: int = 2
+    node_bytes: int | None = None
     transport: Transport = "object_store"
     compression: Compression = "none"
     label: str | None = "moetier.io/store=true"
@@ -51,6 +61,8 @@ class StoreSettings:
                 "compresses: set transport grpc, or compression none"
             )
         _within("replicas", self.replicas, 1, 64)
+        _within("copies", self.copies, 1, 16)
+        _within("node_bytes", self.node_bytes, 1 << 20, 1 << 50)
         _check_label(self.label)
         _within("start_timeout_s", self.start_timeout_s, 1, 3600)
 
@@ -60,7 +72,8 @@ class NdpSettings:
     """Near-data workers: they run experts beside the store, so only activations travel.
 
     - enabled: whether they are started; worker.near_data then becomes low_bit if it is off.
-    - replicas: number of workers, spread over the nodes that carry the label.
+    - replicas: number of workers, spread over the nodes that carry the label; where the store is
+      spread, one on every node of it that carries the label.
     - num_threads: compute threads of each; null is the cores of its node.
     - label: Ray node label, "key=value", that a node must carry; null is any node.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from cluster.expert_heat import UseCounter
 from cluster.settings import Compression, DirectorySettings, Transport
 from expert_store.actor import ObjectStoreSource, StoreHandle
 from expert_store.directory import LastKnownDirectory, RedisDirectory
@@ -24,6 +26,7 @@ from expert_store.holder import OpenDirectory
 from expert_store.listing import Listing
 from expert_store.rpc import GrpcSource
 from expert_store.types import ExpertOutputs, ExpertTokens, Manifest, RecordRequest
+from gpu_worker.messages import ExpertUses
 from gpu_worker.protocols import ExpertSource, WireCounted
 from ndp_worker.group import Member, NearDataGroup
 from ndp_worker.rpc import NdpClient
@@ -77,14 +80,21 @@ class TierLink:
         self._transport, self._compression = transport, compression
         self._endpoints = endpoints
         self._directory = LastKnownDirectory(directory()) if directory else None
-        self.source = FollowingSource(self._open_source(endpoints))
+        self._uses = UseCounter(time.monotonic)
+        self.source = FollowingSource(self._open_source(endpoints), self._uses)
         listings = endpoints.near_data
-        self.near_data = FollowingNearData(listings, manifest.version) if listings else None
+        self.near_data = (
+            FollowingNearData(listings, manifest.version, self._uses) if listings else None
+        )
 
     @property
     def generation(self) -> int:
         """Of the endpoints that are followed now."""
         return self._endpoints.generation
+
+    def take_uses(self) -> tuple[ExpertUses, ...]:
+        """What was asked of the tiers since this was last told, every 10 s: heat."""
+        return self._uses.take()
 
     def follow(self, endpoints: Endpoints) -> None:
         """Go on with these endpoints; calls under way end as they can."""
@@ -116,10 +126,13 @@ class TierLink:
 
 
 class FollowingSource:
-    """An ExpertSource whose inner one can be exchanged while fetches are under way."""
+    """An ExpertSource whose inner one can be exchanged while fetches are under way.
 
-    def __init__(self, source: ExpertSource) -> None:
-        self._source = source
+    `uses` counts every expert whose codes are asked for.
+    """
+
+    def __init__(self, source: ExpertSource, uses: UseCounter) -> None:
+        self._source, self._uses = source, uses
         self._gone_bytes = (0, 0)
 
     @property
@@ -137,13 +150,14 @@ class FollowingSource:
 
     def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
         """As the inner source; what fails on one that was exchanged meanwhile is asked again."""
-        source = self._source
-        try:
-            return source.fetch(requests)
-        except ExpertUnavailableError:
-            if self._source is source:
-                raise
-            return self.fetch(requests)
+        self._uses.add(request.key for request in requests if request.kind == "codes")
+        while True:
+            source = self._source
+            try:
+                return source.fetch(requests)
+            except ExpertUnavailableError:
+                if self._source is source:
+                    raise
 
     def switch(self, source: ExpertSource) -> None:
         before, self._source = self._source, source
@@ -155,10 +169,13 @@ class FollowingSource:
 
 
 class FollowingNearData:
-    """A NearData over the near-data workers there are; its bytes count those gone too."""
+    """A NearData over the near-data workers there are; its bytes count those gone too.
 
-    def __init__(self, listings: Sequence[Listing], version: str) -> None:
-        self._version = version
+    `uses` counts every expert that is to be run.
+    """
+
+    def __init__(self, listings: Sequence[Listing], version: str, uses: UseCounter) -> None:
+        self._version, self._uses = version, uses
         self._lock = threading.Lock()
         self._gone_bytes = (0, 0)
         self._clients: dict[Listing, NdpClient] = {}
@@ -167,6 +184,7 @@ class FollowingNearData:
     def submit(
         self, hidden_TH: torch.Tensor, work: Sequence[ExpertTokens]
     ) -> Future[ExpertOutputs]:
+        self._uses.add(item.key for item in work)
         with self._lock:
             return self._group.submit(hidden_TH, work)
 

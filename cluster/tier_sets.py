@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import PurePath
+from typing import Protocol
 
-from cluster.keeper import FIRST_BACKOFF_S, MAX_BACKOFF_S, Keeper
+from cluster.keeper import FIRST_BACKOFF_S, MAX_BACKOFF_S, Running
 from cluster.snapshot import TierStatus
 from expert_store.errors import StoreError
+from gpu_worker.messages import ExpertUses
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +31,34 @@ class TooManyStoresError(StoreError):
     """More stores are asked for than are served at once."""
 
 
+class TierKeeper(Protocol):
+    """The tiers of one store: a `Keeper`, or a `SpreadKeeper`."""
+
+    @property
+    def generation(self) -> int: ...
+
+    def running(self) -> tuple[Running, ...]: ...
+
+    def statuses(self) -> tuple[TierStatus, ...]: ...
+
+    def add_uses(self, uses: Iterable[ExpertUses]) -> None: ...
+
+    def drain(self, node_id: str) -> None: ...
+
+    def is_drained(self, node_id: str) -> bool: ...
+
+    async def start(self) -> None: ...
+
+    async def tend(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
 @dataclass(slots=True)
 class _Set:
-    """The tiers of one store. `starting` is done once they answer."""
+    """The tiers of one store. `starting` gives their keeper once they answer."""
 
-    keeper: Keeper
-    starting: asyncio.Task[None]
+    starting: asyncio.Task[TierKeeper]
     needed_until: float
 
 
@@ -53,17 +77,23 @@ class TierSets:
     for it until `UNUSED_S` after the last report of one. `clock` gives seconds.
     """
 
-    def __init__(self, make_keeper: Callable[[str], Keeper], *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        make_keeper: Callable[[str], Awaitable[TierKeeper]],
+        *,
+        clock: Callable[[], float],
+    ) -> None:
         self._make_keeper = make_keeper
         self._clock = clock
         self._sets: dict[str, _Set] = {}
         self._failures: dict[str, _Failure] = {}
+        self._draining: set[str] = set()
         self.configured: str | None = None
 
     @property
     def stores(self) -> tuple[str, ...]:
         """The stores whose tiers answered once and are kept, in the order of their starts."""
-        return tuple(store for store, each in self._sets.items() if _is_started(each))
+        return tuple(self._keepers())
 
     async def configure(self, store: str) -> None:
         """From now on `store` is the one that is always wanted.
@@ -82,7 +112,7 @@ class TierSets:
         elif store not in self._sets:
             self._begin(store)
 
-    async def get(self, store: str) -> Keeper:
+    async def get(self, store: str) -> TierKeeper:
         """The keeper of a store's tiers, started if it was not; waits until they answer.
 
         Raises PlacementError, TierStartError or TooManyStoresError.
@@ -90,51 +120,67 @@ class TierSets:
         kept = self._sets.get(store) or self._begin(store)
         kept.needed_until = max(kept.needed_until, self._clock() + LOADING_S)
         # Another asker may wait for the same start: it must outlive this one.
-        await asyncio.shield(kept.starting)
-        return kept.keeper
+        return await asyncio.shield(kept.starting)
 
-    def used(self, store: str) -> Keeper | None:
+    def used(self, store: str) -> TierKeeper | None:
         """A worker uses the store now. None while its tiers are not there: they are started."""
         kept = self._sets.get(store)
         if kept is None:
             if self._may_retry(store):
                 self._begin(store)
             return None
-        if not _is_started(kept):
-            return None
         # A worker that reports has loaded its model: what it was given for that ends here.
         kept.needed_until = self._clock() + UNUSED_S
-        return kept.keeper
+        return self._keepers().get(store)
+
+    def drain(self, node_id: str) -> None:
+        """Let every store's actors on a node run elsewhere, then stop there."""
+        self._draining.add(node_id)
+        for keeper in self._keepers().values():
+            keeper.drain(node_id)
+
+    def is_drained(self, node_id: str) -> bool:
+        """Whether no store's actor runs on the node any more."""
+        return all(keeper.is_drained(node_id) for keeper in self._keepers().values())
 
     def statuses(self) -> tuple[TierStatus, ...]:
         """Of all tiers; those of a store that is not the configured one say so in their names."""
         return tuple(
             status if store == self.configured else _of_store(status, store)
-            for store, kept in self._sets.items()
-            for status in kept.keeper.statuses()
+            for store, keeper in self._keepers().items()
+            for status in keeper.statuses()
         )
 
     async def tend(self) -> None:
         """One round: look after all tiers, stop those of stores that nobody uses any more."""
-        started = {store: kept for store, kept in self._sets.items() if _is_started(kept)}
-        await asyncio.gather(*(kept.keeper.tend() for kept in started.values()))
+        keepers = self._keepers()
+        await asyncio.gather(*(keeper.tend() for keeper in keepers.values()))
         wanted = self.configured
         if wanted is not None and wanted not in self._sets and self._may_retry(wanted):
             self._begin(wanted)
         now = self._clock()
-        for store, kept in started.items():
-            if store != self.configured and now >= kept.needed_until:
+        for store, keeper in keepers.items():
+            if store != self.configured and now >= self._sets[store].needed_until:
                 logger.info("stopping the tiers of %s: no worker uses it any more", store)
                 del self._sets[store]
-                await kept.keeper.close()
+                await keeper.close()
 
     async def close(self) -> None:
         """Stop all tiers, those that are starting too."""
-        kept, self._sets, self.configured = list(self._sets.values()), {}, None
-        for each in kept:
+        keepers, sets = self._keepers(), self._sets
+        self._sets, self.configured = {}, None
+        for each in sets.values():
             each.starting.cancel()
-        await asyncio.gather(*(each.starting for each in kept), return_exceptions=True)
-        await asyncio.gather(*(each.keeper.close() for each in kept))
+        await asyncio.gather(*(each.starting for each in sets.values()), return_exceptions=True)
+        await asyncio.gather(*(keeper.close() for keeper in keepers.values()))
+
+    def _keepers(self) -> dict[str, TierKeeper]:
+        """Of the stores whose tiers have answered."""
+        return {
+            store: kept.starting.result()
+            for store, kept in self._sets.items()
+            if kept.starting.done() and not kept.starting.cancelled()
+        }
 
     def _begin(self, store: str) -> _Set:
         if len(self._sets) >= MAX_STORES:
@@ -143,16 +189,20 @@ class TierSets:
                 f"they are {', '.join(sorted(self._sets))}. Wait until the workers of one have "
                 f"gone for {UNUSED_S:g} s"
             )
-        keeper = self._make_keeper(store)
-        starting = asyncio.create_task(self._start(store, keeper))
+        starting = asyncio.create_task(self._start(store))
         starting.add_done_callback(lambda task: task.cancelled() or task.exception())
-        kept = _Set(keeper, starting, self._clock() + LOADING_S)
+        kept = _Set(starting, self._clock() + LOADING_S)
         self._sets[store] = kept
         return kept
 
-    async def _start(self, store: str, keeper: Keeper) -> None:
+    async def _start(self, store: str) -> TierKeeper:
         try:
-            await keeper.start()
+            keeper = await self._make_keeper(store)
+            try:
+                await keeper.start()
+            except BaseException:
+                await keeper.close()
+                raise
         except Exception as error:  # not kept, raised again: whoever asked is told
             self._sets.pop(store, None)
             count = self._failures[store].count if store in self._failures else 0
@@ -161,16 +211,15 @@ class TierSets:
             logger.warning("the tiers of %s did not start: %s", store, error)
             raise
         self._failures.pop(store, None)
+        for node_id in self._draining:
+            keeper.drain(node_id)
         logger.info("the tiers of %s answer", store)
+        return keeper
 
     def _may_retry(self, store: str) -> bool:
         failure = self._failures.get(store)
         has_room = len(self._sets) < MAX_STORES
         return has_room and (failure is None or self._clock() >= failure.retry_at)
-
-
-def _is_started(kept: _Set) -> bool:
-    return kept.starting.done() and not kept.starting.cancelled()
 
 
 def _of_store(status: TierStatus, store: str) -> TierStatus:

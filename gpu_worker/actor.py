@@ -12,7 +12,7 @@ import importlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ import ray
 from ray import serve
 
 from gpu_worker.config import WorkerConfig
-from gpu_worker.messages import Event, GenerateRequest, ModelDescription
+from gpu_worker.messages import Event, ExpertUses, GenerateRequest, ModelDescription
 from gpu_worker.protocols import ExpertSource, NearData
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Link(Protocol):
 
     @property
     def generation(self) -> int: ...
+
+    def take_uses(self) -> tuple[ExpertUses, ...]: ...
 
     def follow(self, endpoints: Any) -> None: ...
 
@@ -161,8 +163,9 @@ class GpuWorker:
         while True:
             try:
                 async with asyncio.timeout(5 * REPORT_INTERVAL_S):
+                    stats = replace(self._service.load(), expert_uses=self._link.take_uses())
                     endpoints = await self._tiers.report.remote(
-                        self._service.load(), model, self._link.generation, self._store
+                        stats, model, self._link.generation, self._store
                     )
                 if endpoints is not None:
                     await asyncio.to_thread(self._link.follow, endpoints)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gpu_worker.sequence import FinishReason, SamplingParams
 
@@ -101,6 +101,14 @@ class ModelDescription:
     version: str | None = None  # of the store: another one when any record differs
 
 
+class ExpertUses(NamedTuple):
+    """How often a worker has asked the memory tier for one expert, or to run it."""
+
+    layer: int
+    expert: int
+    uses: int
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
     """A worker's load now and what it did since its start.
@@ -109,7 +117,7 @@ class WorkerStats:
     ended (a finish reason or a failure kind), `degraded_requests` those answered to their end with
     less than the store promises. `version` is the store's. `governed_tokens` were computed with
     less than full quality to keep a latency target; `knobs` are what the governor has set now, by
-    name.
+    name. `expert_uses` are what it asked most of the memory tier since they were told last.
     """
 
     replica: str
@@ -125,3 +133,4 @@ class WorkerStats:
     knobs: Mapping[str, float] = field(default_factory=dict)
     degraded_requests: int = 0
     version: str | None = None
+    expert_uses: tuple[ExpertUses, ...] = ()

@@ -30,21 +30,28 @@ class FakeLauncher:
     def __init__(self, nodes: Sequence[Node] = NODES) -> None:
         self.live = list(nodes)
         self.started: list[tuple[str, str]] = []
+        self.placed: list[Placed] = []  # of handle n at n - 1
         self.stopped: list[int] = []
         self.sick: dict[int, TierLost] = {}
         self.pids: dict[int, int] = {}
+        self.bad_nodes: set[str] = set()  # where nothing starts
 
     async def nodes(self) -> Sequence[Node]:
         return self.live
 
     async def start(self, placed: Placed) -> int:
         self.started.append((placed.need.name, placed.node.node_id))
+        self.placed.append(placed)
         return len(self.started)
 
     async def ask(self, handle: int) -> HolderStatus:
+        placed = self.placed[handle - 1]
+        if placed.node.node_id in self.bad_nodes:
+            raise TierLost("no such folder", is_final=True)
         if handle in self.sick:
             raise self.sick[handle]
-        listing = Listing(f"actor-{handle}", "records", "v", "a", ("127.0.0.1:1",))
+        name, where = f"actor-{handle}", placed.node.node_id
+        listing = Listing(name, "records", "v", where, ("127.0.0.1:1",), placed.keys)
         return HolderStatus(listing, 1, 1, self.pids.get(handle, handle))
 
     async def stop(self, handle: int) -> None:

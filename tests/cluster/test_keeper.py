@@ -157,6 +157,66 @@ def test_the_backoff_doubles_to_its_bound_and_a_success_resets_it() -> None:
     run(scenario())
 
 
+def test_a_drained_node_is_left_once_the_actor_elsewhere_answers() -> None:
+    async def scenario() -> None:
+        launcher, clock = FakeLauncher(), Clock()
+        keeper = keeper_of(launcher, clock)
+        await keeper.start()
+        generation = keeper.generation
+        launcher.sick[2] = TierLost("starting", is_final=False)
+        keeper.drain("a")
+        await keeper.tend()
+        await keeper.tend()
+        assert launcher.started == [("store-0", "a"), ("store-0", "b")]
+        assert [r.handle for r in keeper.running()] == [1], "the old one serves meanwhile"
+        assert not keeper.is_drained("a")
+        del launcher.sick[2]
+        await keeper.tend()
+        assert [r.handle for r in keeper.running()] == [2]
+        assert launcher.stopped == [1]
+        assert keeper.is_drained("a")
+        assert keeper.generation == generation + 1
+
+    run(scenario())
+
+
+def test_a_drained_node_is_not_left_for_nowhere() -> None:
+    async def scenario() -> None:
+        launcher, clock = FakeLauncher([NODES[0]]), Clock()
+        keeper = keeper_of(launcher, clock)
+        await keeper.start()
+        keeper.drain("a")
+        for _ in range(3):
+            await keeper.tend()
+        assert [r.handle for r in keeper.running()] == [1]
+        assert launcher.stopped == []
+        launcher.live.append(NODES[1])
+        launcher.sick[2] = TierLost("crash", is_final=True)
+        clock.now_s += 30
+        await keeper.tend()
+        assert launcher.stopped == [2], "the one elsewhere failed"
+        assert [r.handle for r in keeper.running()] == [1]
+        clock.now_s += 30
+        await keeper.tend()
+        assert [r.handle for r in keeper.running()] == [3]
+
+    run(scenario())
+
+
+def test_closing_in_the_middle_of_a_drain_stops_both() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        keeper = keeper_of(launcher, Clock())
+        await keeper.start()
+        launcher.sick[2] = TierLost("starting", is_final=False)
+        keeper.drain("a")
+        await keeper.tend()
+        await keeper.close()
+        assert sorted(launcher.stopped) == [1, 2]
+
+    run(scenario())
+
+
 def test_a_node_that_is_gone_is_told_as_the_problem() -> None:
     async def scenario() -> None:
         launcher, clock = FakeLauncher(), Clock()

@@ -104,7 +104,7 @@ def stores(mini_cache: Path) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOETIER_CACHE", str(mini_cache))
         return bundled_store(), compressed_store(
-            MIXTRAL_MINI, CompressionConfig("paper", avg_rank=16)
+            MIXTRAL_MINI, CompressionConfig("fast")
         )
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hand_store import build_store
 
+from cluster.expert_heat import UseCounter
 from cluster.settings import DirectorySettings
 from cluster.tier_link import Endpoints, FollowingSource, TierLink, connect, open_directory
 from expert_store.actor import StoreHandle
@@ -180,7 +181,7 @@ class Lost:
 def test_a_fetch_that_fails_on_an_exchanged_source_is_asked_again(tiers: Tiers) -> None:
     manifest = tiers.segment.manifest
     lost = Lost(manifest, lambda: source.switch(Segment(tiers.folder)))
-    source = FollowingSource(lost)
+    source = FollowingSource(lost, UseCounter(lambda: 0.0))
     (data, _) = source.fetch(CODES)
     assert torch.equal(data, tiers.segment.fetch(CODES)[0])
     assert lost.closed
@@ -189,7 +190,7 @@ def test_a_fetch_that_fails_on_an_exchanged_source_is_asked_again(tiers: Tiers) 
 
 def test_a_fetch_that_fails_on_the_source_of_today_fails(tiers: Tiers) -> None:
     with pytest.raises(ExpertUnavailableError):
-        FollowingSource(Lost(tiers.segment.manifest)).fetch(CODES)
+        FollowingSource(Lost(tiers.segment.manifest), UseCounter(lambda: 0.0)).fetch(CODES)
 
 
 def test_the_directory_is_opened_where_it_is_used(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Bench:
         self.sick: dict[str, TierLost] = {}  # by store: how its actors answer
         self.sets = TierSets(self._keeper, clock=self.clock)
 
-    def _keeper(self, store: str) -> Keeper:
+    async def _keeper(self, store: str) -> Keeper:
         launcher = FakeLauncher()
         if store in self.sick:
             launcher.sick = dict.fromkeys(range(100), self.sick[store])

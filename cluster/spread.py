@@ -1,0 +1,102 @@
+"""Whether a store is spread over the memory nodes, and over which: pure functions of the config.
+
+Knows no Ray; the nodes are passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster.placement import Need, Node, PlacementError, explain_missing
+from cluster.segments import ExpertSize, MemoryNode, NodeSegment, SegmentRules
+from cluster.settings import NdpSettings, StoreSettings, split_label
+
+ROOM_SHARE = 0.6
+"""Of the memory that Ray knows of a node: actors, the object store's copies and the system's own
+take the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpreadRules:
+    """What a spread store is made of: its records' sizes and the config's two sections."""
+
+    sizes: tuple[ExpertSize, ...]
+    store: StoreSettings
+    ndp: NdpSettings
+
+    @property
+    def segments(self) -> SegmentRules:
+        """How many copies. Factors lie with their codes: they are counted in `sizes`."""
+        return SegmentRules(codes_copies=self.store.copies)
+
+    def memory_nodes(self, nodes: Iterable[Node]) -> tuple[MemoryNode, ...]:
+        """The nodes that can hold records. Only those with ndp.label run experts (`cores`).
+
+        Raises PlacementError when there is none, or none of them says how much memory it has.
+        """
+        nodes = list(nodes)
+        found = [node for node in nodes if _has_label(self.store.label, node)]
+        if not found:
+            raise PlacementError(explain_missing(self._need("store-0", "store"), nodes))
+        return tuple(
+            MemoryNode(
+                node.node_id,
+                room_bytes(self.store, node),
+                cores=max(node.resources.get("CPU", 0.0), 1.0) if self._runs(node) else 0.0,
+            )
+            for node in found
+        )
+
+    def check_runners(self, places: Iterable[MemoryNode], nodes: Iterable[Node]) -> None:
+        """Raise PlacementError where near data is wanted and no memory node carries its label."""
+        if self.ndp.enabled and not any(place.cores for place in places):
+            need = self._need("ndp-0", "ndp")
+            raise PlacementError(
+                f"{explain_missing(need, [n for n in nodes if not self._runs(n)])}. With "
+                f"store.placement spread it must be one that carries {self.store.label} too"
+            )
+
+    def needs(self, node_id: str, segment: NodeSegment) -> tuple[Need, ...]:
+        """The actors of one node's segment."""
+        if not segment.codes:
+            return ()
+        store = self._need(f"store-{node_id[:8]}", "store")
+        if not segment.near_data:
+            return (store,)
+        return store, self._need(f"ndp-{node_id[:8]}", "ndp")
+
+    def _need(self, name: str, section: str) -> Need:
+        return Need(name, section, self.store.label if section == "store" else self.ndp.label)
+
+    def _runs(self, node: Node) -> bool:
+        return self.ndp.enabled and _has_label(self.ndp.label, node)
+
+
+def wants_spread(store: StoreSettings, sizes: Sequence[ExpertSize], nodes: Iterable[Node]) -> bool:
+    """Whether each node shall hold a part. "auto" spreads when some node cannot hold it all."""
+    if store.placement != "auto":
+        return store.placement == "spread"
+    whole = sum(size.codes_bytes + size.factors_bytes for size in sizes)
+    holders = [node for node in nodes if _has_label(store.label, node)]
+    return any(_knows_memory(store, node) and room_bytes(store, node) < whole for node in holders)
+
+
+def room_bytes(store: StoreSettings, node: Node) -> int:
+    """Bytes of records that a node may hold. Raises PlacementError when nobody says."""
+    if store.node_bytes is not None:
+        return store.node_bytes
+    if not _knows_memory(store, node):
+        raise PlacementError(
+            f"cannot place the store on {node.address} ({node.node_id[:8]}): Ray does not know its "
+            "memory. Set store.node_bytes, or start the node with `ray start --memory BYTES`"
+        )
+    return int(ROOM_SHARE * node.resources["memory"])
+
+
+def _knows_memory(store: StoreSettings, node: Node) -> bool:
+    return store.node_bytes is not None or "memory" in node.resources
+
+
+def _has_label(label: str | None, node: Node) -> bool:
+    return split_label(label).items() <= node.labels.items()
