@@ -31,7 +31,8 @@ class Streamer:
     At most `max_in_flight_bytes` are fetched, or fetched and not yet released, at any time. What
     does not fit waits in the order it was asked for. `decode` makes of the bytes that came those
     that go to the device, on the thread that fetched them. On a CPU that memory is used as it is;
-    on a GPU it goes through a ring of pinned memory, made once, and a copy stream of its own.
+    on a GPU it goes through a ring of pinned memory, made once (a source whose memory is pinned
+    skips that), and a copy stream of its own.
 
     Raises ValueError when the largest expert does not fit into `max_in_flight_bytes`.
     """
@@ -205,10 +206,15 @@ class Streamer:
         if self._copy_stream is None:
             return Arrival(Landed(copy, data, None, moved_bytes), None)
         assert self._staging is not None
+        ready = torch.cuda.Event()
+        if data.is_pinned():
+            with torch.cuda.stream(self._copy_stream):
+                on_device = data.to(self._device, non_blocking=True)
+                ready.record(self._copy_stream)
+            return Arrival(Landed(copy, on_device, None, moved_bytes), ready)
         with self._staging.range(data.numel()) as staged, torch.cuda.stream(self._copy_stream):
             staged.bytes_.copy_(data)
             on_device = staged.bytes_.to(self._device, non_blocking=True)
-            ready = torch.cuda.Event()
             ready.record(self._copy_stream)
             staged.done = ready
         return Arrival(Landed(copy, on_device, None, moved_bytes), ready)
