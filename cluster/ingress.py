@@ -19,7 +19,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from cluster.attempts import WorkerLostError
 from cluster.deployed import Deployed
 from cluster.openai_errors import ApiError
-from cluster.routes import create_app
+from cluster.routes import Routes, create_app
 from cluster.settings import HttpSettings
 from cluster.snapshot import ClusterSnapshot, IngressStats
 from gpu_worker.messages import (
@@ -48,11 +48,12 @@ class Ingress:
         self._settings = settings
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        self._replica = serve.get_replica_context().replica_id.unique_id
+        replica = serve.get_replica_context().replica_id.unique_id
         app = create_app(
-            self._worker, self._tiers, self._settings, replica=self._replica, stamp_request_id=False
+            self._worker, self._tiers, self._settings, replica=replica, stamp_request_id=False
         )
-        self._sharing = asyncio.create_task(self._share(app))
+        self._routes: Routes = app.state.routes
+        self._sharing = asyncio.create_task(self._share())
         return app
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
@@ -64,15 +65,19 @@ class Ingress:
         return self._deployed
 
     async def workers(self) -> tuple[WorkerStats, ...]:
-        """The GPU workers that report now. Raises ApiError when the tier manager does not."""
-        return (await self._tiers.snapshot(IngressStats(self._replica))).workers
+        """The GPU workers that report now; none while the tier manager does not answer."""
+        try:
+            return (await self._tiers.snapshot(self._routes.stats)).workers
+        except ApiError as error:
+            logger.info("no word of the workers: %s", error)
+            return ()
 
-    async def _share(self, app: FastAPI) -> None:
+    async def _share(self) -> None:
         """Tell the tier manager what was answered here, so that any replica can show all."""
         while True:
             await asyncio.sleep(SHARE_INTERVAL_S)
             try:
-                await self._tiers.snapshot(app.state.routes.stats)
+                await self._tiers.snapshot(self._routes.stats)
             except ApiError as error:
                 logger.warning("counts not shared: %s", error)
 

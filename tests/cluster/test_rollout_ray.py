@@ -103,9 +103,7 @@ def stores(mini_cache: Path) -> tuple[Path, Path]:
     """Two versions of one model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOETIER_CACHE", str(mini_cache))
-        return bundled_store(), compressed_store(
-            MIXTRAL_MINI, CompressionConfig("fast")
-        )
+        return bundled_store(), compressed_store(MIXTRAL_MINI, CompressionConfig("fast"))
 
 
 @pytest.fixture(scope="module")
