@@ -211,8 +211,8 @@ def page(found: Sequence[Case]) -> str:
         f"Every record lies on {COPIES} nodes. Sizes: mixtral-mini's own manifest; the others by "
         f"shape, {CODES_BITS} bits a weight of codes and rank {RANK} at {FACTOR_BITS} bits. "
         "Heat is assumed: in each layer the n-th most used expert is used 1/n as often as the "
-        "first, in an order drawn once. The nodes are equal and have 25 % more room than the copies take when "
-        "one has left.",
+        "first, in an order drawn once. The nodes are equal and have 25 % more room than the "
+        "copies take when one has left.",
         "## Bytes moved when a node joins or leaves",
         "`least` is what no placement could do without: for a newcomer its fair share of all "
         "copies, for a leaver the copies that went with it (less those of hot experts that have "
@@ -222,8 +222,7 @@ def page(found: Sequence[Case]) -> str:
         f"## How evenly heat lies on {BALANCE_NODES} nodes",
         "Reads: an expert's heat is shared equally by its copies; a step reads layer by layer, so "
         "the unevenness within a layer (mean over the layers) is what it waits for. Near-data "
-        "work: an expert is run by one of its holders, its work is heat times bytes; a hot expert is not split, so the "
-        "hottest ones bound what can be had.",
+        "work: an expert is run by one of its holders, its work is heat times bytes.",
         balance,
     ]) + "\n"  # fmt: skip
 
