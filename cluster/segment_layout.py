@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from cluster.segments import MemoryNode, Record
 
@@ -18,12 +19,16 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A record to place: its bytes, copies that must be, and how much it is used."""
+    """A record to place: its bytes, copies that must be, copies that its heat is worth and up to
+    which those that are there stay (at least as many each), and how much each of these is used.
+    """
 
     record: Record
     num_bytes: int
     copies: int
-    heat: float
+    wanted: int
+    kept: int
+    copy_heat: float
 
 
 @dataclass(slots=True)
@@ -32,7 +37,12 @@ class _Load:
 
     items: set[int] = field(default_factory=set)
     num_bytes: int = 0
-    heat: float = 0.0  # every copy of an item takes an equal part of its heat
+    heat: float = 0.0
+    layer_heat: dict[int, float] = field(default_factory=dict)
+
+    def warm(self, layer: int, heat: float) -> None:
+        self.heat += heat
+        self.layer_heat[layer] = self.layer_heat.get(layer, 0.0) + heat
 
 
 class Layout:
@@ -54,24 +64,20 @@ class Layout:
     def add(self, item: int, node: int) -> None:
         """One more copy. It must fit and not be there yet."""
         assert node not in self.holders[item], (item, node)
-        before = len(self.holders[item])
-        self._share(item, before, before + 1)
         self.holders[item].add(node)
         load = self.loads[node]
         load.items.add(item)
         load.num_bytes += self.items[item].num_bytes
-        load.heat += self.items[item].heat / (before + 1)
+        load.warm(self.layer_of(item), self.items[item].copy_heat)
         assert load.num_bytes <= self.nodes[node].room_bytes, (load, self.nodes[node])
 
     def remove(self, item: int, node: int) -> None:
         """One copy less."""
-        before = len(self.holders[item])
         self.holders[item].remove(node)
         load = self.loads[node]
         load.items.remove(item)
         load.num_bytes -= self.items[item].num_bytes
-        load.heat -= self.items[item].heat / before
-        self._share(item, before, before - 1)
+        load.warm(self.layer_of(item), -self.items[item].copy_heat)
 
     def fits(self, item: int, node: int) -> bool:
         """Whether a node has room for an item that it does not hold."""
@@ -86,9 +92,17 @@ class Layout:
         """Bytes against the node's target; 1 is what it should hold."""
         return self.loads[node].num_bytes / max(self.targets[node], 1)
 
-    def warmth(self, node: int) -> float:
-        """Heat against the node's link."""
-        return self.loads[node].heat / self.nodes[node].link_bytes_s
+    def layer_of(self, item: int) -> int:
+        """The decoder layer of a record's expert."""
+        return self.items[item].record.key.layer
+
+    def warmth(self, item: int, node: int) -> tuple[float, float, int, int]:
+        """How much a node has to read already, against its link, to compare nodes by: in the item's
+        layer, then in all. A step reads layer by layer, and waits for the busiest node of each.
+        """
+        load, link = self.loads[node], self.nodes[node].link_bytes_s
+        of_layer = load.layer_heat.get(self.layer_of(item), 0.0)
+        return of_layer / link, load.heat / link, self._draw(item, node), node
 
     def emptiest(self, item: int, among: Iterable[int] | None = None) -> int | None:
         """The node for one more copy: the least full one; of those about as full the coolest."""
@@ -102,16 +116,12 @@ class Layout:
             for node in fitting
             if self.loads[node].num_bytes <= least * self.targets[node] + self._window
         ]
-        return min(near, key=lambda node: (self.warmth(node), self._draw(item, node), node))
+        return min(near, key=partial(self.warmth, item))
 
     def coolest(self, item: int) -> int | None:
         """The node with the least heat against its link among those with room for the item."""
         fitting = [node for node in range(len(self.nodes)) if self.fits(item, node)]
-        return min(
-            fitting,
-            key=lambda node: (self.warmth(node), self._draw(item, node), node),
-            default=None,
-        )
+        return min(fitting, key=partial(self.warmth, item), default=None)
 
     def make_room(self, item: int) -> int | None:
         """Move one other copy away so that `item` fits on a node, which is given; None if none can.
@@ -168,19 +178,13 @@ class Layout:
     def _by_heat(self, node: int, newcomer: int) -> list[int]:
         """What a node holds and the newcomer does not, hottest first."""
         held = [item for item in self.loads[node].items if newcomer not in self.holders[item]]
-        return sorted(held, key=lambda item: (-self.items[item].heat, item))
+        return sorted(held, key=lambda item: (-self.items[item].copy_heat, item))
 
     def _draw(self, item: int, node: int) -> int:
         """A lot that decides between equals. By their numbers, nodes would hold the same records in
         pairs, and all that one of a pair did would fall to the other when it is lost.
         """
         return (((self._item_seeds[item] | self._node_seeds[node]) * _GOLDEN) & _MASK) >> 32
-
-    def _share(self, item: int, before: int, after: int) -> None:
-        """The holders of an item have so many copies of it among them, not so many as before."""
-        heat = self.items[item].heat
-        for node in self.holders[item]:
-            self.loads[node].heat += (heat / after if after else 0.0) - heat / before
 
 
 def fair_shares(items: Sequence[Item], nodes: Sequence[MemoryNode]) -> list[float]:

@@ -6,12 +6,11 @@ there stays there as far as it can. Knows no Ray; the result does not depend on 
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 
+from cluster.near_data_shares import share_near_data
 from cluster.segment_layout import Item, Layout
 from cluster.segments import (
     ExpertSize,
@@ -28,10 +27,6 @@ from expert_store.types import ExpertKey
 KEEP_HOT = 0.5
 """A further copy that is there stays until it is wanted half as much as one that is made: heat that
 wavers would else move bytes back and forth."""
-KEEP_RUNNER = 0.8
-"""An expert is run elsewhere when that node, with it, would have less than so much of the work of
-the one that runs it: another set of experts costs a worker a restart."""
-MAX_SHARE_ROUNDS = 4
 
 
 def place_segments(
@@ -54,124 +49,85 @@ def place_segments(
     rules = rules or SegmentRules()
     nodes = sorted(nodes, key=lambda node: node.node_id)
     _check(sizes, nodes, heat)
+    if not nodes:
+        raise SegmentError("the records do not fit: there is no memory node. Add memory nodes")
     items = _items(sizes, rules, len(nodes), heat)
     _check_room(items, nodes)
     there = _there(items, nodes, before)
-    layout = _attempt(items, nodes, there, before) or _attempt(items, nodes, None, None)
+    layout = _repair(items, nodes, there, before) if before and before.nodes else None
+    layout = layout or _fresh(items, nodes, with_hot=True) or _fresh(items, nodes, with_hot=False)
     if layout is None:
         raise _no_arrangement(items, nodes)
-    required = [set(holders) for holders in layout.holders]
-    _add_hot(layout, there, rules.hot_ratio)
-    shares = _share_near_data(layout, before)
+    required = [
+        set(sorted(holders)[: item.copies] if len(holders) > item.copies else holders)
+        for item, holders in zip(items, layout.holders, strict=True)
+    ]
+    _add_hot(layout, there)
+    shares = share_near_data(layout, before)
     movement = _movement(layout, required, there, before)
     return Segments(_segments(layout, shares), movement)
 
 
-def _attempt(
-    items: Sequence[Item],
-    nodes: Sequence[MemoryNode],
-    there: Sequence[frozenset[int]] | None,
-    before: Segments | None,
-) -> Layout | None:
-    """The copies that must be, on top of those that are there; None where they find no room."""
+def _fresh(items: Sequence[Item], nodes: Sequence[MemoryNode], *, with_hot: bool) -> Layout | None:
+    """The copies that must be, and at the same time those of hot experts, which lies most evenly
+    but may leave too little room; None then.
+    """
     layout = Layout(items, nodes)
-    if there is not None:
-        for item, nodes_there in enumerate(there):
-            for _ in range(items[item].copies):
-                node = layout.emptiest(item, sorted(nodes_there))
-                if node is not None:
-                    layout.add(item, node)
-    for item, wanted in enumerate(items):
-        while len(layout.holders[item]) < wanted.copies:
-            to = layout.emptiest(item)
-            if to is None:
-                to = layout.make_room(item)
-            if to is None:
-                return None
-            layout.add(item, to)
-    if before is not None and before.nodes:
-        layout.fill([n for n, node in enumerate(nodes) if node.node_id not in before.nodes])
+    for item in range(len(items)):
+        if not _add_required(layout, item):
+            return None
+        if with_hot:
+            _add_wanted(layout, item)
     return layout
 
 
-def _add_hot(layout: Layout, there: Sequence[frozenset[int]], hot_ratio: float) -> None:
-    """Further copies of codes, where each copy would else be used too much; kept ones first."""
-    codes = [i for i, item in enumerate(layout.items) if item.record.kind == "codes"]
-    copies = sum(layout.items[i].copies for i in codes)
-    limit = hot_ratio * sum(layout.items[i].heat for i in codes) / max(copies, 1)
-    for item in codes:
-        for node in sorted(there[item] - layout.holders[item]):
-            if _per_copy(layout, item) > KEEP_HOT * limit and layout.fits(item, node):
+def _repair(
+    items: Sequence[Item],
+    nodes: Sequence[MemoryNode],
+    there: Sequence[frozenset[int]],
+    before: Segments,
+) -> Layout | None:
+    """The copies that must be, on top of those that are there; None where they find no room."""
+    layout = Layout(items, nodes)
+    for item, nodes_there in enumerate(there):
+        for _ in range(items[item].copies):
+            node = layout.emptiest(item, sorted(nodes_there))
+            if node is not None:
                 layout.add(item, node)
-    wanted = [(-_per_copy(layout, item), item) for item in codes]
-    heapq.heapify(wanted)
-    while wanted and -wanted[0][0] > limit:
-        item = wanted[0][1]
-        coolest = layout.coolest(item)
-        if coolest is None:
-            heapq.heappop(wanted)
-            continue
-        layout.add(item, coolest)
-        heapq.heapreplace(wanted, (-_per_copy(layout, item), item))
+    for item in range(len(items)):
+        if not _add_required(layout, item):
+            return None
+    layout.fill([n for n, node in enumerate(nodes) if node.node_id not in before.nodes])
+    return layout
 
 
-def _per_copy(layout: Layout, item: int) -> float:
-    return layout.items[item].heat / len(layout.holders[item])
+def _add_required(layout: Layout, item: int) -> bool:
+    while len(layout.holders[item]) < layout.items[item].copies:
+        node = layout.emptiest(item)
+        if node is None:
+            node = layout.make_room(item)
+        if node is None:
+            return False
+        layout.add(item, node)
+    return True
 
 
-def _share_near_data(layout: Layout, before: Segments | None) -> list[set[ExpertKey]]:
-    """Which node runs which expert: one of its holders each, work spread by the nodes' cores.
-
-    Work is heat times bytes: a use reads the codes once. The biggest goes first, to whoever would
-    be done earliest; then each may go over to another of its holders that would be done much
-    earlier. Who ran an expert before goes on with it unless that is so.
-    """
-    work = [0.0] * len(layout.nodes)
-    ran = _ran(layout, before)
-    runner = dict(ran)
-
-    def cost(item: int) -> float:
-        return layout.items[item].heat * layout.items[item].num_bytes
-
-    def end(item: int, node: int) -> tuple[float, int]:
-        own = 0.0 if runner.get(item) == node else cost(item)
-        return (work[node] + own) / layout.nodes[node].cores, node
-
-    for item, node in ran.items():
-        work[node] += cost(item)
-    codes = [i for i, item in enumerate(layout.items) if item.record.kind == "codes"]
-    for item in sorted(codes, key=lambda i: (-cost(i), i)) * MAX_SHARE_ROUNDS:
-        able = [node for node in layout.holders[item] if layout.nodes[node].cores > 0]
-        if not able:
-            continue
-        best, was = min(able, key=partial(end, item)), runner.get(item)
-        if was is not None:
-            stay = KEEP_RUNNER if ran.get(item) == was else 1.0
-            if best == was or end(item, best)[0] >= stay * end(item, was)[0]:
-                continue
-            work[was] -= cost(item)
-        work[best] += cost(item)
-        runner[item] = best
-    shares: list[set[ExpertKey]] = [set() for _ in layout.nodes]
-    for item, node in runner.items():
-        shares[node].add(layout.items[item].record.key)
-    return shares
+def _add_wanted(layout: Layout, item: int) -> None:
+    while len(layout.holders[item]) < layout.items[item].wanted:
+        node = layout.coolest(item)
+        if node is None:
+            return
+        layout.add(item, node)
 
 
-def _ran(layout: Layout, before: Segments | None) -> dict[int, int]:
-    """The node that ran each expert before, where it still can."""
-    known = before.nodes if before is not None else {}
-    numbers = {
-        key: number
-        for number, node in enumerate(layout.nodes)
-        if node.cores > 0
-        for key in known.get(node.node_id, NodeSegment()).near_data
-    }
-    return {
-        item: numbers[each.record.key]
-        for item, each in enumerate(layout.items)
-        if each.record.kind == "codes" and numbers.get(each.record.key, -1) in layout.holders[item]
-    }
+def _add_hot(layout: Layout, there: Sequence[frozenset[int]]) -> None:
+    """Further copies of hot experts, as far as there is room; first those that are there."""
+    for item, hot in enumerate(layout.items):
+        for node in sorted(there[item] - layout.holders[item]):
+            if len(layout.holders[item]) < hot.kept and layout.fits(item, node):
+                layout.add(item, node)
+    for item in range(len(layout.items)):
+        _add_wanted(layout, item)
 
 
 def _segments(layout: Layout, shares: Sequence[set[ExpertKey]]) -> dict[str, NodeSegment]:
@@ -214,17 +170,24 @@ def _items(
     heat: Mapping[ExpertKey, float] | None,
 ) -> list[Item]:
     """All records, the hottest first: who comes first has the widest choice."""
-    if heat is not None and not any(heat.values()):
-        heat = None
+    if heat is None or not any(heat.values()):
+        heat = {size.key: 1.0 for size in sizes}
+    copies = min(rules.codes_copies, num_nodes)
+    factors_copies = min(rules.factors_copies, num_nodes)
+    limit = rules.hot_ratio * sum(heat.values()) / max(copies * len(sizes), 1)
     items = []
     for size in sizes:
-        warm = 1.0 if heat is None else heat.get(size.key, 0.0)
-        copies = min(rules.codes_copies, num_nodes)
-        items.append(Item(Record(size.key, "codes"), size.codes_bytes, copies, warm))
+        warm = heat.get(size.key, 0.0)
+        wanted, kept = (
+            min(num_nodes, max(copies, math.ceil(warm / most)))
+            for most in (limit, KEEP_HOT * limit)
+        )
+        record = Record(size.key, "codes")
+        items.append(Item(record, size.codes_bytes, copies, wanted, kept, warm / wanted))
         if size.factors_bytes:
-            copies = min(rules.factors_copies, num_nodes)
-            items.append(Item(Record(size.key, "factors"), size.factors_bytes, copies, 0.0))
-    return sorted(items, key=lambda item: (-item.heat, -item.num_bytes, item.record))
+            record, same = Record(size.key, "factors"), factors_copies
+            items.append(Item(record, size.factors_bytes, same, same, same, 0.0))
+    return sorted(items, key=lambda item: (-item.copy_heat, -item.num_bytes, item.record))
 
 
 def _there(
@@ -263,7 +226,7 @@ def _check_room(items: Sequence[Item], nodes: Sequence[MemoryNode]) -> None:
     wanted = sum(item.num_bytes * item.copies for item in items)
     # A second copy on the same node would be none: more room than one of each is of no use.
     room = sum(min(node.room_bytes, whole) for node in nodes)
-    if not nodes or wanted > room:
+    if wanted > room:
         raise SegmentError(
             f"the records do not fit: their copies take {wanted} bytes (one of each: {whole}), and "
             f"{len(nodes)} nodes have room for {room}: {wanted - room} are missing. Add memory "

@@ -28,8 +28,8 @@ class StoreSettings:
 
     - path: folder of the store, the same on every node that holds it; "auto" is `make demo`'s.
     - placement: full (every actor holds all), spread (every node with the label holds a part, so
-      that copies of each expert lie on several and hot ones on more), or auto: full where every
-      node has room for all.
+      that copies of each expert lie on several and hot ones on more), or auto: spread where some
+      node has no room for all but all together have room for the copies, else full.
     - replicas: with full, copies, one actor each, spread over the nodes that carry the label.
     - copies: with spread, of every expert, on different nodes; fewer where there are fewer nodes.
     - node_bytes: with spread or auto, bytes of records that a node may hold; null is 60 % of the

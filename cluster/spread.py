@@ -33,7 +33,7 @@ class SpreadRules:
     def memory_nodes(self, nodes: Iterable[Node]) -> tuple[MemoryNode, ...]:
         """The nodes that can hold records. Only those with ndp.label run experts (`cores`).
 
-        Raises PlacementError when there is none, or none of them says how much memory it has.
+        Raises PlacementError when there is none, or one of which nobody says how much it may hold.
         """
         nodes = list(nodes)
         found = [node for node in nodes if _has_label(self.store.label, node)]
@@ -74,12 +74,20 @@ class SpreadRules:
 
 
 def wants_spread(store: StoreSettings, sizes: Sequence[ExpertSize], nodes: Iterable[Node]) -> bool:
-    """Whether each node shall hold a part. "auto" spreads when some node cannot hold it all."""
+    """Whether each node shall hold a part.
+
+    "auto" spreads when some node cannot hold it all and together they can hold its copies. Where
+    they cannot, every actor maps the whole store and reads what does not fit from its disk.
+    """
     if store.placement != "auto":
         return store.placement == "spread"
     whole = sum(size.codes_bytes + size.factors_bytes for size in sizes)
     holders = [node for node in nodes if _has_label(store.label, node)]
-    return any(_knows_memory(store, node) and room_bytes(store, node) < whole for node in holders)
+    if not all(_knows_memory(store, node) for node in holders):
+        return False
+    rooms = [min(room_bytes(store, node), whole) for node in holders]
+    fits = sum(rooms) >= whole * min(store.copies, len(rooms))
+    return len(rooms) > 1 and fits and min(rooms) < whole
 
 
 def room_bytes(store: StoreSettings, node: Node) -> int:

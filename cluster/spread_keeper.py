@@ -183,8 +183,8 @@ class SpreadKeeper:
     ) -> None:
         try:
             await self._go(nodes, places, segments)
-        except TierStartError as error:
-            self._failed(str(error))
+        except Exception as error:  # noqa: BLE001 - told in statuses, and tried again
+            self._failed(str(error) or type(error).__name__)
 
     async def _go(
         self, nodes: Mapping[str, Node], places: tuple[MemoryNode, ...], segments: Segments

@@ -109,8 +109,8 @@ class TierSets:
             except BaseException:
                 self.configured = None
                 raise
-        elif store not in self._sets:
-            self._begin(store)
+        elif store not in self._sets and len(self._sets) < MAX_STORES:
+            self._begin(store)  # else `tend` does, once there is room
 
     async def get(self, store: str) -> TierKeeper:
         """The keeper of a store's tiers, started if it was not; waits until they answer.

@@ -113,7 +113,7 @@ class RedisDirectory:
         except redis.RedisError as error:
             raise DirectoryError(
                 f"Redis at {self._where} did not answer: {error}; check that it runs and that "
-                "directory.url and its password are right"
+                "directory.redis_url and its password are right"
             ) from error
 
 

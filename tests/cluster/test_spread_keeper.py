@@ -261,7 +261,9 @@ def test_auto_spreads_where_some_node_cannot_hold_all() -> None:
     auto = StoreSettings(label="tier=x")
     big, small = node(100 * MIB), node(30 * MIB)
     assert not wants_spread(auto, SIZES, [big, node(None)])
-    assert wants_spread(auto, SIZES, [big, small])
+    assert wants_spread(auto, SIZES, [big, small, small])
+    assert not wants_spread(auto, SIZES, [small]), "as before there were segments: from its disk"
+    assert not wants_spread(auto, SIZES, [small, small]), "two copies do not fit"
     assert not wants_spread(auto, SIZES, [big, Node("o", "10.0.0.2", {}, {"memory": 1.0})])
     assert not wants_spread(StoreSettings(placement="full"), SIZES, [small])
     assert wants_spread(StoreSettings(placement="spread"), SIZES, [big])
