@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from expert_store.errors import ExpertUnavailableError, StoreError
+from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreError
 from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens
 from ndp_worker.health import NearDataStatistics, WorkerHealth
 from ndp_worker.timers import Later, Timers
@@ -161,8 +162,8 @@ class _GroupCall:
             if not part.done():
                 hedge_s = self._health.hedge_after_s(member, num_pairs)
                 if not besides and hedge_s < self._health.hang_after_s(num_pairs):
-                    self._later(hedge_s, partial(self._hedge, ask))
-                self._later(self._health.hang_after_s(num_pairs), partial(self._give_up, ask))
+                    self._later(hedge_s, _weakly(self._hedge, ask))
+                self._later(self._health.hang_after_s(num_pairs), _weakly(self._give_up, ask))
 
     def _choose(self, item: ExpertTokens, besides: frozenset[int] = frozenset()) -> int:
         key, health = item.key, self._health
@@ -213,7 +214,8 @@ class _GroupCall:
 
     def _lose(self, ask: _Ask, error: StoreError) -> None:
         """Ask others for what is still missing. Raises with the cause when there is nobody."""
-        self._health.latencies.failed(ask.member)
+        if not isinstance(error, CorruptRecordError):  # of one expert: the others are sound
+            self._health.latencies.failed(ask.member)
         with self._lock:
             self._lost.add(ask.member)
             covered = {item for other in self._under_way for item in other.items}
@@ -270,3 +272,15 @@ class _GroupCall:
             is_first, self._is_over = not self._is_over, True
         if is_first:
             self._future.set_exception(error)
+
+
+def _weakly(method: Callable[[_Ask], None], ask: _Ask) -> Callable[[], None]:
+    """Calls the method unless its call is over and gone: a time-out shall not keep activations."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = reference()
+        if alive is not None:
+            alive(ask)
+
+    return call

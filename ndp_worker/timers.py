@@ -33,11 +33,13 @@ class Timers:
 
     def __call__(self, delay_s: float, function: Callable[[], None]) -> None:
         with self._changed:
-            heapq.heappush(self._due, (self._clock() + delay_s, next(self._numbers), function))
+            entry = (self._clock() + delay_s, next(self._numbers), function)
+            heapq.heappush(self._due, entry)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="ndp-timers", daemon=True)
                 self._thread.start()
-            self._changed.notify()
+            elif self._due[0] is entry:  # else the thread wakes soon enough by itself
+                self._changed.notify()
 
     def _run(self) -> None:
         while (function := self._next()) is not None:

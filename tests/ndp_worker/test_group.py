@@ -262,3 +262,13 @@ def test_a_lost_compensator_is_told_once_and_forgotten(caplog: pytest.LogCapture
     time.advance(60)
     assert near.submit(HIDDEN_TH, RESTORED).result(0).degraded == ()
     assert {item.key.expert for item in worker.calls[-1][0]} == {0, 2}
+
+
+def test_a_damaged_expert_does_not_rest_its_worker() -> None:
+    time = Time()
+    worker = FakeWorker(CorruptRecordError("bits"))
+    near = timed(time, worker)
+    with pytest.raises(ExpertUnavailableError):
+        near.submit(HIDDEN_TH, WORK).result(0)
+    worker.error = None
+    assert torch.equal(near.submit(HIDDEN_TH, WORK).result(0).output_PH, outputs(WORK))
