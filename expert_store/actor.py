@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreFormatError
-from expert_store.failover import Attempts, Batch, Copy, check_deadline, fetch_over
+from expert_store.failover import Attempts, Copy, check_deadline
+from expert_store.fetching import Call, Fetch, lost
+from expert_store.health import CopyHealth, ReadingStatistics
 from expert_store.holder import Holder, HolderStatus, OpenDirectory
 from expert_store.listing import Listing
 from expert_store.rpc import RecordServer
@@ -30,6 +33,9 @@ from expert_store.types import ExpertKey, Manifest, RecordRequest
 MAX_PUT_BYTES = 4 * 2**30
 MAX_CACHED_REFS = 16384
 MAX_BATCH = 1024
+MAX_CALLS_AT_ONCE = 64  # of one source
+POLL_S = 0.25
+"""Ray's waiting cannot be ended from outside: a call that nobody needs any more looks so often."""
 
 
 @ray.remote
@@ -151,9 +157,16 @@ class ObjectStoreSource:
         node_id = ray.get_runtime_context().get_node_id()
         self._actors = {store.listing.name: store.actor for store in stores}
         self._copies = tuple(
-            Copy(s.listing.name, s.listing.keys, is_local=s.listing.node_id == node_id)
+            Copy(
+                s.listing.name,
+                s.listing.keys,
+                is_local=s.listing.node_id == node_id,
+                holder=s.listing.name,
+            )
             for s in stores
         )
+        self._health = CopyHealth(clock)
+        self._pool = ThreadPoolExecutor(MAX_CALLS_AT_ONCE, "moetier-ask")
         self._refs: OrderedDict[tuple[str, RecordRequest], ray.ObjectRef] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -168,71 +181,79 @@ class ObjectStoreSource:
         Raises ValueError for a request no store could answer, ExpertUnavailableError when no copy
         gave a record before the deadline, CorruptRecordError when every copy of it is damaged.
         """
-        for request in requests:
-            locate(self._manifest, request)  # what no store could answer is not asked
+        # What no store could answer is not asked.
+        sizes = [locate(self._manifest, request).num_bytes for request in requests]
         if self._closed.is_set():
             raise ExpertUnavailableError("the source is closed")
-        return fetch_over(
+        fetch = Fetch(
+            Attempts(requests, sizes=sizes, health=self._health, max_batch=MAX_BATCH),
             lambda refresh: self._copies,
-            lambda attempts, batches, left_s: self._ask(attempts, requests, batches, left_s),
-            requests,
-            max_batch=MAX_BATCH,
-            deadline_s=self._deadline_s,
+            lambda call, left_s: self._ask(
+                call, [requests[index] for index in call.batch.indices], left_s
+            ),
+            health=self._health,
+            pool=self._pool,
             clock=self._clock,
-            is_closed=self._closed.wait,
+            is_closed=self._closed.is_set,
         )
+        return fetch.run(self._deadline_s)
+
+    @property
+    def statistics(self) -> ReadingStatistics:
+        """Of the calls to copies since the start."""
+        return self._health.statistics
 
     def close(self) -> None:
         """Let go of all references; tensors that are still held stay valid."""
         self._closed.set()
         with self._lock:
             self._refs.clear()
+        self._pool.shutdown(wait=False)
 
     def _ask(
-        self,
-        attempts: Attempts,
-        requests: Sequence[RecordRequest],
-        batches: Sequence[Batch],
-        left_s: float,
-    ) -> None:
-        for batch in batches:
-            wanted = [requests[index] for index in batch.indices]
-            # While there is another copy, half of the time is kept for it.
-            until = self._clock() + (left_s if batch.is_last_hope else left_s / 2)
-            try:
-                attempts.answered(batch, self._read(batch.address, wanted, until))
-            except RayTaskError as error:
-                if isinstance(error.cause, ValueError):
-                    raise error.cause from error
-                if isinstance(error.cause, CorruptRecordError | ExpertUnavailableError):
-                    attempts.refused(batch, error.cause)
-                else:
-                    attempts.lost(batch, ExpertUnavailableError(f"{error.cause!r}"))
-            except (RayActorError, ObjectLostError, GetTimeoutError) as error:
-                self._forget(batch.address, wanted)
-                reason = str(error).strip().splitlines() or [""]
-                name = type(error).__name__
-                attempts.lost(batch, ExpertUnavailableError(f"{name}: {reason[0]}"))
+        self, call: Call, wanted: Sequence[RecordRequest], left_s: float
+    ) -> list[torch.Tensor]:
+        """As `fetching.Ask`; ValueError when the copy finds the request wrong."""
+        name = call.batch.address
+        try:
+            return self._read(call, name, wanted, self._clock() + left_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, ValueError | CorruptRecordError | ExpertUnavailableError):
+                raise error.cause from error
+            raise lost(f"{error.cause!r}") from error
+        except (RayActorError, ObjectLostError, GetTimeoutError) as error:
+            self._forget(name, wanted)
+            reason = str(error).strip().splitlines() or [""]
+            raise lost(f"{type(error).__name__}: {reason[0]}") from error
 
-    def _read(self, name: str, wanted: Sequence[RecordRequest], until: float) -> list[torch.Tensor]:
+    def _read(
+        self, call: Call, name: str, wanted: Sequence[RecordRequest], until: float
+    ) -> list[torch.Tensor]:
         names = [(name, request) for request in wanted]
         with self._lock:
             known = {n: self._refs[n] for n in names if n in self._refs}
         missing = [r for n, r in zip(names, wanted, strict=True) if n not in known]
         if missing:
-            call = self._actors[name].refs.remote(self._manifest.version, missing)
-            found = ray.get(call, timeout=self._left(until))
+            asked = self._actors[name].refs.remote(self._manifest.version, missing)
+            found = self._get(call, asked, until)
             added = {(name, r): ref for r, ref in zip(missing, found, strict=True)}
             known |= added
             with self._lock:
                 self._refs |= added
                 while len(self._refs) > MAX_CACHED_REFS:
                     self._refs.popitem(last=False)
-        arrays = ray.get([known[n] for n in names], timeout=self._left(until))
+        arrays = self._get(call, [known[n] for n in names], until)
         return [readonly_tensor(array) for array in arrays]
 
-    def _left(self, until: float) -> float:
-        return max(0.001, until - self._clock())
+    def _get(self, call: Call, refs: Any, until: float) -> Any:
+        """As `ray.get`, until the deadline or until the call is cancelled."""
+        while True:
+            left_s = until - self._clock()
+            try:
+                return ray.get(refs, timeout=max(0.001, min(POLL_S, left_s)))
+            except GetTimeoutError:
+                if call.is_cancelled or left_s <= POLL_S:
+                    raise
 
     def _forget(self, name: str, wanted: Sequence[RecordRequest]) -> None:
         with self._lock:

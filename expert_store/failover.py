@@ -5,6 +5,7 @@ Knows no transport: what asks the copies, the clock and the pause are passed in.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +17,9 @@ from expert_store.errors import (
     ExpertUnavailableError,
     StoreError,
 )
+from expert_store.health import CopyHealth
 from expert_store.listing import Listing, is_reachable
 from expert_store.types import ExpertKey, RecordRequest
-
-RETRY_PAUSE_S = 0.1
-"""Between two rounds over all copies, when none of them answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +29,7 @@ class Copy:
     address: str
     keys: frozenset[ExpertKey] | None
     is_local: bool  # cheaper to reach than a copy that is not
+    holder: str = ""  # who answers there; two addresses of one holder hang together
 
     def holds(self, key: ExpertKey) -> bool:
         return self.keys is None or key in self.keys
@@ -41,7 +41,8 @@ class Batch:
 
     address: str
     indices: tuple[int, ...]
-    is_last_hope: bool  # some request of it has no other copy left
+    num_bytes: int
+    is_only_hope: bool  # no request of it has another copy left
 
 
 class Attempts:
@@ -50,10 +51,20 @@ class Attempts:
     again record by record, so that two copies with different damage still serve everything.
     """
 
-    def __init__(self, requests: Sequence[RecordRequest], *, max_batch: int) -> None:
+    def __init__(
+        self,
+        requests: Sequence[RecordRequest],
+        *,
+        sizes: Sequence[int],
+        health: CopyHealth,
+        max_batch: int,
+    ) -> None:
         assert max_batch > 0, max_batch
         self._requests = requests
+        self._sizes = sizes  # bytes
+        self._health = health
         self._max_batch = max_batch
+        self._asked: Counter[int] = Counter()  # requests that are under way, at how many copies
         self._results: list[torch.Tensor | None] = [None] * len(requests)
         self._refused: dict[int, dict[str, StoreError]] = {}
         self._down: set[str] = set()
@@ -67,37 +78,70 @@ class Attempts:
         return found if len(found) == len(self._results) else None
 
     def plan(self, copies: Sequence[Copy]) -> list[Batch]:
-        """Batches for what is missing; empty when some record has no copy left to ask for now.
+        """Batches for what is missing and not under way; what has no copy left now is left out.
 
         Raises CorruptRecordError when every copy of a record is damaged.
         """
+        missing = [i for i, data in enumerate(self._results) if data is None and not self._asked[i]]
+        return self._grouped(missing, copies)
+
+    def plan_besides(self, late: Batch, copies: Sequence[Copy]) -> list[Batch]:
+        """Batches for what a late one still owes, to be asked of other holders; empty when one of
+        its records has no other."""
+        holders = {copy.holder for copy in copies if copy.address == late.address}
+        others = [c for c in copies if c.address != late.address and c.holder not in holders]
+        owed = [index for index in late.indices if self._results[index] is None]
+        if any(self._asked[index] > 1 for index in owed):
+            return []
+        batches = self._grouped(owed, others)
+        return batches if sum(len(batch.indices) for batch in batches) == len(owed) else []
+
+    def is_needed(self, batch: Batch) -> bool:
+        """Whether something of a batch is still missing."""
+        return any(self._results[index] is None for index in batch.indices)
+
+    def began(self, batch: Batch) -> None:
+        self._asked.update(batch.indices)
+
+    def ended(self, batch: Batch) -> None:
+        self._asked.subtract(batch.indices)
+
+    def _grouped(self, indices: Sequence[int], copies: Sequence[Copy]) -> list[Batch]:
         groups: dict[tuple[str, int], list[int]] = {}
-        last_hope: set[tuple[str, int]] = set()
-        for index, request in enumerate(self._requests):
-            if self._results[index] is not None:
-                continue
+        shared: set[tuple[str, int]] = set()
+        for index in indices:
+            request = self._requests[index]
             holders = [copy for copy in copies if copy.holds(request.key)]
             usable = self._usable(index, holders)
             if not usable:
                 self._raise_if_damaged(index, holders)
-                return []
-            # Copies of this host first; load spreads over the others by expert.
-            nearest = [copy for copy in usable if copy.is_local] or usable
+                continue
+            # Copies of this host first, unless they are slow; load spreads over them by expert.
+            good = set(self._health.best([copy.address for copy in usable], self._sizes[index]))
+            candidates = [copy for copy in usable if copy.address in good]
+            nearest = [copy for copy in candidates if copy.is_local] or candidates
             chosen = nearest[(request.key.layer + request.key.expert) % len(nearest)]
             part = -1 - len(groups) if index in self._alone else 0
             while len(groups.get((chosen.address, part), ())) >= self._max_batch:
                 part += 1
             groups.setdefault((chosen.address, part), []).append(index)
-            if len(usable) == 1:
-                last_hope.add((chosen.address, part))
+            if len({copy.holder for copy in usable}) > 1:
+                shared.add((chosen.address, part))
         return [
-            Batch(name[0], tuple(indices), name in last_hope) for name, indices in groups.items()
+            Batch(
+                name[0],
+                tuple(found),
+                num_bytes=sum(self._sizes[index] for index in found),
+                is_only_hope=name not in shared,
+            )
+            for name, found in groups.items()
         ]
 
     def answered(self, batch: Batch, records: Sequence[torch.Tensor]) -> None:
         """The copy gave every record of the batch."""
         for index, data in zip(batch.indices, records, strict=True):
-            self._results[index] = data
+            if self._results[index] is None:  # else another copy was quicker
+                self._results[index] = data
 
     def refused(self, batch: Batch, error: StoreError) -> None:
         """The copy is alive but cannot give some record of the batch."""
@@ -167,7 +211,7 @@ class ListedCopies:
             except DirectoryError as error:
                 raise ExpertUnavailableError(f"no copy can be looked up: {error}") from error
             self._copies = tuple(
-                Copy(address, listing.keys, is_local=address.startswith("unix:"))
+                Copy(address, listing.keys, address.startswith("unix:"), listing.name)
                 for listing in listings
                 if listing.role == "records" and listing.version == self._version
                 for address in listing.addresses
@@ -181,37 +225,3 @@ def check_deadline(deadline_s: float) -> None:
     """Raise ValueError unless there is some time for a fetch."""
     if deadline_s <= 0:
         raise ValueError(f"deadline_s: got {deadline_s}, expected a positive number")
-
-
-def fetch_over(
-    copies: Callable[[bool], Sequence[Copy]],
-    ask: Callable[[Attempts, Sequence[Batch], float], None],
-    requests: Sequence[RecordRequest],
-    *,
-    max_batch: int,
-    deadline_s: float,
-    clock: Callable[[], float],
-    is_closed: Callable[[float], bool],
-) -> list[torch.Tensor]:
-    """The records, from whichever copies give them before the deadline.
-
-    `copies(refresh)` lists the copies, anew when told so; `ask` sends batches within the seconds
-    left and reports each to the attempts; `is_closed` waits up to so many seconds for the source
-    to be closed. Raises CorruptRecordError or ExpertUnavailableError.
-    """
-    attempts = Attempts(requests, max_batch=max_batch)
-    deadline = clock() + deadline_s
-    refresh = False
-    while (results := attempts.results) is None:
-        left_s = deadline - clock()
-        if left_s <= 0:
-            raise attempts.failure(deadline_s)
-        batches = attempts.plan(copies(refresh))
-        refresh = not batches
-        if batches:
-            ask(attempts, batches, left_s)
-        elif is_closed(min(RETRY_PAUSE_S, left_s)):
-            raise ExpertUnavailableError("the source was closed while a fetch was waiting")
-        else:
-            attempts.forgive()
-    return results

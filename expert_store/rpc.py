@@ -22,7 +22,9 @@ from expert_store.errors import (
     StoreError,
     StoreFormatError,
 )
-from expert_store.failover import Attempts, Batch, ListedCopies, check_deadline, fetch_over
+from expert_store.failover import Attempts, ListedCopies, check_deadline
+from expert_store.fetching import Call, Fetch, lost
+from expert_store.health import CopyHealth, ReadingStatistics
 from expert_store.listing import Listing
 from expert_store.segment import Segment, locate
 from expert_store.types import Manifest, RecordRequest
@@ -30,7 +32,7 @@ from expert_store.types import Manifest, RecordRequest
 SERVICE = "moetier.Records"
 MAX_MESSAGE_BYTES = 8 * 2**20
 MAX_DETAIL_CHARS = 1000  # of an error's text: it travels as a header, and those are small
-MAX_CALLS_AT_ONCE = 16  # of one fetch
+MAX_CALLS_AT_ONCE = 64  # of one source; those to a copy that hangs are ended by the others'
 
 _STATUS = (
     (CorruptRecordError, grpc.StatusCode.DATA_LOSS),
@@ -114,6 +116,8 @@ class GrpcSource:
         self._manifest, self._compression = manifest, compression
         self._deadline_s, self._clock = deadline_s, clock
         self._copies = ListedCopies(find, manifest.version, clock=clock)
+        self._health = CopyHealth(clock)
+        self._pool = futures.ThreadPoolExecutor(MAX_CALLS_AT_ONCE, "moetier-ask")
         self._channels: dict[str, grpc.Channel] = {}
         self._bytes_sent = self._bytes_received = self._record_bytes = 0
         self._lock = threading.Lock()
@@ -133,24 +137,32 @@ class GrpcSource:
         """Bytes of the records that came whole; over those received, what compression saved."""
         return self._record_bytes
 
+    @property
+    def statistics(self) -> ReadingStatistics:
+        """Of the calls to copies since the start."""
+        return self._health.statistics
+
     def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
         """The records' bytes in request order, each a flat uint8 tensor, maybe read-only.
 
         Raises ValueError for a request no store could answer, ExpertUnavailableError when no copy
         gave a record before the deadline, CorruptRecordError when every copy of it is damaged.
         """
-        for request in requests:
-            locate(self._manifest, request)
+        sizes = [locate(self._manifest, request).num_bytes for request in requests]
+        attempts = Attempts(requests, sizes=sizes, health=self._health, max_batch=wire.MAX_REQUESTS)
+        fetch = Fetch(
+            attempts,
+            self._copies,
+            lambda call, left_s: self._ask(
+                call, [requests[index] for index in call.batch.indices], left_s
+            ),
+            health=self._health,
+            pool=self._pool,
+            clock=self._clock,
+            is_closed=self._closed.is_set,
+        )
         try:
-            return fetch_over(
-                self._copies,
-                lambda attempts, batches, left_s: self._ask(attempts, requests, batches, left_s),
-                requests,
-                max_batch=wire.MAX_REQUESTS,
-                deadline_s=self._deadline_s,
-                clock=self._clock,
-                is_closed=self._closed.wait,
-            )
+            return fetch.run(self._deadline_s)
         except ValueError as error:
             if self._closed.is_set():  # gRPC's own word for a channel that was closed meanwhile
                 raise ExpertUnavailableError("the source is closed") from error
@@ -163,72 +175,52 @@ class GrpcSource:
             channels, self._channels = self._channels, {}
         for channel in channels.values():
             channel.close()
+        self._pool.shutdown(wait=False)
 
     def _ask(
-        self,
-        attempts: Attempts,
-        requests: Sequence[RecordRequest],
-        batches: Sequence[Batch],
-        left_s: float,
-    ) -> None:
-        """Ask every batch at once, and take the answers at once too: an answer that nobody reads
-        runs into its deadline while another copy hangs."""
-
-        end_s = self._clock() + left_s
-
-        def ask(batch: Batch) -> list[torch.Tensor] | StoreFormatError | grpc.RpcError:
-            try:
-                return self._ask_one(batch, [requests[index] for index in batch.indices], end_s)
-            except (StoreFormatError, grpc.RpcError) as error:
-                return error
-
-        if len(batches) == 1:
-            outcomes = [ask(batches[0])]
-        else:
-            num_threads = min(len(batches), MAX_CALLS_AT_ONCE)
-            with futures.ThreadPoolExecutor(num_threads, "moetier-ask") as pool:
-                outcomes = list(pool.map(ask, batches))
-        for batch, outcome in zip(batches, outcomes, strict=True):
-            if isinstance(outcome, StoreFormatError):
-                attempts.lost(batch, outcome)
-            elif isinstance(outcome, grpc.RpcError):
-                self._report(attempts, batch, outcome)
-            else:
-                attempts.answered(batch, outcome)
+        self, call: Call, wanted: Sequence[RecordRequest], left_s: float
+    ) -> list[torch.Tensor]:
+        """As `fetching.Ask`; ValueError when the copy finds the request wrong."""
+        try:
+            return self._ask_one(call, wanted, left_s)
+        except StoreFormatError as error:
+            raise lost(error) from error
+        except grpc.RpcError as error:
+            code, details = error.code(), error.details() or ""
+            if code == grpc.StatusCode.DATA_LOSS:
+                raise CorruptRecordError(details) from error
+            if code == grpc.StatusCode.NOT_FOUND:
+                raise ExpertUnavailableError(details) from error
+            if code == grpc.StatusCode.INVALID_ARGUMENT:
+                where = call.batch.address
+                raise ValueError(f"{where} refused the request: {details}") from error
+            raise lost(f"{code.name}: {details}") from error
 
     def _ask_one(
-        self, batch: Batch, wanted: Sequence[RecordRequest], end_s: float
+        self, call: Call, wanted: Sequence[RecordRequest], left_s: float
     ) -> list[torch.Tensor]:
         message = wire.encode_call(self._manifest.version, wanted, self._compression)
         lengths = [locate(self._manifest, r).num_bytes for r in wanted]
         assembly = wire.assembly_of(lengths, self._compression)
-        # While there is another copy, half of the time is kept for it.
-        left_s = max(0.0, end_s - self._clock())
-        timeout_s = left_s if batch.is_last_hope else left_s / 2
-        channel = self._channel(batch.address)
+        channel = self._channel(call.batch.address)
         self._count(len(message), 0)
         answer: Iterable[bytes]
-        if assembly.num_bytes <= wire.CHUNK_BYTES:
-            # A blocking call wakes fewer threads than a stream does.
-            answer = [channel.unary_unary(f"/{SERVICE}/FetchSmall")(message, timeout=timeout_s)]
+        if assembly.num_bytes > wire.CHUNK_BYTES:
+            stream = channel.unary_stream(f"/{SERVICE}/Fetch")(message, timeout=left_s)
+            call.on_cancel(stream.cancel)
+            answer = stream
+        elif call.batch.is_only_hope:
+            answer = [channel.unary_unary(f"/{SERVICE}/FetchSmall")(message, timeout=left_s)]
         else:
-            answer = channel.unary_stream(f"/{SERVICE}/Fetch")(message, timeout=timeout_s)
+            future = channel.unary_unary(f"/{SERVICE}/FetchSmall").future(message, timeout=left_s)
+            call.on_cancel(future.cancel)
+            answer = [_result(future)]
         for chunk in answer:
             self._count(0, len(chunk))
             assembly.add(chunk)
         records = assembly.finish()
         self._count(0, 0, sum(lengths))
         return records
-
-    def _report(self, attempts: Attempts, batch: Batch, error: grpc.RpcError) -> None:
-        code, details = error.code(), error.details() or ""
-        if code in (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.NOT_FOUND):
-            kinds = {"DATA_LOSS": CorruptRecordError, "NOT_FOUND": ExpertUnavailableError}
-            attempts.refused(batch, kinds[code.name](details))
-        elif code == grpc.StatusCode.INVALID_ARGUMENT:
-            raise ValueError(f"{batch.address} refused the request: {details}") from error
-        else:
-            attempts.lost(batch, ExpertUnavailableError(f"{code.name}: {details}"))
 
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:
@@ -243,6 +235,14 @@ class GrpcSource:
             self._bytes_sent += sent
             self._bytes_received += received
             self._record_bytes += delivered
+
+
+def _result(future: Any) -> bytes:
+    try:
+        answer: bytes = future.result()
+    except grpc.FutureCancelledError as error:
+        raise lost("cancelled: another copy was quicker") from error
+    return answer
 
 
 def start_server(

@@ -32,6 +32,10 @@ class Segment:
     record lies inside its file; a record's sha256 is checked when it is first read, once. Views
     stay valid after `close()`: a file's mapping goes away with its last view.
 
+    A damaged record is quarantined: it is refused, without being read again, until `repair` is
+    given its bytes. Those are kept in memory; the file is left to the operator, because other
+    processes map it too and its bytes cannot be replaced under them in one step.
+
     Raises ValueError for a key that the store does not have, StoreFormatError for a store that
     cannot be opened: no manifest, a missing or a truncated file.
     """
@@ -51,6 +55,7 @@ class Segment:
         self._files = self._map_files()
         self._checked: set[tuple[ExpertKey, RecordKind]] = set()
         self._damaged: dict[tuple[ExpertKey, RecordKind], str] = {}
+        self._repaired: dict[tuple[ExpertKey, RecordKind], torch.Tensor] = {}
         self._lock = threading.Lock()
 
     @property
@@ -81,6 +86,51 @@ class Segment:
         CorruptRecordError for one whose bytes do not match their checksum.
         """
         return [self._view(request) for request in requests]
+
+    @property
+    def quarantined(self) -> frozenset[tuple[ExpertKey, RecordKind]]:
+        """The records that are damaged here and were not repaired."""
+        with self._lock:
+            return frozenset(self._damaged)
+
+    @property
+    def num_repaired(self) -> int:
+        """Records served from repaired bytes."""
+        return len(self._repaired)
+
+    def recheck(self, request: RecordRequest) -> bool:
+        """Hash a record anew, because somebody got it damaged; whether it is sound."""
+        name = (request.key, request.kind)
+        with self._lock:
+            self._checked.discard(name)
+        try:
+            self._view(RecordRequest(request.key, request.kind))
+        except CorruptRecordError:
+            return False
+        return True
+
+    def repair(self, request: RecordRequest, data: torch.Tensor) -> None:
+        """Serve a quarantined record from these bytes, the whole of it, from now on.
+
+        Raises CorruptRecordError when they are not the record's either.
+        """
+        name = (request.key, request.kind)
+        record = locate(self._manifest, RecordRequest(request.key, request.kind))
+        found = hashlib.sha256(data.numpy()).hexdigest()
+        if found != record.sha256:
+            raise CorruptRecordError(
+                f"{request.kind} record of {request.key}: the copy to repair {self._store} with is "
+                f"damaged: expected sha256 {record.sha256}, found {found}; try another copy"
+            )
+        with self._lock:
+            self._repaired[name] = data
+            self._damaged.pop(name, None)
+        logger.warning(
+            "%s record of %s in %s is served from another copy's bytes; restore the file",
+            request.kind,
+            request.key,
+            self._store,
+        )
 
     def close(self) -> None:
         """Refuse further reads. Views that are still held stay valid."""
@@ -113,6 +163,9 @@ class Segment:
             raise ExpertUnavailableError(
                 f"the segment of {self._store} is closed; {request.key} was asked of it afterwards"
             )
+        repaired = self._repaired.get((request.key, request.kind))
+        if repaired is not None:
+            return repaired[: record.num_bytes]
         whole = locate(self._manifest, RecordRequest(request.key, request.kind))
         self._check(request, whole, data)
         return data[record.offset : record.offset + record.num_bytes]
@@ -130,6 +183,7 @@ class Segment:
             if found == record.sha256:
                 self._checked.add(name)
                 return
+            is_new = name not in self._damaged
             self._damaged[name] = found
         message = (
             f"{request.kind} record of {request.key} in {self._store} is damaged: expected sha256 "
@@ -137,7 +191,8 @@ class Segment:
             f"{record.file}; run `moetier verify {self._store}`, then restore the file or compress "
             "again"
         )
-        logger.error("%s", message)
+        if is_new:
+            logger.error("%s", message)
         raise CorruptRecordError(message)
 
 

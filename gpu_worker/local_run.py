@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
 from expert_store.errors import StoreError
-from expert_store.types import (
-    Compensator,
-    ExpertCodes,
-    ExpertKey,
-    RecordKind,
-    RecordRequest,
-)
+from expert_store.types import Compensator, ExpertCodes, ExpertKey, RecordKind, RecordRequest
 from gpu_worker.combine import Part
 from gpu_worker.counters import Tally
 from gpu_worker.expert_cache import ExpertCache
 from gpu_worker.expert_math import ExpertCall, ExpertMath, Record
 from gpu_worker.planner import DispatchPlan, ExpertWork
 from gpu_worker.prefetch import AheadRecords
+from gpu_worker.record_sizes import PlannedCopy
 from gpu_worker.stream import Landed, Stream
 from gpu_worker.streamer import Streamer
 
@@ -101,19 +97,24 @@ class LocalRun:
                 if stream.is_whole:
                     on_landed()
                 self._run_ready(gatherings)
+                again: dict[PlannedCopy, RecordRequest] = {}
                 if ahead is not None and from_ahead:
-                    self._await_ahead(from_ahead, gatherings, ahead)
+                    again = self._await_ahead(from_ahead, gatherings, ahead)
                 self._await(gatherings, stream, on_landed)
+            if again:
+                wanted = {copy.request: request for copy, request in again.items()}
+                with device.streamer.start(list(again)) as stream:
+                    self._await(gatherings, stream, lambda: None, wanted)
         finally:
             device.cache.unpin(self._pinned)
             self._pinned.clear()
 
     def _find(
         self, hits: Sequence[RecordRequest], ahead: AheadRecords | None
-    ) -> tuple[dict[RecordRequest, RecordRequest], _Records]:
+    ) -> tuple[_Wanted, _Records]:
         """Of the records that the plan counts as there: those fetched ahead, by the name they were
         fetched under, and those of the cache, pinned."""
-        from_ahead: dict[RecordRequest, RecordRequest] = {}
+        from_ahead: _Wanted = {}
         records: _Records = {}
         for request in hits:
             fetched = None if ahead is None else ahead.covering(request)
@@ -125,33 +126,38 @@ class LocalRun:
         return from_ahead, records
 
     def _await_ahead(
-        self,
-        from_ahead: dict[RecordRequest, RecordRequest],
-        gatherings: dict[ExpertKey, _Gathering],
-        ahead: AheadRecords,
-    ) -> None:
-        """What is here of the records fetched ahead, then each of the others as it lands."""
+        self, from_ahead: _Wanted, gatherings: dict[ExpertKey, _Gathering], ahead: AheadRecords
+    ) -> dict[PlannedCopy, RecordRequest]:
+        """What is here of the records fetched ahead, then each of the others as it lands. Returns
+        those lost on their way, to be fetched like any other, and what the plan wants of each."""
         waiting = dict(from_ahead)
+        again: dict[PlannedCopy, RecordRequest] = {}
         for fetched in from_ahead:
             landed = ahead.take(fetched)
             if landed is not None:
                 self._take_ahead(landed, waiting, gatherings, ahead)
         self._run_ready(gatherings)
         while waiting:
-            self._take_ahead(ahead.next(waiting), waiting, gatherings, ahead)
+            landed = ahead.next(waiting)
+            if landed.error is not None:
+                again[landed.copy] = waiting.pop(landed.copy.request)
+                ahead.release(landed.copy.request)
+                self._count_copy(landed.copy)
+                continue
+            self._take_ahead(landed, waiting, gatherings, ahead)
             self._run_ready(gatherings)
+        return again
 
     def _take_ahead(
         self,
         landed: Landed,
-        waiting: dict[RecordRequest, RecordRequest],
+        waiting: _Wanted,
         gatherings: dict[ExpertKey, _Gathering],
         ahead: AheadRecords,
     ) -> None:
         copy = landed.copy
         wanted = waiting.pop(copy.request)
-        self._tally.planned_bytes[copy.request.kind] += copy.num_bytes
-        self._tally.cache_misses[copy.request.kind] += 1
+        self._count_copy(copy)
         self._take(landed, gatherings[copy.request.key], ahead.release, wanted)
 
     def _await(
@@ -159,12 +165,14 @@ class LocalRun:
         gatherings: dict[ExpertKey, _Gathering],
         stream: Stream,
         on_landed: Callable[[], None],
+        wanted: Mapping[RecordRequest, RecordRequest] = MappingProxyType({}),
     ) -> None:
         try:
             for arrived in stream.batches():
                 for landed in arrived:
-                    gathering = gatherings[landed.copy.request.key]
-                    self._take(landed, gathering, stream.release)
+                    request = landed.copy.request
+                    gathering = gatherings[request.key]
+                    self._take(landed, gathering, stream.release, wanted.get(request))
                 if stream.is_whole:
                     on_landed()
                 self._run_ready(gatherings)
@@ -264,8 +272,11 @@ class LocalRun:
 
     def _count(self, dispatch: DispatchPlan) -> None:
         for copy in dispatch.copies:
-            self._tally.planned_bytes[copy.request.kind] += copy.num_bytes
-            self._tally.cache_misses[copy.request.kind] += 1
+            self._count_copy(copy)
+
+    def _count_copy(self, copy: PlannedCopy) -> None:
+        self._tally.planned_bytes[copy.request.kind] += copy.num_bytes
+        self._tally.cache_misses[copy.request.kind] += 1
 
 
 def _cut(factors: Compensator, request: RecordRequest) -> Compensator:
@@ -273,6 +284,7 @@ def _cut(factors: Compensator, request: RecordRequest) -> Compensator:
     return factors if request.num_blocks is None else factors.prefix(request.num_blocks)
 
 
+_Wanted = dict[RecordRequest, RecordRequest]  # by what was fetched, the part the plan wants
 _Records = dict[tuple[ExpertKey, RecordKind], Record]
 
 

@@ -5,7 +5,7 @@ Method: workers that compute a known function of expert and row at once, later, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import pytest
@@ -173,3 +173,102 @@ def test_an_answer_of_the_wrong_length_fails_the_call_and_leaves_nobody_waiting(
     future = group((Short(), None)).submit(HIDDEN_TH, WORK)
     with pytest.raises(RuntimeError, match="split"):
         future.result(0)
+
+
+class Time:
+    """A clock and the time-outs on it, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.due: list[tuple[float, Callable[[], None]]] = []
+
+    def later(self, delay_s: float, function: Callable[[], None]) -> None:
+        self.due.append((self.now + delay_s, function))
+
+    def advance(self, seconds: float) -> None:
+        end = self.now + seconds
+        while ready := sorted((d for d in self.due if d[0] <= end), key=lambda d: d[0]):
+            self.due.remove(ready[0])
+            self.now = ready[0][0]
+            ready[0][1]()
+        self.now = end
+
+
+def timed(time: Time, *workers: FakeWorker) -> NearDataGroup:
+    members = [Member(worker) for worker in workers]
+    return NearDataGroup(members, clock=lambda: time.now, later=time.later)
+
+
+def test_a_hung_workers_experts_go_to_the_next_within_a_second() -> None:
+    time = Time()
+    hung, good = FakeWorker(at_once=False), FakeWorker()
+    near = timed(time, hung, good)
+    future = near.submit(HIDDEN_TH, WORK)
+    time.advance(0.9)
+    assert torch.equal(future.result(0).output_PH, outputs(WORK))
+    near.submit(HIDDEN_TH, WORK).result(0)  # it is left alone now
+    assert len(hung.calls) == 1
+    assert near.statistics.hung == near.statistics.failed_over == 1
+    hung.answer()  # late: of no use, and no harm
+    time.advance(20)
+    hung.at_once = True
+    near.submit(HIDDEN_TH, WORK).result(0)
+    assert len(hung.calls) == 2  # and tried again
+
+
+def test_a_hung_only_worker_fails_the_call_so_that_experts_are_streamed() -> None:
+    time = Time()
+    hung = FakeWorker(at_once=False)
+    near = timed(time, hung)
+    future = near.submit(HIDDEN_TH, WORK)
+    time.advance(0.9)
+    with pytest.raises(ExpertUnavailableError, match="no near-data worker is left"):
+        future.result(0)
+    with pytest.raises(ExpertUnavailableError):
+        near.submit(HIDDEN_TH, WORK).result(0)  # at once
+    assert len(hung.calls) == 1
+
+
+def test_a_late_worker_is_hedged_and_only_a_bounded_share_of_calls_is() -> None:
+    time = Time()
+    late, good = FakeWorker(), FakeWorker()
+    near = timed(time, late, good)
+    for _ in range(10):
+        near.submit(HIDDEN_TH, WORK).result(0)
+    late.at_once = False
+    future = near.submit(HIDDEN_TH, WORK)
+    assert not future.done()
+    time.advance(0.05)
+    assert torch.equal(future.result(0).output_PH, outputs(WORK))
+    assert near.statistics.hedged == 1
+    assert near.statistics.hung == 0
+    late.answer()
+    for _ in range(100):
+        near.submit(HIDDEN_TH, WORK)
+        time.advance(0.05)
+        late.answer()
+    assert near.statistics.hedged <= 8 + 0.05 * near.statistics.calls
+
+
+def test_a_lost_compensator_is_told_once_and_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    time = Time()
+    worker = FakeWorker(lost=KEYS)
+    near = timed(time, worker, other := FakeWorker())
+    for _ in range(5):
+        near.submit(HIDDEN_TH, RESTORED).result(0)
+    assert len(caplog.records) == 1
+    worker.lost = ()
+    other.calls.clear()
+    time.advance(60)
+    assert near.submit(HIDDEN_TH, RESTORED).result(0).degraded == ()
+    assert {item.key.expert for item in worker.calls[-1][0]} == {0, 2}
+
+
+def test_a_damaged_expert_does_not_rest_its_worker() -> None:
+    time = Time()
+    worker = FakeWorker(CorruptRecordError("bits"))
+    near = timed(time, worker)
+    with pytest.raises(ExpertUnavailableError):
+        near.submit(HIDDEN_TH, WORK).result(0)
+    worker.error = None
+    assert torch.equal(near.submit(HIDDEN_TH, WORK).result(0).output_PH, outputs(WORK))
