@@ -184,13 +184,7 @@ def _rows_kernel(
         meta = (pair_of_half[None, :] * num_groups + group[:, None]) * 2
         digit_pair = (half % 2)[None, :]
         size = tl.load(sizes + meta + digit_pair, mask=inside[:, None], other=0.0)
-        # The two halves of a token are added up: each takes the sum of half a whole tile's inputs,
-        # or the first that of a half tile's.
-        if TILE_COLS == 64:
-            sum_x = tl.load(sums + meta + digit_pair, mask=inside[:, None], other=0.0)
-        else:
-            first_half = inside[:, None] & (digit_pair == 0)
-            sum_x = tl.load(sums + meta + part[:, None], mask=first_half, other=0.0)
+        sum_x = _input_sums(sums + meta, digit_pair, part[:, None], inside[:, None], TILE_COLS)
         if SYMMETRIC:
             middle: tl.constexpr = ((1 << BITS) - 1) * 0.5
             part = tl.fma(dot, size[:, None, :], -middle * sum_x[:, None, :])
@@ -211,3 +205,14 @@ def _rows_kernel(
     if ADD:
         result += tl.load(out, mask=mask, other=0.0)
     tl.store(out, result, mask=mask)
+
+
+@triton.jit
+def _input_sums(sums, digit_pair, part, inside, TILE_COLS: tl.constexpr):
+    """What meets the zero points. The two halves of a token are added up later: each takes the sum
+    of half a whole tile's inputs, or the first that of a half tile's."""
+    if TILE_COLS == 64:
+        total = tl.load(sums + digit_pair, mask=inside, other=0.0)
+    else:
+        total = tl.load(sums + part, mask=inside & (digit_pair == 0), other=0.0)
+    return total

@@ -19,6 +19,7 @@ from kernel_matrices import (
     random_factors,
     random_inputs,
     random_low_rank,
+    random_matrix,
     random_mlp,
     relative_rms,
 )
