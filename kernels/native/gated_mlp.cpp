@@ -32,7 +32,10 @@ struct Work {
   int64_t first_item;          // of the phase in hand
 
   Work(const MoetierGatedMlp& of)
-      : mlp(&of), inputs(of.tokens, of.gate.cols), middle(of.tokens, of.down.cols), first_item(0) {
+      : mlp(&of),
+        inputs(of.tokens, of.gate.cols, has_half_tiles(of.gate) || has_half_tiles(of.up)),
+        middle(of.tokens, of.down.cols, has_half_tiles(of.down)),
+        first_item(0) {
     auto is_restored = [&](int64_t t) { return of.repair && (!of.restored || of.restored[t]); };
     for (bool wanted : {true, false}) {
       for (int64_t t = 0; t < of.tokens; t++)

@@ -14,8 +14,7 @@
 namespace moetier {
 namespace {
 
-// `sums` is of all, of the first 32 and of the last 32.
-ALWAYS_INLINE void quantize_group(const float* x, int8_t* codes, float* scale, float (&sums)[3]) {
+ALWAYS_INLINE void quantize_group(const float* x, int8_t* codes, float* scale, float* sum) {
   // Magnitudes compare as integers, and a NaN is the largest of them, so none can hide in the
   // maximum.
   int32_t largest_bits = 0;
@@ -29,12 +28,12 @@ ALWAYS_INLINE void quantize_group(const float* x, int8_t* codes, float* scale, f
   std::memcpy(&largest, &largest_bits, sizeof largest);
   if (largest_bits >= 0x7f800000) {  // NaN or infinity: the token's results become NaN, visibly
     std::memset(codes, 0, kTileCols);
-    *scale = sums[0] = sums[1] = sums[2] = std::numeric_limits<float>::quiet_NaN();
+    *scale = *sum = std::numeric_limits<float>::quiet_NaN();
     return;
   }
   // Below 2^-100 the inverse scale would overflow; such a group is zero to every float32 sum.
   const float inverse = largest > 0x1p-100f ? 127.f / largest : 0.f;
-  int32_t total = 0, first_half = 0;
+  int32_t total = 0;
   for (int i = 0; i < kTileCols; i++) {
     // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, on any
     // machine.
@@ -43,52 +42,51 @@ ALWAYS_INLINE void quantize_group(const float* x, int8_t* codes, float* scale, f
     codes[i] = static_cast<int8_t>(code);
     total += code;
   }
-  for (int i = 0; i < kTileCols / 2; i++) first_half += codes[i];
   *scale = largest / 127.f;
-  sums[0] = *scale * static_cast<float>(total);
-  sums[1] = *scale * static_cast<float>(first_half);
-  sums[2] = *scale * static_cast<float>(total - first_half);
+  *sum = *scale * static_cast<float>(total);
 }
 
-void quantize_portable(const float* x, int8_t* codes, float* scale, float (&sums)[3]) {
-  quantize_group(x, codes, scale, sums);
+void quantize_portable(const float* x, int8_t* codes, float* scale, float* sum) {
+  quantize_group(x, codes, scale, sum);
 }
 #if MOETIER_X86
-TARGET_AVX2 void quantize_avx2(const float* x, int8_t* codes, float* scale, float (&sums)[3]) {
-  quantize_group(x, codes, scale, sums);
+TARGET_AVX2 void quantize_avx2(const float* x, int8_t* codes, float* scale, float* sum) {
+  quantize_group(x, codes, scale, sum);
 }
-TARGET_AVX512 void quantize_avx512(const float* x, int8_t* codes, float* scale,
-                                   float (&sums)[3]) {
-  quantize_group(x, codes, scale, sums);
+TARGET_AVX512 void quantize_avx512(const float* x, int8_t* codes, float* scale, float* sum) {
+  quantize_group(x, codes, scale, sum);
 }
 #endif
 
-void quantize(const float* x, int8_t* codes, float* scale, float (&sums)[3], int isa) {
+void quantize(const float* x, int8_t* codes, float* scale, float* sum, int isa) {
 #if MOETIER_X86
-  if (isa == MOETIER_AVX512VNNI) return quantize_avx512(x, codes, scale, sums);
-  if (isa == MOETIER_AVX2) return quantize_avx2(x, codes, scale, sums);
+  if (isa == MOETIER_AVX512VNNI) return quantize_avx512(x, codes, scale, sum);
+  if (isa == MOETIER_AVX2) return quantize_avx2(x, codes, scale, sum);
 #endif
   (void)isa;
-  quantize_portable(x, codes, scale, sums);
+  quantize_portable(x, codes, scale, sum);
 }
 
 }  // namespace
 
-QuantizedInputs::QuantizedInputs(int64_t tokens, int64_t cols)
+QuantizedInputs::QuantizedInputs(int64_t tokens, int64_t cols, bool with_half_sums)
     : tokens_(tokens),
       groups_(cols / kTileCols),
       codes_(static_cast<size_t>(tokens * cols)),
       scale_(static_cast<size_t>(tokens * groups_)),
       sum_(static_cast<size_t>(tokens * groups_)),
-      half_sums_(static_cast<size_t>(2 * tokens * groups_)) {}
+      half_sums_(with_half_sums ? static_cast<size_t>(2 * tokens * groups_) : 0) {}
 
 void QuantizedInputs::set_group(int64_t token, int64_t group, const float* x, int isa) {
   const int64_t at = group * tokens_ + token;
-  float sums[3];
-  quantize(x, codes_.data() + at * kTileCols, scale_.data() + at, sums, isa);
-  sum_[at] = sums[0];
-  half_sums_[at + group * tokens_] = sums[1];
-  half_sums_[at + (group + 1) * tokens_] = sums[2];
+  int8_t* codes = codes_.data() + at * kTileCols;
+  quantize(x, codes, scale_.data() + at, sum_.data() + at, isa);
+  if (half_sums_.empty()) return;
+  for (int half = 0; half < 2; half++) {
+    int32_t total = 0;
+    for (int i = 0; i < kTileCols / 2; i++) total += codes[half * kTileCols / 2 + i];
+    half_sums_[at + (group + half) * tokens_] = scale_[at] * static_cast<float>(total);
+  }
 }
 
 void QuantizedInputs::set_all(const float* x, int isa) {

@@ -15,15 +15,16 @@ struct Inputs {
   const int8_t* codes;  // 64 bytes per (group, token)
   const float* scale;   // x is about scale * code
   const float* sum;     // scale * (sum of the 64 codes); meets the zero points
-  const float* half_sums;  // likewise of codes 0 to 31, then of 32 to 63: [group][2][token]
+  const float* half_sums;  // of codes 0 to 31, then of 32 to 63: [group][2][token]; may be null
   int64_t stride;
 
   Inputs from_token(int64_t token) const {
-    return Inputs{codes + token * 64, scale + token, sum + token, half_sums + token, stride};
+    return Inputs{codes + token * 64, scale + token, sum + token,
+                  half_sums ? half_sums + token : nullptr, stride};
   }
   Inputs next_group() const {
-    return Inputs{codes + stride * 64, scale + stride, sum + stride, half_sums + 2 * stride,
-                  stride};
+    return Inputs{codes + stride * 64, scale + stride, sum + stride,
+                  half_sums ? half_sums + 2 * stride : nullptr, stride};
   }
 };
 
@@ -53,9 +54,11 @@ class InputWalk {
 // Owns quantised inputs of [tokens, cols]. Throws std::bad_alloc.
 class QuantizedInputs {
  public:
-  QuantizedInputs(int64_t tokens, int64_t cols);
+  // Matrices in half tiles need the half sums.
+  QuantizedInputs(int64_t tokens, int64_t cols, bool with_half_sums);
   Inputs view() const {
-    return Inputs{codes_.data(), scale_.data(), sum_.data(), half_sums_.data(), tokens_};
+    const float* halves = half_sums_.empty() ? nullptr : half_sums_.data();
+    return Inputs{codes_.data(), scale_.data(), sum_.data(), halves, tokens_};
   }
   // Quantises the 64 inputs at x as group `group` of token `token`. Any two calls may run at once.
   void set_group(int64_t token, int64_t group, const float* x, int isa);

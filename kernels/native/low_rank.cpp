@@ -54,7 +54,7 @@ int32_t moetier_low_rank_matmul(const MoetierLowRank* factors, const float* x, i
                                 float* y, int32_t num_threads, int32_t isa) {
   using namespace moetier;
   try {
-    QuantizedInputs inputs(tokens, factors->cols);
+    QuantizedInputs inputs(tokens, factors->cols, false);
     inputs.set_all(x, isa);
     const Inputs view = inputs.view();
     low_rank_product(*factors, tokens, y, num_threads, isa,

@@ -76,6 +76,10 @@ struct RowBlocks {
   }
 };
 
+inline bool has_half_tiles(const MoetierMatrix& matrix) {
+  return layout_of(matrix.group_size) == kHalfTiles;
+}
+
 inline RowBlocks row_blocks(const MoetierMatrix& matrix) {
   const Layout layout = layout_of(matrix.group_size);
   const int64_t cols = tile_cols(layout);
