@@ -27,7 +27,6 @@ from expert_store.types import (
     RecordInfo,
     RecordKind,
 )
-from kernels.types import GROUP_SIZE
 
 DENSE_FILE_BYTES = 1 << 30
 _COPY_CHUNK = 8 << 20
@@ -148,7 +147,7 @@ def write_configuration(staging: Staging, source: Path, recipe: Recipe) -> dict[
         "format_version": FORMAT_VERSION,
         "recipe": recipe.name,
         "bits": recipe.bits,
-        "group_size": GROUP_SIZE,
+        "group_size": recipe.group_size,
         "factor_bits": recipe.factor_bits,
         "top_n": recipe.top_n,
     }

@@ -45,6 +45,7 @@ from expert_store.types import (
     ModelInfo,
     Recipe,
 )
+from kernels.types import check_group_size
 
 logger = logging.getLogger(__name__)
 
@@ -274,6 +275,11 @@ def _check_recipe(recipe: Recipe, info: ModelInfo) -> None:
         raise ValueError(
             f"top_n: got {recipe.top_n}, expected at most {info.top_k}, the experts per token"
         )
+    for name in PROJECTIONS:
+        try:
+            check_group_size(recipe.group_size, info.expert.projection(name)[1])
+        except ValueError as error:
+            raise ValueError(f"{name} of this model's experts: {error}") from error
 
 
 def _source_id(model: Path) -> str:

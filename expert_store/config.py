@@ -55,6 +55,7 @@ class CompressionConfig:
     - bits: width of the codes, 2, 3 or 4 (16 for "original"); recipes with a budget choose it.
     - avg_rank: mean rank over all experts, for the recipes "paper" and "milo".
     - top_n: how many of a token's experts are restored at run time; "fast" and "best" choose it.
+    - group_size: inputs of the codes that share a scale, a multiple of 32; compensators have 64.
     - budget: bits per expert weight moved, counted over all that a token moves with an empty cache
       (codes of its top-k experts, compensators of its Top-n).
     - calibration: folder of `moetier calibrate`; "best" needs it, the other recipes of a budget
@@ -87,11 +88,7 @@ class CompressionConfig:
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe: got {self.recipe!r}, expected one of {', '.join(RECIPES)}")
         self._check_bits()
-        if self.group_size != GROUP_SIZE:
-            raise ValueError(
-                f"group_size: got {self.group_size}, expected {GROUP_SIZE}: the kernels' tiles "
-                f"hold {GROUP_SIZE} inputs, other sizes do not divide them"
-            )
+        assert self.how.group_size == self.group_size  # made: methods refuse what they cannot do
         if self.factor_bits not in get_args(FactorBits):
             raise ValueError(
                 f"factor_bits: got {self.factor_bits}, expected one of {get_args(FactorBits)}"
@@ -106,8 +103,9 @@ class CompressionConfig:
 
     @property
     def how(self) -> Methods:
-        """What the recipe does, with `bits` in place."""
+        """What the recipe does, with `bits` and `group_size` in place."""
         methods = METHODS[self.recipe] if self.methods is None else self.methods
+        methods = replace(methods, group_size=self.group_size)
         return methods if self.bits is None else replace(methods, bits=(self.bits,))
 
     def resolve(self) -> CompressionConfig:
@@ -141,6 +139,7 @@ class CompressionConfig:
             seed=full.seed,
             budget=full.budget,
             error_bound=full.error_bound,
+            group_size=full.group_size,
         )
 
     def fingerprint(self, source: str) -> str:

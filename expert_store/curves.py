@@ -8,6 +8,7 @@ Legend: N rows, K cols.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,10 @@ def measure_choices(
     """
     energy = weighting.error(weight_NK) or 1.0
     plans = [
-        MatrixPlan(bits, grid) for grid in how.grids for bits in how.bits if bits in GRID_BITS[grid]
+        MatrixPlan(bits, grid, group_size=how.group_size)
+        for grid in how.grids
+        for bits in how.bits
+        if bits in GRID_BITS[grid]
     ]
     return tuple(
         choice
@@ -87,7 +91,7 @@ def _of_codes(
             repairs = repairs_of_kinds(residual_NK, weighting, kinds, factors=form)
         # Fewer blocks than there are planes is a choice of fewer planes.
         for count in range(num_planes, len(repairs) + 1):
-            plan = MatrixPlan(bare.bits, bare.grid, tuple(map(repair_kind, repairs[:count])))
+            plan = replace(bare, blocks=tuple(map(repair_kind, repairs[:count])))
             repair_bytes = sum(repair.num_bytes for repair in repairs[:count])
             left = max(0.0, lost - sum(repair.gain for repair in repairs[:count]))
             code_bytes = plan.code_bytes(rows, cols)
@@ -111,6 +115,7 @@ def choice_json(choice: Choice) -> list[Any]:
         plan.bits,
         plan.grid,
         list(plan.blocks),
+        plan.group_size,
         choice.code_bytes,
         choice.repair_bytes,
         choice.low_error,
@@ -120,5 +125,5 @@ def choice_json(choice: Choice) -> list[Any]:
 
 def read_choice(value: list[Any]) -> Choice:
     """Inverse of `choice_json`."""
-    bits, grid, blocks, *figures = value
-    return Choice(MatrixPlan(bits, grid, tuple(blocks)), *figures)
+    bits, grid, blocks, group_size, *figures = value
+    return Choice(MatrixPlan(bits, grid, tuple(blocks), group_size), *figures)

@@ -12,9 +12,15 @@ from expert_store.errors import StoreFormatError
 from expert_store.factor_records import factors_bytes
 from expert_store.forms import CODECS, GRIDS
 from expert_store.json_fields import SHA256, Fields
-from expert_store.recipe_json import MAX_EXPERTS_PER_LAYER, MAX_LAYERS
+from expert_store.recipe_json import (
+    MAX_EXPERTS_PER_LAYER,
+    MAX_LAYERS,
+    group_size_json,
+    read_group_size,
+)
 from expert_store.records import ALIGNMENT, codes_bytes
 from expert_store.types import (
+    PROJECTIONS,
     CodesForm,
     ExpertInfo,
     ExpertKey,
@@ -23,7 +29,7 @@ from expert_store.types import (
     RecordKind,
     RepairForm,
 )
-from kernels.types import GRID_BITS
+from kernels.types import GRID_BITS, check_group_size
 
 MAX_OFFSET = 1 << 50
 MAX_GAIN = 1e6
@@ -41,12 +47,13 @@ def record_name(expert: int) -> str:
 
 
 def form_json(form: CodesForm) -> dict[str, Any]:
-    """The form of a codes record as plain values."""
+    """The form of a codes record as plain values; a group size of 64 is not written."""
     return {
         "codec": form.codec,
         "bits": list(form.bits),
         "grids": list(form.grids),
         "part_bytes": None if form.part_bytes is None else list(form.part_bytes),
+        **group_size_json(form.group_size),
     }
 
 
@@ -59,10 +66,15 @@ def read_form(fields: Fields) -> CodesForm:
     if not fields.is_null("part_bytes"):
         gate, up, down = fields.integers("part_bytes", 0, MAX_OFFSET, count=3)
         sizes = (gate, up, down)
+    group_size = read_group_size(fields)
     fields.close()
     try:
         return CodesForm(
-            codec, (gate_bits, up_bits, down_bits), (gate_grid, up_grid, down_grid), sizes
+            codec,
+            (gate_bits, up_bits, down_bits),
+            (gate_grid, up_grid, down_grid),
+            sizes,
+            group_size,
         )
     except ValueError as error:
         raise StoreFormatError(f"{fields.where}: {error}") from error
@@ -104,6 +116,7 @@ def read_expert(fields: Fields, shape: ExpertShape) -> ExpertInfo:
         fields.integer("layer", 0, MAX_LAYERS), fields.integer("expert", 0, MAX_EXPERTS_PER_LAYER)
     )
     form, repair = read_form(fields.fields("form")), read_repair(fields.fields("repair"))
+    _check_groups(form, shape, fields)
     codes = _record(fields.fields("codes"), "codes", key, codes_bytes(shape, form))
     factors = None
     if repair.blocks:
@@ -125,6 +138,16 @@ def read_expert(fields: Fields, shape: ExpertShape) -> ExpertInfo:
     )
     fields.close()
     return info
+
+
+def _check_groups(form: CodesForm, shape: ExpertShape, fields: Fields) -> None:
+    """StoreFormatError for groups that do not divide the inputs of this shape's matrices."""
+    for i, name in enumerate(PROJECTIONS):
+        if form.codec == "tiles" and form.bits[i] != 16:
+            try:
+                check_group_size(form.group_size, shape.projection(name)[1])
+            except ValueError as error:
+                raise StoreFormatError(f"{fields.where}: form of {name}: {error}") from error
 
 
 def _record(fields: Fields, kind: RecordKind, key: ExpertKey, num_bytes: int) -> RecordInfo:

@@ -20,7 +20,8 @@ are zero. The expert's form says what the three are:
 
     codec "tiles"   the layout of `kernels/types.py`, bits and grid for each matrix by itself: tiles
                     of 16 rows x 64 inputs, affine at 2, 3 and 4 bits, symmetric at 1 to 4 (those
-                    end with a table of row scales); or row-major bfloat16, bits 16, "affine"
+                    end with a table of row scales); or row-major bfloat16, bits 16, "affine".
+                    Groups have 64 inputs unless the form has a field group_size: a multiple of 32
     codec "sz3", "cuszp"   error-bounded streams of `part_bytes` bytes, in bits 0, "affine": see
                     `expert_store/codecs/`. sz3 becomes bfloat16 on the host that fetches it
 
@@ -34,7 +35,8 @@ Manifest: UTF-8 JSON, one object:
 
     format "moetier-store"; format_version 2; version: sha256 of the canonical JSON of the rest
     recipe {name, codec, bits, grid, factor_bits, factor_grid, avg_rank, rank_ladder, top_n, seed,
-            budget, calibration, error_bound}: the last three may be null
+            budget, calibration, error_bound}: the last three may be null; and group_size where it
+            is not 64
     model  {name, model_type, num_layers, top_k, vocab_size, max_positions,
             expert {hidden, ffn, activation, has_bias},
             moe_layers {"L": path}, num_experts {"L": n}}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from kernels.types import GRID_BITS, TILE_ROWS, Grid
+from kernels.types import GRID_BITS, GROUP_SIZE, TILE_ROWS, Grid, check_group_size
 
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
@@ -30,14 +30,16 @@ CODE_BITS: Mapping[Grid, tuple[int, ...]] = {**GRID_BITS, "affine": (*GRID_BITS[
 class CodesForm:
     """How a codes record holds its three matrices; every triple is gate, up, down.
 
-    Bits and grid may differ by matrix. `part_bytes` are the lengths of a codec's three streams;
-    there bits are 0 and grids "affine". Raises ValueError when the parts do not fit together.
+    Bits and grid may differ by matrix; the group size is that of all that have groups. `part_bytes`
+    are the lengths of a codec's three streams; there bits are 0 and grids "affine". Raises
+    ValueError when the parts do not fit together.
     """
 
     codec: Codec
     bits: tuple[int, int, int]
     grids: tuple[Grid, Grid, Grid]
     part_bytes: tuple[int, int, int] | None = None
+    group_size: int = GROUP_SIZE
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -47,6 +49,7 @@ class CodesForm:
                 f"bits, grids: got {self.bits} and {self.grids}, expected one each for gate, up "
                 "and down"
             )
+        check_group_size(self.group_size)
         if self.codec != "tiles":
             self._check_streams()
             return
@@ -54,8 +57,12 @@ class CodesForm:
             raise ValueError(f"part_bytes: got {self.part_bytes}, but tiles have fixed lengths")
         for name, bits, grid in zip(PROJECTIONS, self.bits, self.grids, strict=True):
             _check_width(f"bits of {name}", bits, grid, CODE_BITS)
+        if set(self.bits) == {16} and self.group_size != GROUP_SIZE:
+            raise ValueError(f"group_size: got {self.group_size}, but bfloat16 has no groups")
 
     def _check_streams(self) -> None:
+        if self.group_size != GROUP_SIZE:
+            raise ValueError(f"group_size: got {self.group_size}, but {self.codec} has no groups")
         if self.bits != (0, 0, 0) or self.grids != ("affine",) * 3:
             raise ValueError(
                 f"bits, grids: got {self.bits} and {self.grids}, expected 0 and affine for codec "
@@ -69,9 +76,13 @@ class CodesForm:
             )
 
     @staticmethod
-    def uniform(bits: int, grid: Grid = "affine") -> CodesForm:
+    def uniform(bits: int, grid: Grid = "affine", group_size: int = GROUP_SIZE) -> CodesForm:
         """Tiles of one width and grid for all three matrices."""
-        return CodesForm("tiles", (bits, bits, bits), (grid, grid, grid))
+        return CodesForm("tiles", (bits,) * 3, (grid,) * 3, group_size=group_size)
+
+    def matrix_group_size(self, index: int) -> int:
+        """Of gate, up or down: bfloat16 has none, and says 64."""
+        return GROUP_SIZE if self.bits[index] == 16 else self.group_size
 
     @staticmethod
     def streams(codec: Codec, part_bytes: Sequence[int]) -> CodesForm:

@@ -90,12 +90,18 @@ def quantize(
     if how.quantizer == "none":
         return pack_bf16(weight_NK)
     if how.quantizer == "hqq":
-        return quantize_hqq(weight_NK, plan.bits)
+        return quantize_hqq(weight_NK, plan.bits, group_size=plan.group_size)
     if how.quantizer == "rtn":
-        return quantize_rtn(weight_NK, plan.bits, grid=plan.grid)
+        return quantize_rtn(weight_NK, plan.bits, grid=plan.grid, group_size=plan.group_size)
     if how.quantizer == "feedback" and weighting.moment is not None:
         return quantize_feedback(weight_NK, plan.bits, grid=plan.grid, moment=weighting.moment)
-    return quantize_grid(weight_NK, plan.bits, grid=plan.grid, moment=weighting.moment)
+    return quantize_grid(
+        weight_NK,
+        plan.bits,
+        grid=plan.grid,
+        moment=weighting.moment,
+        group_size=plan.group_size,
+    )
 
 
 def _paper_repairs(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from expert_store.types import BlockKind, Codec
-from kernels.types import Grid
+from kernels.types import GROUP_SIZE, Grid, check_group_size
 
 Quantizer = Literal["hqq", "rtn", "grid", "feedback", "none"]
 """rtn: min/max round to nearest. hqq: the library's half-quadratic optimisation. grid: clip-ratio
@@ -33,6 +33,7 @@ class Methods:
     - milo: the alternation is MiLo's (the codes alone do not matter), else by how often the codes
       are used with and without their compensator.
     - codec: "tiles", or an error-bounded codec for all layers.
+    - group_size: inputs of the codes that share a scale. Feedback and alternation work in 64.
     """
 
     quantizer: Quantizer
@@ -45,6 +46,7 @@ class Methods:
     alternations: int = 0
     milo: bool = False
     codec: Codec = "tiles"
+    group_size: int = GROUP_SIZE
 
     def __post_init__(self) -> None:
         for name, kind in (("quantizer", Quantizer), ("allocation", Allocation), ("codec", Codec)):
@@ -63,6 +65,20 @@ class Methods:
             raise ValueError(f"alternations: got {self.alternations}, expected 0 or more")
         if self.alternations and not self.repairs:
             raise ValueError("alternations: there is no compensator to alternate with")
+        check_group_size(self.group_size)
+        if self.group_size != GROUP_SIZE:
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        """Error feedback goes group by group along moments that are cut into blocks of 64."""
+        what = f"group_size: got {self.group_size}, but"
+        if self.quantizer == "feedback" or (self.alternations and not self.milo):
+            raise ValueError(
+                f"{what} error feedback and alternation work in groups of {GROUP_SIZE}; use "
+                "another recipe (fast, paper, static or mixed)"
+            )
+        if self.quantizer == "none":
+            raise ValueError(f"{what} neither bfloat16 nor an error-bounded codec has groups")
 
     @property
     def needs_calibration(self) -> bool:

@@ -11,19 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from expert_store.types import PROJECTIONS, BlockKind, Codec, ExpertShape, Projection
-from kernels.types import TILE_ROWS, Grid, block_bytes, matrix_bytes
+from kernels.types import GROUP_SIZE, TILE_ROWS, Grid, block_bytes, matrix_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixPlan:
-    """One matrix: bits and grid of its codes, and the kinds of its repair blocks in order."""
+    """One matrix: form of its codes, and the kinds of its repair blocks in order."""
 
     bits: int
     grid: Grid
     blocks: tuple[BlockKind, ...] = ()
+    group_size: int = GROUP_SIZE  # of the codes
 
     def code_bytes(self, rows: int, cols: int) -> int:
-        return matrix_bytes(rows, cols, self.bits, self.grid)
+        return matrix_bytes(rows, cols, self.bits, self.grid, self.group_size)
 
     def repair_bytes(self, rows: int, cols: int, *, factor_bits: int, factor_grid: Grid) -> int:
         counts = Counter(self.blocks)
@@ -65,9 +66,14 @@ class ExpertPlan:
             )
 
     @staticmethod
-    def uniform(bits: int, grid: Grid, blocks: tuple[BlockKind, ...] = ()) -> ExpertPlan:
+    def uniform(
+        bits: int,
+        grid: Grid,
+        blocks: tuple[BlockKind, ...] = (),
+        group_size: int = GROUP_SIZE,
+    ) -> ExpertPlan:
         """The same plan for all three matrices."""
-        return ExpertPlan({name: MatrixPlan(bits, grid, blocks) for name in PROJECTIONS})
+        return ExpertPlan(dict.fromkeys(PROJECTIONS, MatrixPlan(bits, grid, blocks, group_size)))
 
     def code_bytes(self, shape: ExpertShape) -> int:
         """Bytes of the codes, without biases."""

@@ -105,7 +105,9 @@ def _by_rank(
         ranks = dict.fromkeys(scans, min(recipe.avg_rank, cap) // TILE_ROWS * TILE_ROWS)
     rank_block: BlockKind = "rank"
     return {
-        key: ExpertPlan.uniform(how.bits[0], how.grids[0], (rank_block,) * (rank // TILE_ROWS))
+        key: ExpertPlan.uniform(
+            how.bits[0], how.grids[0], (rank_block,) * (rank // TILE_ROWS), how.group_size
+        )
         for key, rank in ranks.items()
     }
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from expert_store.forms import CODECS, GRIDS
 from expert_store.json_fields import Fields
 from expert_store.types import ExpertShape, ModelInfo, Recipe
-from kernels.types import GRID_BITS, Activation
+from kernels.types import GRID_BITS, GROUP_SIZE, GROUP_STEP, MAX_GROUP_SIZE, Activation
 
 MAX_LAYERS = 4096
 MAX_EXPERTS_PER_LAYER = 65_536
@@ -22,11 +22,29 @@ _ID = r"[!-~]{1,200}"  # printable ASCII, no spaces
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values; numbers that need not be whole are written as such."""
-    return asdict(recipe) | {
+    values = asdict(recipe) | {
         "bits": float(recipe.bits),
         "rank_ladder": list(recipe.rank_ladder),
         "budget": None if recipe.budget is None else float(recipe.budget),
     }
+    del values["group_size"]
+    return values | group_size_json(recipe.group_size)
+
+
+def group_size_json(group_size: int) -> dict[str, int]:
+    """A field that is there where the group size is not 64: stores of 64 stay as they were."""
+    return {} if group_size == GROUP_SIZE else {"group_size": group_size}
+
+
+def read_group_size(fields: Fields) -> int:
+    """The group size in these fields, 64 where they say nothing. Raises StoreFormatError."""
+    if "group_size" not in fields.names():
+        return GROUP_SIZE
+    group_size = fields.integer("group_size", GROUP_STEP, MAX_GROUP_SIZE)
+    if group_size % GROUP_STEP or group_size == GROUP_SIZE:
+        allowed = f"a multiple of {GROUP_STEP} other than {GROUP_SIZE}"
+        raise fields.bad("group_size", allowed, group_size)
+    return group_size
 
 
 def read_recipe(fields: Fields) -> Recipe:
@@ -49,6 +67,7 @@ def read_recipe(fields: Fields) -> Recipe:
         budget=None if fields.is_null("budget") else fields.number("budget", 0.0, MAX_BITS),
         calibration=None if fields.is_null("calibration") else fields.string("calibration", _ID),
         error_bound=None if fields.is_null("error_bound") else fields.string("error_bound", _ID),
+        group_size=read_group_size(fields),
     )
     fields.close()
     return recipe

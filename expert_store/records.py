@@ -21,7 +21,7 @@ from expert_store.types import (
     ExpertShape,
     RecordKind,
 )
-from kernels.types import GatedMLP, Matrix, QuantizedMatrix, matrix_bytes
+from kernels.types import GROUP_SIZE, GatedMLP, Matrix, QuantizedMatrix, matrix_bytes
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector load of the kernels."""
@@ -50,7 +50,11 @@ def form_of(mlp: GatedMLP) -> CodesForm:
     if len(tiles) < len(matrices):
         raise ValueError("codes: expected three block codes in a record or none")
     gate, up, down = tiles
-    return CodesForm("tiles", (gate.bits, up.bits, down.bits), (gate.grid, up.grid, down.grid))
+    sizes = sorted({matrix.group_size for matrix in tiles if matrix.bits != 16} or {GROUP_SIZE})
+    if len(sizes) > 1:
+        raise ValueError(f"codes: expected one group size in a record, got {sizes}")
+    bits, grids = (gate.bits, up.bits, down.bits), (gate.grid, up.grid, down.grid)
+    return CodesForm("tiles", bits, grids, group_size=sizes[0])
 
 
 def device_form(form: CodesForm) -> CodesForm:
@@ -133,9 +137,9 @@ def _matrix(
     name = PROJECTIONS[index]
     rows, cols = shape.projection(name)
     if form.part_bytes is None:
-        bits, grid = form.bits[index], form.grids[index]
-        part = data[start : start + matrix_bytes(rows, cols, bits, grid)]
-        return QuantizedMatrix(part, rows, cols, bits, grid=grid)
+        bits, grid, size = form.bits[index], form.grids[index], form.matrix_group_size(index)
+        part = data[start : start + matrix_bytes(rows, cols, bits, grid, size)]
+        return QuantizedMatrix(part, rows, cols, bits, size, grid)
     part = data[start : start + form.part_bytes[index]]
     decode = sz3.decode if form.codec == "sz3" else cuszp.decode
     try:
@@ -151,8 +155,12 @@ def _codes_layout(shape: ExpertShape, form: CodesForm) -> list[int]:
     if form.part_bytes is not None:
         sizes = list(form.part_bytes)
     else:
-        widths = zip(PROJECTIONS, form.bits, form.grids, strict=True)
-        sizes = [matrix_bytes(*shape.projection(name), bits, grid) for name, bits, grid in widths]
+        sizes = [
+            matrix_bytes(
+                *shape.projection(name), form.bits[i], form.grids[i], form.matrix_group_size(i)
+            )
+            for i, name in enumerate(PROJECTIONS)
+        ]
     if shape.has_bias:
         sizes += [4 * shape.projection(name)[0] for name in PROJECTIONS]
     starts = [0]

@@ -46,5 +46,7 @@ def _experts_bytes(config: CompressionConfig, info: ModelInfo) -> int:
     blocks = recipe.avg_rank * num_experts // 16 * len(PROJECTIONS)
     one = RepairForm.of_letters(recipe.factor_bits, recipe.factor_grid, "g")
     block = factors_bytes(info.expert, one)  # the same for all three
-    codes = codes_bytes(info.expert, CodesForm.uniform(int(recipe.bits), recipe.grid))
+    codes = codes_bytes(
+        info.expert, CodesForm.uniform(int(recipe.bits), recipe.grid, recipe.group_size)
+    )
     return num_experts * codes + blocks * block

@@ -25,7 +25,7 @@ from expert_store.forms import (
     RepairBlockSpec,
     RepairForm,
 )
-from kernels.types import Activation, GatedMLP, GatedRepair, Grid
+from kernels.types import GROUP_SIZE, Activation, GatedMLP, GatedRepair, Grid
 
 __all__ = [
     "BLOCK_KINDS",
@@ -273,6 +273,7 @@ class Recipe:
     budget: float | None = None  # bits per expert weight moved, all that a token moves counted
     calibration: str | None = None  # id of the statistics that weighted the errors
     error_bound: str | None = None  # of an error-bounded codec
+    group_size: int = GROUP_SIZE  # of the codes
 
     @property
     def is_original(self) -> bool:

@@ -37,7 +37,8 @@ def codes_sections(shape: ExpertShape, form: CodesForm) -> tuple[Section, ...]:
     sections: list[Section] = []
     for i, name in enumerate(PROJECTIONS):
         if form.part_bytes is None:
-            part = matrix_sections(*shape.projection(name), form.bits[i], form.grids[i])
+            size = form.matrix_group_size(i)
+            part = matrix_sections(*shape.projection(name), form.bits[i], form.grids[i], size)
         else:
             part = raw_sections(form.part_bytes[i])
         sections += _padded(part)

@@ -27,7 +27,7 @@ from kernels.cpu_records import (
 )
 from kernels.types import LowRank, MlpCall, QuantizedMatrix
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 Isa = Literal["scalar", "avx2", "avx512vnni"]
 """Instruction sets in the order of MoetierIsa; the later, the faster."""
 

@@ -26,6 +26,7 @@ class MatrixRecord(ctypes.Structure):
         ("data", _POINTER),
         *((name, _INT64) for name in ("rows", "cols")),
         *((name, _INT32) for name in ("bits", "grid")),
+        ("group_size", _INT64),
     )
 
 
@@ -137,6 +138,7 @@ def matrix_record(name: str, matrix: Matrix) -> MatrixRecord:
         cols=matrix.cols,
         bits=matrix.bits,
         grid=_GRID[matrix.grid],
+        group_size=matrix.group_size,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from kernels.block_code import BlockCodedMatrix, decode_block_code
 from kernels.gated import compose_gated_mlp
 from kernels.packing import bf16_weight, middle_code, unpack
-from kernels.types import GROUP_SIZE, GatedMLP, GatedRepair, LowRank, Matrix, QuantizedMatrix
+from kernels.types import GatedMLP, GatedRepair, LowRank, Matrix, QuantizedMatrix
 
 
 def dequantize(matrix: Matrix) -> torch.Tensor:
@@ -27,7 +27,7 @@ def dequantize(matrix: Matrix) -> torch.Tensor:
     if matrix.bits == 16:
         return bf16_weight(matrix).float()
     codes_NK, scale_NG, zero_scaled_NG = unpack(matrix)
-    weight_NGK = codes_NK.float().view(matrix.rows, -1, GROUP_SIZE)
+    weight_NGK = codes_NK.float().view(matrix.rows, -1, matrix.group_size)
     if matrix.grid == "symmetric":
         weight_NGK -= middle_code(matrix.bits)
         weight_NGK *= scale_NG[:, :, None]

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.types import GROUP_SIZE
+from kernels.types import TILE_COLS
 
 DIGITS = 4
 """A token takes as many columns of a tensor core's operand, which has 8 at least."""
@@ -38,15 +38,15 @@ class Digits:
 
     digits: torch.Tensor  # [P, G, D, 64] int8
     sizes: torch.Tensor  # [P, G, 2] float32, powers of two
-    sums: torch.Tensor  # [P, G, 2] float32: the group's sum, then 0
+    sums: torch.Tensor  # [P, G, 2] float32: of a group's inputs 0 to 31, then of 32 to 63
 
     @staticmethod
     def empty(num_pairs: int, cols: int, like: torch.Tensor) -> Digits:
         """Room for P rows, on the device of `like`."""
-        num_groups = cols // GROUP_SIZE
+        num_groups = cols // TILE_COLS
         shape = (num_pairs, num_groups, DIGITS // 2)
         return Digits(
-            like.new_empty((num_pairs, num_groups, DIGITS, GROUP_SIZE), dtype=torch.int8),
+            like.new_empty((num_pairs, num_groups, DIGITS, TILE_COLS), dtype=torch.int8),
             like.new_empty(shape, dtype=torch.float32),
             like.new_empty(shape, dtype=torch.float32),
         )
@@ -107,4 +107,5 @@ def store_digits(digits, sizes, sums, place, value, inside):
     size = tl.where(finite[:, None], size, float("nan"))
     at_half = place[:, None] * 2 + half
     tl.store(sizes + at_half, size, mask=inside[:, None])
-    tl.store(sums + at_half, tl.where(half == 0, total[:, None], 0.0), mask=inside[:, None])
+    halves = tl.sum(tl.reshape(value, (value.shape[0], 2, 32)), 2)
+    tl.store(sums + at_half, halves, mask=inside[:, None])

@@ -19,7 +19,7 @@ import triton.language as tl
 from kernels.activations import SWIGLU_ALPHA, SWIGLU_LIMIT
 from kernels.triton_decode import Form
 from kernels.triton_digits import Digits, store_digits
-from kernels.triton_tile import gather_weight, load_row_scale
+from kernels.triton_tile import gather_weight, load_row_scale, tile_places
 from kernels.types import GROUP_SIZE, Activation
 
 GATE, UP, DOWN = range(3)
@@ -51,7 +51,7 @@ def join_gate_and_up(
     h = Digits.empty(num_pairs, ffn, gate_up)
     _gate_kernel[(ffn // GROUP_SIZE, num_pairs)](
         pairs, num_pairs, lefts, gate_up, z, z.stride(0), h.digits, h.sizes, h.sums, ffn,
-        **form.constants, RANKED=ranked, ACTIVATION=activation,
+        BITS=form.bits, SYMMETRIC=form.grid == "symmetric", RANKED=ranked, ACTIVATION=activation,
     )  # fmt: skip
     return h
 
@@ -70,14 +70,14 @@ def finish_down(
     num_pairs, hidden = y_rows.shape[0], y.shape[1]
     _down_kernel[(hidden // GROUP_SIZE, num_pairs)](
         pairs, num_pairs, lefts, y, y_rows, z, z.stride(0), hidden,
-        **form.constants, RANKED=ranked,
+        BITS=form.bits, SYMMETRIC=form.grid == "symmetric", RANKED=ranked,
     )  # fmt: skip
 
 
 @triton.jit
 def _gate_kernel(
     pairs, num_pairs, lefts, gate_up, z, z_stride, digits, sizes, sums, ffn,
-    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_BYTES: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
     RANKED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     group, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -87,9 +87,9 @@ def _gate_kernel(
     fields = pairs + pair
     if RANKED:
         at_z = z + pair * z_stride
-        gate += _left_at(fields, num_pairs, lefts, at_z, group, ffn, 0, BITS, SYMMETRIC, TILE_BYTES)
+        gate += _left_at(fields, num_pairs, lefts, at_z, group, ffn, 0, BITS, SYMMETRIC)
         at_z += 16 * tl.load(fields + 2 * num_pairs)
-        up += _left_at(fields, num_pairs, lefts, at_z, group, ffn, 3, BITS, SYMMETRIC, TILE_BYTES)
+        up += _left_at(fields, num_pairs, lefts, at_z, group, ffn, 3, BITS, SYMMETRIC)
     gate += _bias_at(fields, row)
     up += _bias_at(fields + 3 * num_pairs, row)
     if ACTIVATION == "silu":
@@ -114,7 +114,7 @@ def _gate_kernel(
 @triton.jit
 def _down_kernel(
     pairs, num_pairs, lefts, y, y_rows, z, z_stride, hidden,
-    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_BYTES: tl.constexpr, RANKED: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, RANKED: tl.constexpr,
 ):  # fmt: skip
     group, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = group * 64 + tl.arange(0, 64)
@@ -123,9 +123,7 @@ def _down_kernel(
     fields = pairs + pair
     if RANKED:
         at_z = z + pair * z_stride
-        total += _left_at(
-            fields, num_pairs, lefts, at_z, group, hidden, 6, BITS, SYMMETRIC, TILE_BYTES
-        )
+        total += _left_at(fields, num_pairs, lefts, at_z, group, hidden, 6, BITS, SYMMETRIC)
     total += _bias_at(fields + 6 * num_pairs, row)
     tl.store(at, total)
 
@@ -133,7 +131,7 @@ def _down_kernel(
 @triton.jit
 def _left_at(
     fields, num_pairs, lefts, z, group, rows, FIELD: tl.constexpr,
-    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_BYTES: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """64 outputs of left @ z for one pair: a tile of each block's transposed left factor."""
     first = tl.load(fields + (FIELD + 1) * num_pairs)
@@ -142,12 +140,12 @@ def _left_at(
     total = tl.zeros((64,), tl.float32)
     for block in range(0, num_blocks):
         data = tl.load(lefts + first + block).to(tl.pointer_type(tl.uint8))
-        start = group * TILE_BYTES
         col = tl.arange(0, 64)[None, :]
-        weight = gather_weight(data, start, rank[:, None], col, BITS, SYMMETRIC)
+        weight = gather_weight(data, group, rank[:, None], col, BITS, SYMMETRIC, 64, 1)
         values = tl.load(z + block * 16 + rank)
         if SYMMETRIC:
-            values *= load_row_scale(data, rows // 64 * TILE_BYTES + 2 * rank)
+            row_scales = tile_places(rows // 64, BITS, SYMMETRIC, 64, 1)[0]
+            values *= load_row_scale(data, row_scales + 2 * rank)
         total += tl.sum(values[:, None] * weight, 0)
     return total
 

@@ -20,7 +20,6 @@ from kernels.triton_decode import FIRST_PAIR, NUM_PAIRS, Form
 from kernels.triton_gate import DOWN, GATE, PAIR_FIELDS, UP
 from kernels.types import (
     TILE_ROWS,
-    Grid,
     LowRank,
     Matrix,
     MlpCall,
@@ -31,8 +30,8 @@ from kernels.types import (
 
 KERNEL_ALIGNMENT = 16
 """Bytes: what the kernels' copies need. Records and rank blocks start at multiples of 64."""
-Jobs = dict[tuple[int, Grid], list[tuple[int, ...]]]
-"""Jobs by bits and grid, each a tuple as in `kernels/triton_decode.py`."""
+Jobs = dict[Form, list[tuple[int, ...]]]
+"""Jobs by form, each a tuple as in `kernels/triton_decode.py`."""
 
 Kind = Literal["codes", "planes", "rights"]
 
@@ -113,15 +112,17 @@ class _Builder:
     def _matrix(self, jobs: Jobs, matrix: Matrix, column: int, first: int, count: int) -> None:
         """A job of `matrix`; of an aligned copy where its bytes are not."""
         assert isinstance(matrix, QuantizedMatrix), f"{type(matrix)} has no form of tiles"
-        data, bits, grid = matrix.data, matrix.bits, matrix.grid
+        data = matrix.data
         address = data.data_ptr()
         if address % KERNEL_ALIGNMENT or not data.is_contiguous():
             self.kept.append(data.clone(memory_format=torch.contiguous_format))
             address = self.kept[-1].data_ptr()
         scales = address
-        if grid == "symmetric":
-            scales += tiles_bytes(matrix.rows, matrix.cols, bits, grid)
-        jobs[bits, grid].append((address, scales, column, first, count))
+        if matrix.grid == "symmetric":
+            scales += tiles_bytes(
+                matrix.rows, matrix.cols, matrix.bits, matrix.grid, matrix.group_size
+            )
+        jobs[Form.of(matrix)].append((address, scales, column, first, count))
 
     def _contiguous(self, bias: torch.Tensor) -> int:
         self.kept.append(bias.contiguous())
@@ -138,7 +139,7 @@ class _Builder:
         left = start + left_offset(cols, bits, grid)
         scales = start + tiles_bytes(TILE_ROWS, cols, bits, grid)
         self.lefts += [left + offset for offset in offsets]
-        jobs[bits, grid] += [
+        jobs[Form(bits, grid)] += [
             (start + offset, scales + offset, column + TILE_ROWS * block, first, count)
             for block, offset in enumerate(offsets)
         ]
@@ -163,7 +164,7 @@ class _Builder:
         turns += [("planes", turn) for turn in self.planes[stage]]
         turns += [("rights", self.rights[stage])]
         return tuple(
-            RowsLaunch(Form(*form), split_jobs(np.array(table, np.int64), tokens), of)
+            RowsLaunch(form, split_jobs(np.array(table, np.int64), tokens), of)
             for of, jobs in turns
             for form, table in jobs.items()
         )

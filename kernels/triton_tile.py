@@ -15,20 +15,36 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_codes(tile, BITS: tl.constexpr, PACKED: tl.constexpr):
-    """Codes int8 [G, 16, 64] of the tiles at the 16-byte aligned pointers tile [G].
+def tile_places(
+    tile,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_COLS: tl.constexpr, GROUP_TILES: tl.constexpr,
+):  # fmt: skip
+    """Where the codes of tiles lie and the scales of their groups: bytes from the matrix's start.
+
+    Tiles, of TILE_COLS inputs, are numbered row block by row block; GROUP_TILES make a group.
+    """
+    code_bytes: tl.constexpr = 2 * BITS * TILE_COLS
+    scale_bytes: tl.constexpr = 16 if SYMMETRIC else 64
+    group = tile // GROUP_TILES * (GROUP_TILES * code_bytes + scale_bytes)
+    return group + tile % GROUP_TILES * code_bytes, group + GROUP_TILES * code_bytes
+
+
+@triton.jit
+def tile_codes(tile, BITS: tl.constexpr, TILE_COLS: tl.constexpr, PACKED: tl.constexpr):
+    """Codes int8 [T, 16, TILE_COLS] of the tiles at the 16-byte aligned pointers tile [T].
 
     Planes are read whole, in consecutive bytes. Vectors that share a plane are joined as new outer
     dimensions of the inputs, so that input 4 * vector + lane comes out in its place and, on a GPU,
     each thread holds its part of the tensor core's operand without moving a byte.
     """
-    G: tl.constexpr = tile.shape[0]
+    T: tl.constexpr = tile.shape[0]
     if BITS == 3:
-        half = tl.arange(0, 2)[None, :, None] * 192 + tl.arange(0, 64)[None, None, :]
+        HALVES: tl.constexpr = TILE_COLS // 32
+        half = tl.arange(0, HALVES)[None, :, None] * 192 + tl.arange(0, 64)[None, None, :]
         at = tile[:, None, None] + half
-        a = tl.reshape(tl.load(at), (G, 2, 16, 4))
-        b = tl.reshape(tl.load(at + 64), (G, 2, 16, 4))
-        c = tl.reshape(tl.load(at + 128), (G, 2, 16, 4))
+        a = tl.reshape(tl.load(at), (T, HALVES, 16, 4))
+        b = tl.reshape(tl.load(at + 64), (T, HALVES, 16, 4))
+        c = tl.reshape(tl.load(at + 128), (T, HALVES, 16, 4))
         # The bits left over: a's and the low one of b's are vector 6, the others vector 7.
         sixth = _bits(a, 6, 3, PACKED) | _bits(b, 4, 4, PACKED)
         seventh = _bits(b, 7, 1, PACKED) | _bits(c, 5, 6, PACKED)
@@ -39,9 +55,10 @@ def tile_codes(tile, BITS: tl.constexpr, PACKED: tl.constexpr):
         )  # fmt: skip
         codes = tl.permute(codes, (0, 2, 1, 4, 5, 6, 3))
     else:
-        byte = tl.load(tile[:, None] + tl.arange(0, 128 * BITS)[None, :])
-        byte = tl.permute(tl.reshape(byte, (G, 2 * BITS, 16, 4)), (0, 2, 1, 3))
-        byte = tl.reshape(byte, (G, 16, 8 * BITS))
+        PLANES: tl.constexpr = BITS * TILE_COLS // 32
+        byte = tl.load(tile[:, None] + tl.arange(0, 64 * PLANES)[None, :])
+        byte = tl.permute(tl.reshape(byte, (T, PLANES, 16, 4)), (0, 2, 1, 3))
+        byte = tl.reshape(byte, (T, 16, 4 * PLANES))
         if BITS == 4:
             codes = tl.join(_bits(byte, 0, 15, PACKED), _bits(byte, 4, 15, PACKED))
             codes = tl.permute(codes, (0, 1, 3, 2))
@@ -57,7 +74,7 @@ def tile_codes(tile, BITS: tl.constexpr, PACKED: tl.constexpr):
                 _bits(byte, 6, 1, PACKED), _bits(byte, 7, 1, PACKED),
             )  # fmt: skip
             codes = tl.permute(codes, (0, 1, 3, 4, 5, 2))
-    return tl.reshape(codes, (G, 16, 64))
+    return tl.reshape(codes, (T, 16, TILE_COLS))
 
 
 @triton.jit
@@ -108,12 +125,15 @@ def tile_bytes16(at):
 
 
 @triton.jit
-def gather_codes(data, tile_start, row, col, BITS: tl.constexpr):
-    """Codes of (row % 16, col % 64) in the tiles at `tile_start`, as float32; all broadcast."""
-    vector = col % 64 // 4
+def gather_codes(data, tile_start, row, col, BITS: tl.constexpr, TILE_COLS: tl.constexpr):
+    """Codes of (row % 16, col % TILE_COLS) in the tiles at `tile_start`, as float32; all broadcast.
+
+    Tiles start TILE_COLS inputs after each other.
+    """
+    vector = col % TILE_COLS // 4
     lane_byte = 4 * (row % 16) + col % 4
     if BITS != 3:
-        planes: tl.constexpr = 2 * BITS
+        planes: tl.constexpr = BITS * TILE_COLS // 32
         byte = tl.load(data + tile_start + (vector % planes) * 64 + lane_byte).to(tl.int32)
         code = (byte >> (BITS * (vector // planes))) & ((1 << BITS) - 1)
     else:
@@ -155,13 +175,17 @@ def load_row_scale(data, byte_offset):
 
 
 @triton.jit
-def gather_weight(data, tile_start, row, col, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Weights of (row % 16, col % 64) in the tiles at `tile_start`; symmetric: over the row scale.
+def gather_weight(
+    data, tile, row, col,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_COLS: tl.constexpr, GROUP_TILES: tl.constexpr,
+):  # fmt: skip
+    """Weights of (row % 16, col % TILE_COLS) in tiles number `tile` (as in `tile_places`).
 
-    `row` and `tile_start` broadcast against each other, and both against `col`.
+    Of a symmetric matrix, over the row scale. `row` and `tile` broadcast against each other, and
+    both against `col`.
     """
-    code = gather_codes(data, tile_start, row, col, BITS)
-    scales = tile_start + BITS * 128
+    tile_start, scales = tile_places(tile, BITS, SYMMETRIC, TILE_COLS, GROUP_TILES)
+    code = gather_codes(data, tile_start, row, col, BITS, TILE_COLS)
     if SYMMETRIC:
         weight = (code - ((1 << BITS) - 1) * 0.5) * load_byte(data, scales + row % 16)
     else:

@@ -1,7 +1,6 @@
 """The weight shapes of this room: low-bit matrices, low-rank factors, a gated MLP and its repair.
 
-These are views over packed bytes. The bit order inside a tile is written once, in
-`kernels/packing.py`.
+Views over packed bytes; the bit order inside a tile is written once, in `kernels/packing.py`.
 Knows no expert, no layer, no file.
 
 Legend: N rows (outputs), K cols (inputs), R rank, T tokens, H hidden, F ffn.
@@ -9,6 +8,7 @@ Legend: N rows (outputs), K cols (inputs), R rank, T tokens, H hidden, F ffn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -19,8 +19,13 @@ from kernels.block_code import BlockCodedMatrix
 
 TILE_ROWS = 16
 """Rows of one tile; also the rank of one rank block."""
+TILE_COLS = 64
+"""Inputs of one tile. Half tiles, of 32, make up groups that are no multiple of this."""
 GROUP_SIZE = 64
-"""Inputs that share one scale and one zero; also the columns of one tile."""
+"""Inputs that share one scale and one zero by default: then a tile is a group. Factors and planes
+have no other."""
+GROUP_STEP, MAX_GROUP_SIZE = 32, 4096
+"""Group sizes are the multiples of the one up to the other."""
 
 Bits = Literal[1, 2, 3, 4, 16]
 """Code widths. 16 means unquantised bfloat16, row-major: the baseline, not a tile layout."""
@@ -40,13 +45,28 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
 """What joins gate and up: `act(gate) * up`; `clamped_swiglu` is gpt-oss' (alpha 1.702, limit 7)."""
 
 
-def tile_bytes(bits: int, grid: Grid = "affine") -> int:
-    """Bytes of one 16x64 tile: bits*128 of codes, then its scales.
+def group_bytes(bits: int, grid: Grid = "affine", group_size: int = GROUP_SIZE) -> int:
+    """Bytes of 16 rows of a group: codes, bits*2 an input, and its scales.
 
     affine: 32 of fp16 scales and 32 of fp16 zero*scale. symmetric: 16 of uint8 scales.
     """
     scale_bytes = TILE_ROWS if grid == "symmetric" else 2 * (TILE_ROWS * 2)
-    return bits * (TILE_ROWS * GROUP_SIZE // 8) + scale_bytes
+    return bits * (TILE_ROWS * group_size // 8) + scale_bytes
+
+
+def tile_cols(group_size: int) -> int:
+    """Inputs of the tiles that make up such a group: 64, or 32 where 64 does not divide it."""
+    return GROUP_STEP if group_size % TILE_COLS else TILE_COLS
+
+
+def check_group_size(group_size: int, cols: int | None = None) -> None:
+    """ValueError for a group size that the layout does not have, or that does not divide `cols`."""
+    if group_size % GROUP_STEP or not 0 < group_size <= MAX_GROUP_SIZE:
+        allowed = f"a multiple of {GROUP_STEP} up to {MAX_GROUP_SIZE}"
+        raise ValueError(f"group_size: got {group_size}, expected {allowed}")
+    step = math.lcm(group_size, TILE_COLS)
+    if cols is not None and (cols <= 0 or cols % step):
+        raise ValueError(f"cols: got {cols}, groups of {group_size} need a multiple of {step}")
 
 
 def padded_rows(rows: int) -> int:
@@ -54,33 +74,39 @@ def padded_rows(rows: int) -> int:
     return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
-def tiles_bytes(rows: int, cols: int, bits: int, grid: Grid = "affine") -> int:
-    """Bytes of all tiles of a packed [rows, cols] matrix; a symmetric one's row scales follow."""
-    return padded_rows(rows) // TILE_ROWS * (cols // GROUP_SIZE) * tile_bytes(bits, grid)
+def tiles_bytes(
+    rows: int, cols: int, bits: int, grid: Grid = "affine", group_size: int = GROUP_SIZE
+) -> int:
+    """Bytes of all groups of a packed [rows, cols] matrix; a symmetric one's row scales follow."""
+    num_groups = padded_rows(rows) // TILE_ROWS * (cols // group_size)
+    return num_groups * group_bytes(bits, grid, group_size)
 
 
-def matrix_bytes(rows: int, cols: int, bits: int, grid: Grid = "affine") -> int:
+def matrix_bytes(
+    rows: int, cols: int, bits: int, grid: Grid = "affine", group_size: int = GROUP_SIZE
+) -> int:
     """Bytes of a packed [rows, cols] matrix; [rows, cols] bfloat16 when bits is 16."""
     if bits == 16:
         return rows * cols * 2
     row_scales = 2 * padded_rows(rows) if grid == "symmetric" else 0
-    return tiles_bytes(rows, cols, bits, grid) + row_scales
+    return tiles_bytes(rows, cols, bits, grid, group_size) + row_scales
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrix:
-    """A packed [rows, cols] weight; n is a row, k an input, g = k//64 its group.
+    """A packed [rows, cols] weight; n is a row, k an input, g = k//group_size its group.
 
     affine:    W[n, k] = scale[n, g] * code[n, k] - zero_scaled[n, g]
     symmetric: W[n, k] = row_scale[n] * scale8[n, g]/255 * (code[n, k] - (2**bits - 1)/2)
 
-    `data` is a flat uint8 tensor of `matrix_bytes(rows, cols, bits, grid)`: tiles of 16 rows x 64
-    inputs, row block by row block, groups within a row block in order, each tile followed by its
-    own scales and zeros; after all tiles of a symmetric matrix its float16 row scales, padding rows
-    included. With bits 16 it is row-major bfloat16 (and grid stays "affine"). The tensor may be a
-    read-only view of a mapped file.
+    `data` is a flat uint8 tensor of `matrix_bytes(rows, cols, bits, grid, group_size)`: row blocks
+    of 16, in each the groups in order, of each group the codes of its tiles of 16 rows x 64 inputs
+    (x 32, where 64 does not divide the group size), then its scales and zeros; after all groups of
+    a symmetric matrix its float16 row scales, padding rows included. With bits 16 it is row-major
+    bfloat16 (grid stays "affine", the group size 64). The tensor may be a read-only view of a
+    mapped file.
 
-    Raises ValueError when shape, bits, grid and length do not fit together.
+    Raises ValueError when shape, bits, grid, group size and length do not fit together.
     """
 
     data: torch.Tensor  # [num_bytes] uint8
@@ -93,23 +119,23 @@ class QuantizedMatrix:
     def __post_init__(self) -> None:
         if not (self.bits == 16 and self.grid == "affine"):
             _check_bits(self.bits, self.grid)
-        if self.group_size != GROUP_SIZE:
-            raise ValueError(
-                f"group_size: got {self.group_size}, this layout has only {GROUP_SIZE}"
-            )
+        if self.bits == 16 and self.group_size != GROUP_SIZE:
+            raise ValueError(f"group_size: got {self.group_size}, but bfloat16 has no groups")
         if self.rows <= 0 or self.cols <= 0:
             raise ValueError(f"shape: got [{self.rows}, {self.cols}], expected positive sizes")
-        if self.bits != 16 and self.cols % GROUP_SIZE:
-            raise ValueError(
-                f"cols: got {self.cols}, expected a multiple of the group size {GROUP_SIZE}"
-            )
-        expected = matrix_bytes(self.rows, self.cols, self.bits, self.grid)
+        if self.bits < 16:
+            check_group_size(self.group_size, self.cols)
+        expected = matrix_bytes(self.rows, self.cols, self.bits, self.grid, self.group_size)
         if self.data.dtype != torch.uint8 or self.data.dim() != 1 or self.data.numel() != expected:
+            form = _form_text(self.rows, self.cols, self.bits, self.grid, self.group_size)
             raise ValueError(
-                f"data: expected a flat uint8 tensor of {expected} bytes for "
-                f"[{self.rows}, {self.cols}] at {self.bits} bits ({self.grid}), "
+                f"data: expected a flat uint8 tensor of {expected} bytes for {form}, "
                 f"got {self.data.dtype} of shape {tuple(self.data.shape)}"
             )
+
+
+def _form_text(rows: int, cols: int, bits: int, grid: Grid, group_size: int) -> str:
+    return f"[{rows}, {cols}] of {bits} bit ({grid}), groups of {group_size}"
 
 
 def _check_bits(bits: int, grid: Grid) -> None:
@@ -159,9 +185,8 @@ class LowRank:
     def __post_init__(self) -> None:
         _check_bits(self.bits, self.grid)
         if self.rows % GROUP_SIZE or self.cols % GROUP_SIZE:
-            raise ValueError(
-                f"shape: got [{self.rows}, {self.cols}], expected multiples of {GROUP_SIZE}"
-            )
+            got = [self.rows, self.cols]
+            raise ValueError(f"shape: got {got}, expected multiples of {GROUP_SIZE}")
         if self.data.dtype != torch.uint8 or self.data.dim() != 1:
             raise ValueError(f"data: expected a flat uint8 tensor, got {self.data.dtype}")
         size = block_bytes(self.rows, self.cols, self.bits, self.grid)
@@ -220,10 +245,8 @@ class GatedMLP:
                 f"activation: got {self.activation!r}, expected one of {get_args(Activation)}"
             )
         gate, up, down = self.gate, self.up, self.down
-        if (gate.rows, gate.cols) != (up.rows, up.cols) or (down.cols, down.rows) != (
-            gate.rows,
-            gate.cols,
-        ):
+        shape = (gate.rows, gate.cols)
+        if shape != (up.rows, up.cols) or shape != (down.cols, down.rows):
             raise ValueError(
                 f"shapes do not chain: gate [{gate.rows}, {gate.cols}], up [{up.rows}, {up.cols}], "
                 f"down [{down.rows}, {down.cols}]"
@@ -252,13 +275,10 @@ class GatedRepair:
             ("down", self.down, self.down_planes),
         ):
             for i, plane in enumerate(planes):
-                got = (plane.rows, plane.cols, plane.bits, plane.grid)
-                if got != (low_rank.rows, low_rank.cols, 1, "symmetric"):
-                    raise ValueError(
-                        f"{name}_planes[{i}]: expected [{low_rank.rows}, {low_rank.cols}] of "
-                        f"1 bit (symmetric), got [{plane.rows}, {plane.cols}] of {plane.bits} "
-                        f"({plane.grid})"
-                    )
+                got = _form_text(plane.rows, plane.cols, plane.bits, plane.grid, plane.group_size)
+                expected = _form_text(low_rank.rows, low_rank.cols, 1, "symmetric", GROUP_SIZE)
+                if got != expected:
+                    raise ValueError(f"{name}_planes[{i}]: expected {expected}, got {got}")
 
     @property
     def is_empty(self) -> bool:

@@ -85,7 +85,7 @@ def decode_all(pool: list[QuantizedMatrix], x_TK: torch.Tensor) -> Callable[[], 
     """The decode kernel on each matrix; inputs' digits and job tables are there already: all
     experts of a layer share one launch that makes digits and one copy of tables."""
     num_tokens, cols = x_TK.shape
-    rows, form = pool[0].rows, triton_decode.Form(pool[0].bits, pool[0].grid)
+    rows, form = pool[0].rows, triton_decode.Form.of(pool[0])
     in_order = torch.arange(num_tokens, device=x_TK.device)
     x = to_digits(x_TK.data_ptr() + in_order * (4 * cols), cols, x_TK)
     y_TN = x_TK.new_empty(num_tokens, rows)

@@ -90,7 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="experts per token to restore at run time, unless told otherwise then (default: 1)",
     )
     parser.add_argument(
-        "--group-size", type=int, default=64, help="inputs per scale: 64 is the only one there is"
+        "--group-size",
+        type=int,
+        default=64,
+        metavar="G",
+        help="inputs of the codes that share a scale, a multiple of 32 that divides the experts' "
+        "sizes; best has 64 alone (default: 64)",
     )
     parser.add_argument(
         "--jobs", type=int, metavar="J", help="experts at a time (default: one per core)"

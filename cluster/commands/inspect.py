@@ -13,6 +13,7 @@ from cluster.stores import bundled_store, folder
 from cluster.table import format_table
 from expert_store.inspect import StoreSummary, summarize
 from expert_store.types import Recipe
+from kernels.types import GROUP_SIZE
 
 HELP = """Print what a store holds: sizes, bits, grids, blocks, kurtosis, errors, bytes per token.
 
@@ -105,6 +106,7 @@ def _head(summary: StoreSummary) -> list[tuple[str, str]]:
         (
             "recipe",
             f"{recipe.name}, {recipe.bits:.3g} bits, "
+            + (f"groups of {recipe.group_size}, " if recipe.group_size != GROUP_SIZE else "")
             + (f"average rank {recipe.avg_rank}, " if recipe.avg_rank else "")
             + f"{recipe.factor_bits}-bit factors, Top-{recipe.top_n} restored",
         ),

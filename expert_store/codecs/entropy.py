@@ -27,7 +27,15 @@ import torch
 import zstandard
 
 from expert_store.errors import StoreFormatError
-from kernels.types import TILE_ROWS, Grid, QuantizedMatrix, matrix_bytes, padded_rows, tiles_bytes
+from kernels.types import (
+    GROUP_SIZE,
+    TILE_ROWS,
+    Grid,
+    QuantizedMatrix,
+    matrix_bytes,
+    padded_rows,
+    tiles_bytes,
+)
 
 FieldKind = Literal["bytes", "halves", "three_bit"]
 Octets = npt.NDArray[np.uint8]
@@ -73,18 +81,21 @@ class Section:
         return self.num_rows * sum(field.num_bytes for field in self.fields)
 
 
-def matrix_sections(rows: int, cols: int, bits: int, grid: Grid = "affine") -> tuple[Section, ...]:
+def matrix_sections(
+    rows: int, cols: int, bits: int, grid: Grid = "affine", group_size: int = GROUP_SIZE
+) -> tuple[Section, ...]:
     """The sections of a packed matrix, in the layout of `kernels/types.py`."""
     if bits == 16:
         return (Section(rows * cols, (Field("halves", 2),)),)
-    codes = Field("three_bit" if bits == 3 else "bytes", bits * 128)
-    num_tiles = padded_rows(rows) // TILE_ROWS * (cols // 64)
+    codes = Field("three_bit" if bits == 3 else "bytes", bits * 2 * group_size)
+    num_groups = padded_rows(rows) // TILE_ROWS * (cols // group_size)
     if grid == "symmetric":
-        scales = Section(num_tiles, (codes, Field("bytes", TILE_ROWS)))
-        rest = matrix_bytes(rows, cols, bits, grid) - tiles_bytes(rows, cols, bits, grid)
+        scales = Section(num_groups, (codes, Field("bytes", TILE_ROWS)))
+        form = (rows, cols, bits, grid, group_size)
+        rest = matrix_bytes(*form) - tiles_bytes(*form)
         return (scales, Section(rest // 2, (Field("halves", 2),)))
     halves = Field("halves", 2 * TILE_ROWS)
-    return (Section(num_tiles, (codes, halves, halves)),)
+    return (Section(num_groups, (codes, halves, halves)),)
 
 
 def raw_sections(num_bytes: int) -> tuple[Section, ...]:
@@ -157,7 +168,8 @@ def wire_bytes(record: torch.Tensor, sections: Sequence[Section]) -> int:
 
 def matrix_wire_bytes(matrix: QuantizedMatrix) -> int:
     """Bytes of one packed matrix between hosts, the frame's own head included."""
-    sections = matrix_sections(matrix.rows, matrix.cols, matrix.bits, matrix.grid)
+    form = (matrix.bits, matrix.grid, matrix.group_size)
+    sections = matrix_sections(matrix.rows, matrix.cols, *form)
     return wire_bytes(matrix.data.cpu(), sections)
 
 

@@ -4,7 +4,7 @@ Given codes, the best scale (and zero) is a least-squares fit; given levels, the
 nearest. From a few clip ratios, and from small moves of the best so far, one round of both is done
 and the least error kept: no group is ever worse than at any start. Knows matrices only.
 
-Legend: N rows, K cols, G groups of 64 cols, g the 64 cols of one group, * any shape.
+Legend: N rows, K cols, G groups of cols, g the cols of one group, * any shape.
 """
 
 from __future__ import annotations
@@ -40,14 +40,20 @@ _MOVE_SIZES = (1.0, 0.5)
 
 
 def quantize_grid(
-    weight_NK: torch.Tensor, bits: int, *, grid: Grid, moment: Moment | None = None
+    weight_NK: torch.Tensor,
+    bits: int,
+    *,
+    grid: Grid,
+    moment: Moment | None = None,
+    group_size: int = GROUP_SIZE,
 ) -> QuantizedMatrix:
     """The [N, K] weight on searched levels; with a moment, its diagonal weights the errors.
 
     About 8 passes (symmetric) or 14 (affine) over the weights. Raises ValueError when shape, bits
     and moment do not fit.
     """
-    levels = grid_levels(weight_NK, bits, grid=grid, weight_K=column_weights(weight_NK, moment))
+    weight_K = column_weights(weight_NK, moment)
+    levels = grid_levels(weight_NK, bits, grid=grid, weight_K=weight_K, group_size=group_size)
     return pack_codes(encode(weight_NK, levels, bits), levels, bits)
 
 
@@ -64,18 +70,23 @@ def column_weights(weight_NK: torch.Tensor, moment: Moment | None) -> torch.Tens
 
 
 def grid_levels(
-    weight_NK: torch.Tensor, bits: int, *, grid: Grid, weight_K: torch.Tensor | None
+    weight_NK: torch.Tensor,
+    bits: int,
+    *,
+    grid: Grid,
+    weight_K: torch.Tensor | None,
+    group_size: int = GROUP_SIZE,
 ) -> Levels:
     """The searched levels of every row and group, rounded as stored."""
-    check_weight(weight_NK, bits, grid)
+    check_weight(weight_NK, bits, grid, group_size)
     rows, cols = weight_NK.shape
-    groups = cols // GROUP_SIZE
-    weight_gG = None if weight_K is None else weight_K.view(groups, GROUP_SIZE).T.contiguous()
+    groups = cols // group_size
+    weight_gG = None if weight_K is None else weight_K.view(groups, group_size).T.contiguous()
     scale_NG, zero_scaled_NG = torch.empty(rows, groups), torch.empty(rows, groups)
     step = max(1, CHUNK_GROUPS // groups)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        x_gNG = weight_NK[part].float().reshape(-1, groups, GROUP_SIZE).permute(2, 0, 1)
+        x_gNG = weight_NK[part].float().reshape(-1, groups, group_size).permute(2, 0, 1)
         scale_NG[part], zero_scaled_NG[part] = search(
             x_gNG.contiguous(), bits, grid, None if weight_gG is None else weight_gG[:, None]
         )
@@ -87,7 +98,7 @@ def grid_levels(
 def search(
     x: torch.Tensor, bits: int, grid: Grid, weight: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and scaled zero, [*] float32, of each group in x [64, *], before any rounding.
+    """Scale and scaled zero, [*] float32, of each group in x [g, *], before any rounding.
 
     `weight` broadcasts to x: how much each squared error counts. A group of equal weights gets the
     scale 0.
@@ -146,7 +157,7 @@ def _search_affine(
 
 
 class _AffineFit:
-    """Least-squares scale and zero of weights x [64, *] whose (weighted) mean is 0."""
+    """Least-squares scale and zero of weights x [g, *] whose (weighted) mean is 0."""
 
     def __init__(self, x: torch.Tensor, weight: torch.Tensor | None, bits: int) -> None:
         self.x, self.weight, self.largest = x, weight, 2**bits - 1
@@ -166,7 +177,7 @@ class _AffineFit:
             weighted = torch.mul(codes, self.weight, out=product)
             mean = weighted.mean(dim=0)
             square = weighted.mul_(codes).sum(dim=0)
-        variance = square - GROUP_SIZE * mean * mean
+        variance = square - len(codes) * mean * mean
         # One code only, up to rounding: any scale will do, and the level is the mean weight, 0.
         fits = (variance > 1e-5 * square) & (covariance > 0)
         new_scale = torch.where(fits, covariance / variance, scale)
@@ -196,7 +207,7 @@ def _search_symmetric(
 
 
 class _SymmetricFit:
-    """Least-squares scale of weights x [64, *] on levels evenly about zero."""
+    """Least-squares scale of weights x [g, *] on levels evenly about zero."""
 
     def __init__(self, x: torch.Tensor, weight: torch.Tensor | None, bits: int) -> None:
         self.x, self.weight, self.bits = x, weight, bits

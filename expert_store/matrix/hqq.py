@@ -2,7 +2,7 @@
 
 Knows matrices only.
 
-Legend: N rows, K cols, G groups of 64 cols.
+Legend: N rows, K cols, G groups of cols.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from hqq.core.quantize import Quantizer
 
+from expert_store.matrix.levels import check_weight
 from kernels import packing
 from kernels.types import GROUP_SIZE, QuantizedMatrix
 
@@ -18,16 +19,15 @@ from kernels.types import GROUP_SIZE, QuantizedMatrix
 CHUNK_WEIGHTS = 1 << 17
 
 
-def quantize_hqq(weight_NK: torch.Tensor, bits: int) -> QuantizedMatrix:
-    """Half-quadratic quantisation of a float32 [N, K] weight, groups of 64 inputs.
+def quantize_hqq(
+    weight_NK: torch.Tensor, bits: int, *, group_size: int = GROUP_SIZE
+) -> QuantizedMatrix:
+    """Half-quadratic quantisation of a float32 [N, K] weight in groups of inputs.
 
     Matrices of more than `CHUNK_WEIGHTS` weights go in row chunks; hqq's early stop, its only
     coupling between groups, then looks at one chunk. Raises ValueError when the shape does not fit.
     """
-    if weight_NK.dim() != 2 or weight_NK.shape[1] % GROUP_SIZE:
-        raise ValueError(
-            f"weight: expected [rows, multiple of {GROUP_SIZE}], got {tuple(weight_NK.shape)}"
-        )
+    check_weight(weight_NK, bits, "affine", group_size)
     rows, cols = weight_NK.shape
     step = max(1, CHUNK_WEIGHTS // cols)
     codes, scales, zeros = [], [], []
@@ -36,7 +36,7 @@ def quantize_hqq(weight_NK: torch.Tensor, bits: int) -> QuantizedMatrix:
             chunk,
             nbits=bits,
             channel_wise=True,
-            group_size=GROUP_SIZE,
+            group_size=group_size,
             optimize=True,
             round_zero=False,
             axis=1,
@@ -46,4 +46,6 @@ def quantize_hqq(weight_NK: torch.Tensor, bits: int) -> QuantizedMatrix:
         codes.append(grouped.reshape(chunk.shape).to(torch.uint8))
         scales.append(meta["scale"].reshape(chunk.shape[0], -1))
         zeros.append(meta["zero"].reshape(chunk.shape[0], -1))
-    return packing.pack(torch.cat(codes), torch.cat(scales), torch.cat(zeros), bits)
+    return packing.pack(
+        torch.cat(codes), torch.cat(scales), torch.cat(zeros), bits, group_size=group_size
+    )

@@ -2,17 +2,25 @@
 
 One place for the rounding of scales, so that every quantiser codes against what a reader will see.
 
-Legend: N rows, K cols, G groups of 64 cols, g the 64 cols of one group.
+Legend: N rows, K cols, G groups of cols, g the cols of one group: as many as there are levels for.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from kernels.packing import FLOAT16_MAX, middle_code, pack, pack_symmetric
-from kernels.types import GRID_BITS, GROUP_SIZE, SCALE8_MAX, Grid, QuantizedMatrix
+from kernels.types import (
+    GRID_BITS,
+    GROUP_SIZE,
+    SCALE8_MAX,
+    TILE_COLS,
+    Grid,
+    QuantizedMatrix,
+)
 
 SMALLEST = 2.0**-24
 """float16's smallest positive value: an affine scale is never zero, so that the zero is finite."""
@@ -82,11 +90,12 @@ def nearest_codes(
 def encode(weight_NK: torch.Tensor, levels: Levels, bits: int) -> torch.Tensor:
     """[N, K] uint8: every weight's nearest level."""
     rows, cols = weight_NK.shape
+    groups = levels.scale_NG.shape[1]
     codes_NK = torch.empty(rows, cols, dtype=torch.uint8)
     step = max(1, _CHUNK_WEIGHTS // cols)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        weight_NGg = weight_NK[part].float().view(-1, cols // GROUP_SIZE, GROUP_SIZE)
+        weight_NGg = weight_NK[part].float().view(-1, groups, cols // groups)
         scale, zero_scaled = levels.scale_NG[part, :, None], levels.zero_scaled_NG[part, :, None]
         codes = nearest_codes(weight_NGg, scale, zero_scaled, bits)
         codes_NK[part] = codes.view(-1, cols)
@@ -96,24 +105,28 @@ def encode(weight_NK: torch.Tensor, levels: Levels, bits: int) -> torch.Tensor:
 def decode(codes_NK: torch.Tensor, levels: Levels) -> torch.Tensor:
     """[N, K] float32: the weights that codes on these levels stand for."""
     rows, groups = levels.scale_NG.shape
-    codes_NGg = codes_NK.view(rows, groups, GROUP_SIZE).float()
+    codes_NGg = codes_NK.view(rows, groups, -1).float()
     weight_NGg = codes_NGg.mul_(levels.scale_NG[:, :, None]).sub_(levels.zero_scaled_NG[:, :, None])
     return weight_NGg.view(codes_NK.shape)
 
 
 def pack_codes(codes_NK: torch.Tensor, levels: Levels, bits: int) -> QuantizedMatrix:
     """Codes and their levels as tiles."""
+    size = codes_NK.shape[1] // levels.scale_NG.shape[1]
     if levels.scale8_NG is not None and levels.row_scale_N is not None:
-        return pack_symmetric(codes_NK, levels.scale8_NG, levels.row_scale_N, bits)
+        return pack_symmetric(codes_NK, levels.scale8_NG, levels.row_scale_N, bits, group_size=size)
     zero_NG = levels.zero_scaled_NG / levels.scale_NG
-    return pack(codes_NK, levels.scale_NG, zero_NG, bits)
+    return pack(codes_NK, levels.scale_NG, zero_NG, bits, group_size=size)
 
 
-def check_weight(weight_NK: torch.Tensor, bits: int, grid: Grid) -> None:
+def check_weight(
+    weight_NK: torch.Tensor, bits: int, grid: Grid, group_size: int = GROUP_SIZE
+) -> None:
     """ValueError for a weight that groups do not divide, or bits that the grid does not have."""
-    if weight_NK.dim() != 2 or weight_NK.shape[1] % GROUP_SIZE or not weight_NK.numel():
+    step = math.lcm(group_size, TILE_COLS)
+    if weight_NK.dim() != 2 or weight_NK.shape[1] % step or not weight_NK.numel():
         raise ValueError(
-            f"weight: expected [rows, multiple of {GROUP_SIZE}], got {tuple(weight_NK.shape)}"
+            f"weight: expected [rows, multiple of {step}], got {tuple(weight_NK.shape)}"
         )
     if bits not in GRID_BITS[grid]:
         raise ValueError(f"bits: got {bits}, the {grid} grid has {GRID_BITS[grid]}")

@@ -6,9 +6,9 @@
 
 namespace moetier {
 
-// weight [16][64] of tile `group` of the first row block: the operations and so the bits of the
-// reference.
-void dequantize_tile(const RowBlocks& rows, int64_t group, float* weight, int64_t row_stride,
+// weight [16][64] (or [16][32]) of tile `tile` of the first row block: the operations and so the
+// bits of the reference.
+void dequantize_tile(const RowBlocks& rows, int64_t tile, float* weight, int64_t row_stride,
                      int isa);
 
 }  // namespace moetier

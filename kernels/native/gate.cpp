@@ -42,7 +42,7 @@ ALWAYS_INLINE float gelu_tanh(float x) {
 }
 
 ALWAYS_INLINE void gate_loop(int activation, const float* gate, const float* up, float* out) {
-  constexpr int n = kGroupSize;
+  constexpr int n = kTileCols;
   if (activation == MOETIER_SILU) {
     for (int i = 0; i < n; i++) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
   } else if (activation == MOETIER_GELU) {

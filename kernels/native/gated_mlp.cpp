@@ -15,7 +15,7 @@
 namespace moetier {
 namespace {
 
-constexpr int64_t kBlocksPerItem = kGroupSize / kTileRows;  // an item makes one whole group
+constexpr int64_t kBlocksPerItem = kTileCols / kTileRows;  // an item makes one whole group
 constexpr int64_t kTokensAtOnce = 32;  // gate and up of 64 rows: 2 x 8 KiB, inside the L1 cache
 
 enum Which { kGate = 0, kUp = 1, kDown = 2 };  // in the order of MoetierGatedMlp::repair
@@ -32,7 +32,10 @@ struct Work {
   int64_t first_item;          // of the phase in hand
 
   Work(const MoetierGatedMlp& of)
-      : mlp(&of), inputs(of.tokens, of.gate.cols), middle(of.tokens, of.down.cols), first_item(0) {
+      : mlp(&of),
+        inputs(of.tokens, of.gate.cols, has_half_tiles(of.gate) || has_half_tiles(of.up)),
+        middle(of.tokens, of.down.cols, has_half_tiles(of.down)),
+        first_item(0) {
     auto is_restored = [&](int64_t t) { return of.repair && (!of.restored || of.restored[t]); };
     for (bool wanted : {true, false}) {
       for (int64_t t = 0; t < of.tokens; t++)
@@ -49,7 +52,7 @@ struct Work {
   }
   // Groups of 64 rows of gate and up, or of down.
   int64_t num_groups(Which which) const {
-    return mlp->tokens ? (which == kDown ? mlp->down : mlp->gate).rows / kGroupSize : 0;
+    return mlp->tokens ? (which == kDown ? mlp->down : mlp->gate).rows / kTileCols : 0;
   }
 };
 
@@ -77,9 +80,9 @@ RowBlocks rows_of(const MoetierMatrix& matrix, int64_t group) {
 void set_inputs(Work& work, int isa) {
   const int64_t hidden = work.mlp->gate.cols;
   for (size_t place = 0; place < work.token.size(); place++)
-    for (int64_t group = 0; group < hidden / kGroupSize; group++)
+    for (int64_t group = 0; group < hidden / kTileCols; group++)
       work.inputs.set_group(place, group,
-                            work.mlp->x + work.token[place] * hidden + group * kGroupSize, isa);
+                            work.mlp->x + work.token[place] * hidden + group * kTileCols, isa);
 }
 
 void make_ranks(Work& work, Which which, int64_t block, const Inputs& inputs, Multiply* multiply) {
@@ -89,46 +92,46 @@ void make_ranks(Work& work, Which which, int64_t block, const Inputs& inputs, Mu
 
 // values [n][64] += what the repair of one matrix makes of n restored places from `first` on.
 void add_repair(const Work& work, Which which, int64_t group, int64_t first, int64_t n,
-                const Inputs& inputs, float (*values)[kGroupSize], Multiply* multiply, int isa) {
+                const Inputs& inputs, float (*values)[kTileCols], Multiply* multiply, int isa) {
   const MoetierRepair& repair = work.mlp->repair[which];
-  alignas(64) float part[kTokensAtOnce][kGroupSize];
+  alignas(64) float part[kTokensAtOnce][kTileCols];
   auto add_part = [&] {
     for (int64_t i = 0; i < n; i++)
-      for (int row = 0; row < kGroupSize; row++) values[i][row] += part[i][row];
+      for (int row = 0; row < kTileCols; row++) values[i][row] += part[i][row];
   };
   if (repair.low_rank.num_blocks) {
-    for (int64_t i = 0; i < n; i++) std::fill_n(part[i], kGroupSize, 0.f);
+    for (int64_t i = 0; i < n; i++) std::fill_n(part[i], kTileCols, 0.f);
     add_left(repair.low_rank, work.ranks[which].data() + first * kTileRows, work.block_stride(), n,
-             group, part[0], kGroupSize, isa);
+             group, part[0], kTileCols, isa);
     add_part();
   }
   for (int64_t plane = 0; plane < repair.num_planes; plane++) {
-    multiply(rows_of(repair.planes[plane], group), inputs, n, part[0], kGroupSize);
+    multiply(rows_of(repair.planes[plane], group), inputs, n, part[0], kTileCols);
     add_part();
   }
 }
 
 // values [n][64]: a group of rows of one matrix, its repair and its bias, for n places.
 void multiply_group(const Work& work, Which which, int64_t group, int64_t first, int64_t n,
-                    const Inputs& inputs, float (*values)[kGroupSize], Multiply* multiply,
+                    const Inputs& inputs, float (*values)[kTileCols], Multiply* multiply,
                     int isa) {
   const MoetierGatedMlp& mlp = *work.mlp;
   const MoetierMatrix& matrix = which == kGate ? mlp.gate : which == kUp ? mlp.up : mlp.down;
   const float* bias =
       which == kGate ? mlp.gate_bias : which == kUp ? mlp.up_bias : mlp.down_bias;
-  multiply(rows_of(matrix, group), inputs, n, values[0], kGroupSize);
+  multiply(rows_of(matrix, group), inputs, n, values[0], kTileCols);
   const int64_t restored = std::min(n, work.restored - first);
   if (restored > 0)
     add_repair(work, which, group, first, restored, inputs, values, multiply, isa);
   if (!bias) return;
   for (int64_t i = 0; i < n; i++)
-    for (int row = 0; row < kGroupSize; row++) values[i][row] += bias[group * kGroupSize + row];
+    for (int row = 0; row < kTileCols; row++) values[i][row] += bias[group * kTileCols + row];
 }
 
 // 64 values of the middle for every token, quantised for the down projection.
 void make_middle(Work& work, int64_t group, Multiply* multiply, int isa) {
   const MoetierGatedMlp& mlp = *work.mlp;
-  alignas(64) float gate[kTokensAtOnce][kGroupSize], up[kTokensAtOnce][kGroupSize];
+  alignas(64) float gate[kTokensAtOnce][kTileCols], up[kTokensAtOnce][kTileCols];
   for (int64_t first = 0; first < mlp.tokens; first += kTokensAtOnce) {
     const int64_t n = std::min(kTokensAtOnce, mlp.tokens - first);
     const Inputs inputs = work.inputs.view().from_token(first);
@@ -144,14 +147,14 @@ void make_middle(Work& work, int64_t group, Multiply* multiply, int isa) {
 // 64 values of the output for every token.
 void make_output(Work& work, int64_t group, Multiply* multiply, int isa) {
   const MoetierGatedMlp& mlp = *work.mlp;
-  alignas(64) float values[kTokensAtOnce][kGroupSize];
+  alignas(64) float values[kTokensAtOnce][kTileCols];
   for (int64_t first = 0; first < mlp.tokens; first += kTokensAtOnce) {
     const int64_t n = std::min(kTokensAtOnce, mlp.tokens - first);
     const Inputs inputs = work.middle.view().from_token(first);
     multiply_group(work, kDown, group, first, n, inputs, values, multiply, isa);
     for (int64_t i = 0; i < n; i++)
-      std::copy_n(values[i], kGroupSize,
-                  mlp.y + work.token[first + i] * mlp.down.rows + group * kGroupSize);
+      std::copy_n(values[i], kTileCols,
+                  mlp.y + work.token[first + i] * mlp.down.rows + group * kTileCols);
   }
 }
 

@@ -15,7 +15,7 @@ namespace {
 // y[n] += sum_r z[r] * weight[r][n] for 16 ranks and 64 rows.
 ALWAYS_INLINE void add_left_tile(const float* weight, const float* z, float* y) {
   for (int r = 0; r < kTileRows; r++)
-    for (int n = 0; n < kGroupSize; n++) y[n] += z[r] * weight[r * kGroupSize + n];
+    for (int n = 0; n < kTileCols; n++) y[n] += z[r] * weight[r * kTileCols + n];
 }
 #if MOETIER_X86
 TARGET_AVX2 void add_left_tile_avx2(const float* weight, const float* z, float* y) {
@@ -39,9 +39,9 @@ void add_left_tile_for(int isa, const float* weight, const float* z, float* y) {
 
 void add_left(const MoetierLowRank& factors, const float* ranks, int64_t block_stride,
               int64_t tokens, int64_t group, float* y, int64_t row_stride, int isa) {
-  float weight[kTileRows * kGroupSize];
+  float weight[kTileRows * kTileCols];
   for (int64_t block = 0; block < factors.num_blocks; block++) {
-    dequantize_tile(row_blocks(left_factor(factors, block)), group, weight, kGroupSize, isa);
+    dequantize_tile(row_blocks(left_factor(factors, block)), group, weight, kTileCols, isa);
     for (int64_t t = 0; t < tokens; t++)
       add_left_tile_for(isa, weight, ranks + block * block_stride + t * kTileRows,
                         y + t * row_stride);
@@ -54,7 +54,7 @@ int32_t moetier_low_rank_matmul(const MoetierLowRank* factors, const float* x, i
                                 float* y, int32_t num_threads, int32_t isa) {
   using namespace moetier;
   try {
-    QuantizedInputs inputs(tokens, factors->cols);
+    QuantizedInputs inputs(tokens, factors->cols, false);
     inputs.set_all(x, isa);
     const Inputs view = inputs.view();
     low_rank_product(*factors, tokens, y, num_threads, isa,

@@ -26,9 +26,9 @@ void low_rank_product(const MoetierLowRank& factors, int64_t tokens, float* y, i
   parallel_for(factors.num_blocks, num_threads, [&](int64_t block) {
     multiply_right(row_blocks(right_factor(factors, block)), ranks.data() + block * block_stride);
   });
-  parallel_for(rows / kGroupSize, num_threads, [&](int64_t group) {
-    float* out = y + group * kGroupSize;
-    for (int64_t t = 0; t < tokens; t++) std::fill_n(out + t * rows, kGroupSize, 0.f);
+  parallel_for(rows / kTileCols, num_threads, [&](int64_t group) {
+    float* out = y + group * kTileCols;
+    for (int64_t t = 0; t < tokens; t++) std::fill_n(out + t * rows, kTileCols, 0.f);
     add_left(factors, ranks.data(), block_stride, tokens, group, out, rows, isa);
   });
 }

@@ -10,7 +10,7 @@ int32_t moetier_matmul(const MoetierMatrix* matrix, const float* x, int64_t toke
                        int32_t num_threads, int32_t isa) {
   using namespace moetier;
   try {
-    QuantizedInputs inputs(tokens, matrix->cols);
+    QuantizedInputs inputs(tokens, matrix->cols, has_half_tiles(*matrix));
     inputs.set_all(x, isa);
     const Inputs view = inputs.view();
     multiply_all_rows(*matrix, tokens, y, num_threads,

@@ -1,6 +1,6 @@
 // The C ABI of the native CPU kernels: what kernels/cpu_native.py calls through ctypes.
 //
-// Every matrix is packed as kernels/packing.py says (tiles of 16 rows x 64 inputs, plain
+// Every matrix is packed as kernels/packing.py says (tiles of 16 rows x 64 or 32 inputs, plain
 // row-block-major, on an affine or a symmetric grid). Pointers need no alignment beyond that of
 // their type; packed data needs none at all: it may lie anywhere in a mapped file. Functions
 // return MOETIER_OK or MOETIER_NO_MEMORY and never throw.
@@ -28,15 +28,17 @@ enum MoetierActivation {
 
 // The structures below are mirrored in cpu_records.py, field by field.
 
-// A packed [rows, cols]: 2 to 4 bits on an affine grid, 1 to 4 on a symmetric one.
+// A packed [rows, cols]: 2 to 4 bits on an affine grid, 1 to 4 on a symmetric one. group_size is a
+// multiple of 32; cols is one of it and of 64.
 struct MoetierMatrix {
   const uint8_t* data;
   int64_t rows, cols;
   int32_t bits, grid;
+  int64_t group_size;
 };
 
 // Rank blocks of left right: block b is at data + block_offsets[b], right [16, cols] and then, from
-// the next multiple of 64 bytes on, left transposed [16, rows].
+// the next multiple of 64 bytes on, left transposed [16, rows], both in groups of 64.
 struct MoetierLowRank {
   const uint8_t* data;
   const int64_t* block_offsets;  // [num_blocks]
@@ -75,7 +77,7 @@ MOETIER_EXPORT int32_t moetier_best_isa();
 MOETIER_EXPORT int32_t moetier_dequantize(const MoetierMatrix* matrix, float* weight,
                                           int32_t num_threads, int32_t isa);
 // y [tokens, rows] = x [tokens, cols] times the transposed matrix, inputs quantised to int8 per
-// group.
+// 64, whatever the matrix's groups.
 MOETIER_EXPORT int32_t moetier_matmul(const MoetierMatrix* matrix, const float* x, int64_t tokens,
                                       float* y, int32_t num_threads, int32_t isa);
 // y [tokens, rows] = left (right x). Writes zeros when there is no block.

@@ -1,12 +1,12 @@
 // The integer product of packed row blocks with quantised inputs, one form per instruction set.
 //
-// For each row n and token t, over groups g:
+// For each row n and token t, over tiles g, whose scales may be those of a larger group:
 //   affine    y[t][n] = sum_g scale[n,g] * (sx[t,g] * dot(codes[n,g], xq[t,g]))
 //                             - zero_scaled[n,g] * sum[t,g]
 //   symmetric y[t][n] = row_scale[n]/255 * sum_g scale8[n,g]
 //                             * (sx[t,g] * dot(codes[n,g], xq[t,g]) - middle * sum[t,g])
 // The zero point meets the sum of the *quantised* inputs, so that its rounding error cancels. The
-// dot product is exact in integers and the groups are added in order, so a token's result does not
+// dot product is exact in integers and the tiles are added in order, so a token's result does not
 // depend on its batch.
 #pragma once
 #include <cstdint>

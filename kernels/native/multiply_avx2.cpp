@@ -31,7 +31,7 @@ TARGET_AVX2 ALWAYS_INLINE void add_products(Sums<TOKENS>& sums, const Bytes& cod
 #pragma GCC unroll 4
   for (int t = 0; t < TOKENS; t++) {
     int32_t four_inputs;
-    std::memcpy(&four_inputs, x + t * kGroupSize + 4 * v, sizeof four_inputs);
+    std::memcpy(&four_inputs, x + t * kTileCols + 4 * v, sizeof four_inputs);
     const __m256i inputs = _mm256_set1_epi32(four_inputs);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
@@ -57,31 +57,34 @@ TARGET_AVX2 ALWAYS_INLINE void widen(Sums<TOKENS>& sums) {
     }
 }
 
-template <int BITS, int GRID, int TOKENS>
-TARGET_AVX2 void multiply_block(const RowBlocks& rows, Inputs in, float* y, int64_t row_stride) {
-  constexpr size_t kTileBytes = tile_bytes(BITS, GRID);
+// By itself: inlined beside those of other token counts it spills registers, for a tenth of its time.
+template <class Form, int TOKENS>
+TARGET_AVX2 NEVER_INLINE void multiply_block(const RowBlocks& rows, const Inputs& inputs, float* y,
+                                             int64_t row_stride) {
+  constexpr int GRID = Form::kGrid;
   __m256 result[2][TOKENS];
   for (int half = 0; half < 2; half++)
     for (int t = 0; t < TOKENS; t++) result[half][t] = _mm256_setzero_ps();
-  const uint8_t* tile = rows.data;
-  for (int64_t g = 0; g < rows.groups; g++, tile += kTileBytes, in = in.next_group()) {
-    prefetch_tile<kTileBytes>(tile + kPrefetchBytes);
+  TileWalk<Form> at(rows);
+  InputWalk<Form> in(inputs);
+  for (int64_t i = 0; i < rows.tiles; i++, at.next(), in.next()) {
+    prefetch_tile<Form>(at.tile + kPrefetchBytes);
     Sums<TOKENS> sums;
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++)
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++)
         sums.narrow[t][half] = sums.wide[t][half] = _mm256_setzero_si256();
-    dot_tile<BITS>(sums, tile, in.codes);
+    dot_tile<Form>(sums, at.tile, in.codes());
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
       __m256 scale, zero_scaled;
-      load_scales<BITS, GRID>(tile, half, scale, zero_scaled);
+      load_scales<Form>(at.scales, half, scale, zero_scaled);
 #pragma GCC unroll 4
       for (int t = 0; t < TOKENS; t++) {
         const __m256 dot =
-            _mm256_mul_ps(_mm256_cvtepi32_ps(sums.wide[t][half]), _mm256_set1_ps(in.scale[t]));
-        result[half][t] = add_tile<GRID>(result[half][t], dot, _mm256_set1_ps(in.sum[t]), scale,
+            _mm256_mul_ps(_mm256_cvtepi32_ps(sums.wide[t][half]), _mm256_set1_ps(in.scale(t)));
+        result[half][t] = add_tile<GRID>(result[half][t], dot, _mm256_set1_ps(in.sum(t)), scale,
                                          zero_scaled);
       }
     }
@@ -92,7 +95,7 @@ TARGET_AVX2 void multiply_block(const RowBlocks& rows, Inputs in, float* y, int6
                        scale_rows<GRID>(result[half][t], rows, half));
 }
 
-template <int BITS, int GRID>
+template <class Form>
 TARGET_AVX2 void multiply_rows(const RowBlocks& rows, const Inputs& inputs, int64_t tokens,
                                float* y, int64_t row_stride) {
   for (int64_t b = 0; b < rows.num_blocks; b++) {
@@ -101,10 +104,10 @@ TARGET_AVX2 void multiply_rows(const RowBlocks& rows, const Inputs& inputs, int6
       const Inputs in = inputs.from_token(t);
       float* out = y + t * row_stride + b * kTileRows;
       switch (std::min<int64_t>(tokens - t, kMaxTokens)) {
-        case 1: multiply_block<BITS, GRID, 1>(block, in, out, row_stride); break;
-        case 2: multiply_block<BITS, GRID, 2>(block, in, out, row_stride); break;
-        case 3: multiply_block<BITS, GRID, 3>(block, in, out, row_stride); break;
-        default: multiply_block<BITS, GRID, 4>(block, in, out, row_stride);
+        case 1: multiply_block<Form, 1>(block, in, out, row_stride); break;
+        case 2: multiply_block<Form, 2>(block, in, out, row_stride); break;
+        case 3: multiply_block<Form, 3>(block, in, out, row_stride); break;
+        default: multiply_block<Form, 4>(block, in, out, row_stride);
       }
     }
   }
@@ -114,8 +117,8 @@ TARGET_AVX2 void multiply_rows(const RowBlocks& rows, const Inputs& inputs, int6
 
 void multiply_avx2(const RowBlocks& rows, const Inputs& inputs, int64_t tokens, float* y,
                    int64_t row_stride) {
-  for_form(rows.bits, rows.grid, [&](auto bits, auto grid) {
-    multiply_rows<bits, grid>(rows, inputs, tokens, y, row_stride);
+  for_form(rows, [&](auto form) {
+    multiply_rows<decltype(form)>(rows, inputs, tokens, y, row_stride);
   });
 }
 

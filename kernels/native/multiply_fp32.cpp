@@ -14,12 +14,12 @@
 namespace moetier {
 namespace {
 
-// The sum of each group of 64 inputs, [tokens, groups].
-std::vector<float> group_sums(const float* x, int64_t tokens, int64_t cols) {
-  std::vector<float> sums(static_cast<size_t>(tokens * (cols / kGroupSize)));
+// The sum of the inputs of each of `tiles` tiles, [tokens, tiles].
+std::vector<float> tile_sums(const float* x, int64_t tokens, int64_t cols, int64_t tiles) {
+  std::vector<float> sums(static_cast<size_t>(tokens * tiles));
   for (float& sum : sums) {
     double total = 0;
-    for (int i = 0; i < kGroupSize; i++) total += *x++;
+    for (int64_t i = 0; i < cols / tiles; i++) total += *x++;
     sum = static_cast<float>(total);
   }
   return sums;
@@ -29,18 +29,19 @@ std::vector<float> group_sums(const float* x, int64_t tokens, int64_t cols) {
 
 void multiply_fp32_portable(const RowBlocks& rows, const FloatInputs& inputs, int64_t tokens,
                             float* y, int64_t row_stride) {
-  float weight[kTileRows * kGroupSize];
+  float weight[kTileRows * kTileCols];
   for (int64_t b = 0; b < rows.num_blocks; b++) {
     const RowBlocks block = rows.slice(b, 1);
     float* out = y + b * kTileRows;
     for (int64_t t = 0; t < tokens; t++) std::fill_n(out + t * row_stride, kTileRows, 0.f);
-    for (int64_t g = 0; g < rows.groups; g++) {
-      dequantize_tile(block, g, weight, kGroupSize, MOETIER_SCALAR);
+    const int64_t cols = tile_cols(rows.layout);
+    for (int64_t tile = 0; tile < rows.tiles; tile++) {
+      dequantize_tile(block, tile, weight, kTileCols, MOETIER_SCALAR);
       for (int64_t t = 0; t < tokens; t++) {
-        const float* x = inputs.from_token(t).x + g * kGroupSize;
+        const float* x = inputs.from_token(t).x + tile * cols;
         for (int row = 0; row < kTileRows; row++) {
           float dot = 0.f;
-          for (int i = 0; i < kGroupSize; i++) dot += weight[row * kGroupSize + i] * x[i];
+          for (int64_t i = 0; i < cols; i++) dot += weight[row * kTileCols + i] * x[i];
           out[t * row_stride + row] += dot;
         }
       }
@@ -63,8 +64,9 @@ int32_t moetier_matmul_fp32(const MoetierMatrix* matrix, const float* x, int64_t
                             int32_t num_threads, int32_t isa) {
   using namespace moetier;
   try {
-    const std::vector<float> sums = group_sums(x, tokens, matrix->cols);
-    const FloatInputs inputs{x, sums.data(), matrix->cols / kGroupSize};
+    const int64_t tiles = row_blocks(*matrix).tiles;
+    const std::vector<float> sums = tile_sums(x, tokens, matrix->cols, tiles);
+    const FloatInputs inputs{x, sums.data(), matrix->cols, tiles};
     multiply_all_rows(*matrix, tokens, y, num_threads,
                       [&](const RowBlocks& rows, int64_t first, int64_t n, float* out,
                           int64_t row_stride) {
@@ -80,8 +82,9 @@ int32_t moetier_low_rank_matmul_fp32(const MoetierLowRank* factors, const float*
                                      float* y, int32_t num_threads, int32_t isa) {
   using namespace moetier;
   try {
-    const std::vector<float> sums = group_sums(x, tokens, factors->cols);
-    const FloatInputs inputs{x, sums.data(), factors->cols / kGroupSize};
+    const int64_t tiles = factors->cols / kTileCols;
+    const std::vector<float> sums = tile_sums(x, tokens, factors->cols, tiles);
+    const FloatInputs inputs{x, sums.data(), factors->cols, tiles};
     low_rank_product(*factors, tokens, y, num_threads, isa,
                      [&](const RowBlocks& right, float* ranks) {
                        multiply_fp32_for(isa)(right, inputs, tokens, ranks, kTileRows);

@@ -1,11 +1,11 @@
 // The float32 product of packed row blocks, one form per instruction set: nothing is rounded to
 // int8.
 //
-// For each row n and token t, over groups g, with codes counted from the grid's middle one:
+// For each row n and token t, over tiles g, whose scales may be those of a larger group, with codes counted from the grid's middle one:
 //   affine    y[t][n] = sum_g scale[n,g] * dot(codes[n,g], x[t,g])
 //                             + (middle * scale[n,g] - zero_scaled[n,g]) * sum[t,g]
 //   symmetric y[t][n] = row_scale[n]/255 * sum_g scale8[n,g] * dot(codes[n,g], x[t,g])
-// The groups are added in order and each group's inputs in an order that does not depend on the
+// The tiles are added in order and each tile's inputs in an order that does not depend on the
 // token count, so a token's result does not depend on its batch.
 #pragma once
 #include <cstdint>
@@ -14,14 +14,14 @@
 
 namespace moetier {
 
-// Inputs as they came, with the sum of each group, which meets the middle code.
+// Inputs as they came, with the sum of each tile's, which meets the middle code.
 struct FloatInputs {
-  const float* x;     // [tokens, 64 * groups]
-  const float* sums;  // [tokens, groups]
-  int64_t groups;
+  const float* x;     // [tokens, cols]
+  const float* sums;  // [tokens, tiles]
+  int64_t cols, tiles;
 
   FloatInputs from_token(int64_t token) const {
-    return {x + token * groups * kGroupSize, sums + token * groups, groups};
+    return {x + token * cols, sums + token * tiles, cols, tiles};
   }
 };
 

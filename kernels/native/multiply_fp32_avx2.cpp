@@ -34,7 +34,7 @@ TARGET_AVX2 ALWAYS_INLINE void add_products(Sums<BITS, TOKENS>& sums, const Byte
           _mm256_sub_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(middle_code(BITS)));
 #pragma GCC unroll 2
       for (int t = 0; t < TOKENS; t++) {
-        const __m256 x = _mm256_set1_ps(in.x[t * in.groups * kGroupSize + 4 * v + i]);
+        const __m256 x = _mm256_set1_ps(in.x[t * in.cols + 4 * v + i]);
         __m256& sum = i % 2 ? sums.odd[t][half] : sums.even[t][half];
         sum = _mm256_fmadd_ps(weights, x, sum);
       }
@@ -46,25 +46,26 @@ TARGET_AVX2 ALWAYS_INLINE void add_products(Sums<BITS, TOKENS>& sums, const Byte
 template <int BITS, int TOKENS>
 TARGET_AVX2 ALWAYS_INLINE void widen(Sums<BITS, TOKENS>&) {}
 
-template <int BITS, int GRID, int TOKENS>
-TARGET_AVX2 void multiply_block(const RowBlocks& rows, FloatInputs in, float* y,
-                                int64_t row_stride) {
-  constexpr size_t kTileBytes = tile_bytes(BITS, GRID);
+// By itself: inlined beside those of other token counts it spills registers, for a tenth of its time.
+template <class Form, int TOKENS>
+TARGET_AVX2 NEVER_INLINE void multiply_block(const RowBlocks& rows, FloatInputs in, float* y,
+                                             int64_t row_stride) {
+  constexpr int BITS = Form::kBits, GRID = Form::kGrid;
   __m256 result[2][TOKENS];
   for (int half = 0; half < 2; half++)
     for (int t = 0; t < TOKENS; t++) result[half][t] = _mm256_setzero_ps();
-  const uint8_t* tile = rows.data;
-  for (int64_t g = 0; g < rows.groups; g++, tile += kTileBytes, in.x += kGroupSize, in.sums++) {
-    prefetch_tile<kTileBytes>(tile + kPrefetchBytes);
+  TileWalk<Form> at(rows);
+  for (int64_t i = 0; i < rows.tiles; i++, at.next(), in.x += Form::kCols, in.sums++) {
+    prefetch_tile<Form>(at.tile + kPrefetchBytes);
     Sums<BITS, TOKENS> sums;
     for (int t = 0; t < TOKENS; t++)
       for (int half = 0; half < 2; half++)
         sums.even[t][half] = sums.odd[t][half] = _mm256_setzero_ps();
-    dot_tile<BITS>(sums, tile, in);
+    dot_tile<Form>(sums, at.tile, in);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
       __m256 scale, zero_scaled;
-      load_scales<BITS, GRID>(tile, half, scale, zero_scaled);
+      load_scales<Form>(at.scales, half, scale, zero_scaled);
       // The weight of an affine grid's middle code; that of a symmetric one is zero.
       const __m256 middle = _mm256_fmsub_ps(scale, _mm256_set1_ps(middle_code(BITS)), zero_scaled);
       for (int t = 0; t < TOKENS; t++) {
@@ -72,7 +73,7 @@ TARGET_AVX2 void multiply_block(const RowBlocks& rows, FloatInputs in, float* y,
         result[half][t] = _mm256_fmadd_ps(scale, dot, result[half][t]);
         if constexpr (GRID == MOETIER_AFFINE)
           result[half][t] =
-              _mm256_fmadd_ps(middle, _mm256_set1_ps(in.sums[t * in.groups]), result[half][t]);
+              _mm256_fmadd_ps(middle, _mm256_set1_ps(in.sums[t * in.tiles]), result[half][t]);
       }
     }
   }
@@ -82,7 +83,7 @@ TARGET_AVX2 void multiply_block(const RowBlocks& rows, FloatInputs in, float* y,
                        scale_rows<GRID>(result[half][t], rows, half));
 }
 
-template <int BITS, int GRID>
+template <class Form>
 TARGET_AVX2 void multiply_rows(const RowBlocks& rows, const FloatInputs& inputs, int64_t tokens,
                                float* y, int64_t row_stride) {
   for (int64_t b = 0; b < rows.num_blocks; b++) {
@@ -91,9 +92,9 @@ TARGET_AVX2 void multiply_rows(const RowBlocks& rows, const FloatInputs& inputs,
       const FloatInputs in = inputs.from_token(t);
       float* out = y + t * row_stride + b * kTileRows;
       if (tokens - t == 1)
-        multiply_block<BITS, GRID, 1>(block, in, out, row_stride);
+        multiply_block<Form, 1>(block, in, out, row_stride);
       else
-        multiply_block<BITS, GRID, 2>(block, in, out, row_stride);
+        multiply_block<Form, 2>(block, in, out, row_stride);
     }
   }
 }
@@ -102,8 +103,8 @@ TARGET_AVX2 void multiply_rows(const RowBlocks& rows, const FloatInputs& inputs,
 
 void multiply_fp32_avx2(const RowBlocks& rows, const FloatInputs& inputs, int64_t tokens, float* y,
                         int64_t row_stride) {
-  for_form(rows.bits, rows.grid, [&](auto bits, auto grid) {
-    multiply_rows<bits, grid>(rows, inputs, tokens, y, row_stride);
+  for_form(rows, [&](auto form) {
+    multiply_rows<decltype(form)>(rows, inputs, tokens, y, row_stride);
   });
 }
 

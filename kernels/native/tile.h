@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "moetier_kernels.h"
 #include "target.h"
@@ -12,16 +11,40 @@
 namespace moetier {
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kGroupSize = 64;
-constexpr int kVectors = 16;      // vectors of a tile
-constexpr int kVectorBytes = 64;  // 16 rows x 4 inputs
+constexpr int64_t kTileCols = 64;      // inputs of a tile; those of a half tile are 32
+constexpr int kVectors = 16;           // vectors of a tile; a half tile has 8
+constexpr int kVectorBytes = 64;       // 16 rows x 4 inputs
 
-constexpr size_t code_bytes(int bits) { return static_cast<size_t>(bits) * 2 * kVectorBytes; }
-// Codes, then 16 float16 scales and 16 float16 zero*scale, or 16 uint8 scales.
-constexpr size_t tile_bytes(int bits, int grid) {
-  return code_bytes(bits) + (grid == MOETIER_SYMMETRIC ? kTileRows : 4 * kTileRows);
+// How the codes of a group of inputs lie: as one tile, as several tiles (groups of 128, 192, ...)
+// or as half tiles (groups of 32, 96, ...). The scales of the group follow its last tile.
+enum Layout { kOneTile, kTiles, kHalfTiles };
+
+constexpr Layout layout_of(int64_t group_size) {
+  return group_size == kTileCols ? kOneTile : group_size % kTileCols ? kHalfTiles : kTiles;
+}
+constexpr int vectors_of(Layout layout) {
+  return layout == kHalfTiles ? kVectors / 2 : kVectors;
+}
+constexpr int64_t tile_cols(Layout layout) { return 4 * vectors_of(layout); }
+constexpr size_t code_bytes(int bits, Layout layout) {
+  return static_cast<size_t>(bits * vectors_of(layout)) * kVectorBytes / 8;
+}
+// 16 float16 scales and 16 float16 zero*scale, or 16 uint8 scales.
+constexpr size_t scale_bytes(int grid) {
+  return grid == MOETIER_SYMMETRIC ? kTileRows : 4 * kTileRows;
 }
 constexpr int64_t num_row_blocks(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+// One way of coding a matrix. Each is other code, so that all of this is known at compile time.
+template <int BITS, int GRID, Layout LAYOUT>
+struct TileForm {
+  static constexpr int kBits = BITS, kGrid = GRID;
+  static constexpr Layout kLayout = LAYOUT;
+  static constexpr int kTileVectors = vectors_of(LAYOUT);
+  static constexpr int64_t kCols = tile_cols(LAYOUT);
+  static constexpr size_t kCodeBytes = code_bytes(BITS, LAYOUT);
+  static constexpr size_t kScaleBytes = scale_bytes(GRID);
+};
 
 // The code that a symmetric grid takes for zero.
 constexpr float middle_code(int bits) { return static_cast<float>((1 << bits) - 1) / 2.f; }
@@ -31,38 +54,82 @@ constexpr float kScale8Unit = 1.f / 255.f;
 // Row blocks of a packed matrix that follow each other.
 struct RowBlocks {
   int bits, grid;
+  Layout layout;
+  int64_t tiles_per_group;
   const uint8_t* data;        // the first tile
   const uint8_t* row_scales;  // float16, of the first row; null on an affine grid
-  int64_t groups;             // tiles of a row block
+  int64_t tiles;              // of a row block
   int64_t num_blocks;
 
-  size_t block_bytes() const { return static_cast<size_t>(groups) * tile_bytes(bits, grid); }
+  size_t group_bytes() const {
+    return static_cast<size_t>(tiles_per_group) * code_bytes(bits, layout) + scale_bytes(grid);
+  }
+  size_t block_bytes() const {
+    return static_cast<size_t>(tiles / tiles_per_group) * group_bytes();
+  }
   RowBlocks slice(int64_t first, int64_t count) const {
-    const uint8_t* scales = row_scales ? row_scales + first * kTileRows * 2 : nullptr;
-    return {bits, grid, data + first * block_bytes(), scales, groups, count};
+    RowBlocks part = *this;
+    part.data += first * block_bytes();
+    if (row_scales) part.row_scales += first * kTileRows * 2;
+    part.num_blocks = count;
+    return part;
   }
 };
 
+inline bool has_half_tiles(const MoetierMatrix& matrix) {
+  return layout_of(matrix.group_size) == kHalfTiles;
+}
+
 inline RowBlocks row_blocks(const MoetierMatrix& matrix) {
-  RowBlocks all{matrix.bits,  matrix.grid, matrix.data, nullptr, matrix.cols / kGroupSize,
-                num_row_blocks(matrix.rows)};
+  const Layout layout = layout_of(matrix.group_size);
+  const int64_t cols = tile_cols(layout);
+  RowBlocks all{matrix.bits, matrix.grid, layout,
+                matrix.group_size / cols, matrix.data, nullptr,
+                matrix.cols / cols, num_row_blocks(matrix.rows)};
   if (matrix.grid == MOETIER_SYMMETRIC)
     all.row_scales = matrix.data + all.num_blocks * all.block_bytes();
   return all;
 }
 
+// The tiles of the first row block from left to right, each with the scales of its group.
+template <class Form>
+struct TileWalk {
+  const uint8_t* tile;
+  const uint8_t* scales;
+  int64_t tiles_per_group, left;
+
+  ALWAYS_INLINE explicit TileWalk(const RowBlocks& rows)
+      : tile(rows.data),
+        scales(rows.data + rows.tiles_per_group * Form::kCodeBytes),
+        tiles_per_group(rows.tiles_per_group),
+        left(rows.tiles_per_group) {}
+
+  ALWAYS_INLINE void next() {
+    tile += Form::kCodeBytes;
+    if constexpr (Form::kLayout == kOneTile) {
+      tile += Form::kScaleBytes;
+      scales = tile + Form::kCodeBytes;
+    } else if (--left == 0) {
+      tile += Form::kScaleBytes;
+      scales = tile + tiles_per_group * Form::kCodeBytes;
+      left = tiles_per_group;
+    }
+  }
+};
+
 constexpr int64_t aligned(int64_t num_bytes) { return (num_bytes + 63) / 64 * 64; }
 
 inline MoetierMatrix right_factor(const MoetierLowRank& factors, int64_t block) {
   return {factors.data + factors.block_offsets[block], kTileRows, factors.cols, factors.bits,
-          factors.grid};
+          factors.grid, kTileCols};
 }
 // Transposed: [16, rows of the factors].
 inline MoetierMatrix left_factor(const MoetierLowRank& factors, int64_t block) {
-  int64_t right_bytes = factors.cols / kGroupSize * tile_bytes(factors.bits, factors.grid);
+  const size_t tile_bytes = code_bytes(factors.bits, kOneTile) + scale_bytes(factors.grid);
+  int64_t right_bytes = factors.cols / kTileCols * tile_bytes;
   if (factors.grid == MOETIER_SYMMETRIC) right_bytes += 2 * kTileRows;
   return {factors.data + factors.block_offsets[block] + aligned(right_bytes), kTileRows,
-          factors.rows, factors.bits, factors.grid};
+          factors.rows, factors.bits, factors.grid, kTileCols};
 }
 
 // float16 to float32. The exponents differ by 112, so the shifted bits times 2^112 are the value,
@@ -92,9 +159,8 @@ struct TileScales {
   float zero_scaled[kTileRows];  // not set when symmetric
 };
 
-template <int BITS, int GRID>
-ALWAYS_INLINE void read_scales(const uint8_t* tile, TileScales* out) {
-  const uint8_t* scales = tile + code_bytes(BITS);
+template <int GRID>
+ALWAYS_INLINE void read_scales(const uint8_t* scales, TileScales* out) {
   if (GRID == MOETIER_SYMMETRIC) {
     for (int row = 0; row < kTileRows; row++) out->scale[row] = scales[row];
     return;
@@ -103,18 +169,19 @@ ALWAYS_INLINE void read_scales(const uint8_t* tile, TileScales* out) {
   read_halves(scales + 2 * kTileRows, out->zero_scaled);
 }
 
-// Sixteen vectors of 64 codes: vectors[v][4 * row + i] is the code of (row, input 4 * v + i).
-template <int BITS>
+// Vectors of 64 codes: vectors[v][4 * row + i] is the code of (row, input 4 * v + i).
+template <class Form>
 ALWAYS_INLINE void unpack_vectors(const uint8_t* tile, uint8_t (*vectors)[kVectorBytes]) {
-  if (BITS != 3) {  // plane p holds vectors p, p + planes, ... from the low bits up
-    constexpr int kPlanes = 2 * BITS, kFields = 8 / BITS;
+  constexpr int kBits = Form::kBits;
+  if (kBits != 3) {  // plane p holds vectors p, p + planes, ... from the low bits up
+    constexpr int kPlanes = kBits * Form::kTileVectors / 8, kFields = 8 / kBits;
     for (int p = 0; p < kPlanes; p++)
       for (int f = 0; f < kFields; f++)
         for (int i = 0; i < kVectorBytes; i++)
           vectors[p + f * kPlanes][i] =
-              tile[p * kVectorBytes + i] >> (f * BITS) & ((1 << BITS) - 1);
+              tile[p * kVectorBytes + i] >> (f * kBits) & ((1 << kBits) - 1);
   } else {
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < Form::kTileVectors / 8; half++) {
       const uint8_t* plane = tile + half * 3 * kVectorBytes;
       uint8_t(*out)[kVectorBytes] = vectors + half * 8;
       for (int i = 0; i < kVectorBytes; i++) {
@@ -134,35 +201,36 @@ ALWAYS_INLINE void unpack_vectors(const uint8_t* tile, uint8_t (*vectors)[kVecto
 }
 
 // The codes of a tile by row: codes[row][input].
-template <int BITS>
-ALWAYS_INLINE void unpack_rows(const uint8_t* tile, uint8_t (*codes)[kGroupSize]) {
+template <class Form>
+ALWAYS_INLINE void unpack_rows(const uint8_t* tile, uint8_t (*codes)[kTileCols]) {
   uint8_t vectors[kVectors][kVectorBytes];
-  unpack_vectors<BITS>(tile, vectors);
-  for (int v = 0; v < kVectors; v++)
+  unpack_vectors<Form>(tile, vectors);
+  for (int v = 0; v < Form::kTileVectors; v++)
     for (int row = 0; row < kTileRows; row++)
       std::memcpy(&codes[row][4 * v], &vectors[v][4 * row], 4);
 }
 
-// Calls body(std::integral_constant of bits, of grid) for the pair at hand; each is other code.
+template <int BITS, int GRID, class Body>
+ALWAYS_INLINE void for_layout(Layout layout, const Body& body) {
+  if (layout == kOneTile) body(TileForm<BITS, GRID, kOneTile>{});
+  if (layout == kTiles) body(TileForm<BITS, GRID, kTiles>{});
+  if (layout == kHalfTiles) body(TileForm<BITS, GRID, kHalfTiles>{});
+}
+
+// Calls body with the TileForm of these row blocks.
 template <class Body>
-ALWAYS_INLINE void for_form(int bits, int grid, const Body& body) {
-  using std::integral_constant;
-  constexpr integral_constant<int, MOETIER_AFFINE> affine;
-  constexpr integral_constant<int, MOETIER_SYMMETRIC> symmetric;
-  constexpr integral_constant<int, 1> one;
-  constexpr integral_constant<int, 2> two;
-  constexpr integral_constant<int, 3> three;
-  constexpr integral_constant<int, 4> four;
-  if (grid == MOETIER_SYMMETRIC) {
-    if (bits == 1) body(one, symmetric);
-    if (bits == 2) body(two, symmetric);
-    if (bits == 3) body(three, symmetric);
-    if (bits == 4) body(four, symmetric);
+ALWAYS_INLINE void for_form(const RowBlocks& rows, const Body& body) {
+  const Layout layout = rows.layout;
+  if (rows.grid == MOETIER_SYMMETRIC) {
+    if (rows.bits == 1) for_layout<1, MOETIER_SYMMETRIC>(layout, body);
+    if (rows.bits == 2) for_layout<2, MOETIER_SYMMETRIC>(layout, body);
+    if (rows.bits == 3) for_layout<3, MOETIER_SYMMETRIC>(layout, body);
+    if (rows.bits == 4) for_layout<4, MOETIER_SYMMETRIC>(layout, body);
     return;
   }
-  if (bits == 2) body(two, affine);
-  if (bits == 3) body(three, affine);
-  if (bits == 4) body(four, affine);
+  if (rows.bits == 2) for_layout<2, MOETIER_AFFINE>(layout, body);
+  if (rows.bits == 3) for_layout<3, MOETIER_AFFINE>(layout, body);
+  if (rows.bits == 4) for_layout<4, MOETIER_AFFINE>(layout, body);
 }
 
 }  // namespace moetier

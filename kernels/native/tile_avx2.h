@@ -14,9 +14,10 @@ namespace {
 constexpr int kHalfRows = 8;  // rows of one register
 constexpr size_t kPrefetchBytes = 4096;
 
-template <int TILE_BYTES>
+template <class Form>
 TARGET_AVX2 ALWAYS_INLINE void prefetch_tile(const uint8_t* tile) {
-  for (int line = 0; line < TILE_BYTES; line += 64)
+  constexpr int kBytes = Form::kCodeBytes + Form::kScaleBytes;
+  for (int line = 0; line < kBytes; line += 64)
     _mm_prefetch(reinterpret_cast<const char*>(tile + line), _MM_HINT_T0);
 }
 
@@ -48,16 +49,15 @@ TARGET_AVX2 ALWAYS_INLINE __m256 halves_to_floats(const uint8_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
-// The scales of half `half` of a tile: symmetric bytes as numbers and the code that stands for
+// The scales of half the rows of a group: symmetric bytes as numbers and the code that stands for
 // zero.
-template <int BITS, int GRID>
-TARGET_AVX2 ALWAYS_INLINE void load_scales(const uint8_t* tile, int half, __m256& scale,
+template <class Form>
+TARGET_AVX2 ALWAYS_INLINE void load_scales(const uint8_t* scales, int half, __m256& scale,
                                            __m256& zero_scaled) {
-  constexpr int kScaleBytes = GRID == MOETIER_SYMMETRIC ? 1 : 2;
-  const uint8_t* scales = tile + code_bytes(BITS) + half * kScaleBytes * kHalfRows;
-  if constexpr (GRID == MOETIER_SYMMETRIC) {
+  scales += half * kHalfRows * (Form::kGrid == MOETIER_SYMMETRIC ? 1 : 2);
+  if constexpr (Form::kGrid == MOETIER_SYMMETRIC) {
     scale = bytes_to_floats(scales);
-    zero_scaled = _mm256_set1_ps(middle_code(BITS));
+    zero_scaled = _mm256_set1_ps(middle_code(Form::kBits));
   } else {
     scale = halves_to_floats(scales);
     zero_scaled = halves_to_floats(scales + 2 * kTileRows);
@@ -85,22 +85,23 @@ TARGET_AVX2 ALWAYS_INLINE __m256 scale_rows(__m256 sum, const RowBlocks& rows, i
     return sum;
 }
 
-// Dot products of one tile with every token's 64 inputs. It calls
+// Dot products of one tile with every token's inputs. It calls
 // add_products(sums, codes, inputs, v) for vector v and widen(sums) at the end; with 4 bits also
-// after eight vectors.
-template <int BITS, class Sums, class TileInputs>
+// after each eight vectors.
+template <class Form, class Sums, class TileInputs>
 TARGET_AVX2 ALWAYS_INLINE void dot_tile(Sums& sums, const uint8_t* tile, const TileInputs& x) {
+  constexpr int BITS = Form::kBits, VECTORS = Form::kTileVectors;
   const __m256i mask = _mm256_set1_epi8((1 << BITS) - 1);
   if constexpr (BITS == 4) {
 #pragma GCC unroll 8
-    for (int p = 0; p < 8; p++) {
+    for (int p = 0; p < VECTORS / 2; p++) {
       const Bytes plane = load(tile + p * kVectorBytes);
       add_products(sums, bits_at(plane, 0, mask), x, p);
-      add_products(sums, bits_at(plane, 4, mask), x, p + 8);
-      if (p == 3) widen(sums);
+      add_products(sums, bits_at(plane, 4, mask), x, p + VECTORS / 2);
+      if (p == 3 && VECTORS > 8) widen(sums);
     }
   } else if constexpr (BITS < 3) {
-    constexpr int kPlanes = 2 * BITS, kFields = 8 / BITS;
+    constexpr int kPlanes = BITS * VECTORS / 8, kFields = 8 / BITS;
 #pragma GCC unroll 4
     for (int p = 0; p < kPlanes; p++) {
       const Bytes plane = load(tile + p * kVectorBytes);
@@ -112,7 +113,7 @@ TARGET_AVX2 ALWAYS_INLINE void dot_tile(Sums& sums, const uint8_t* tile, const T
     const __m256i top0 = _mm256_set1_epi8(0x03), top1 = _mm256_set1_epi8(0x0c),
                   top2 = _mm256_set1_epi8(0x30);
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) {
+    for (int h = 0; h < VECTORS / 8; h++) {
       const uint8_t* planes = tile + h * 3 * kVectorBytes;
       Bytes left_over = {{_mm256_setzero_si256(), _mm256_setzero_si256()}};
 #pragma GCC unroll 3

@@ -28,22 +28,21 @@ TARGET_AVX512 ALWAYS_INLINE __m512 bytes_to_floats(const uint8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
 }
 
-template <int TILE_BYTES>
+template <class Form>
 TARGET_AVX512 ALWAYS_INLINE void prefetch_tile(const uint8_t* tile) {
-  constexpr int kLines = (TILE_BYTES + 63) / 64;
+  constexpr int kLines = (Form::kCodeBytes + Form::kScaleBytes + 63) / 64;
 #pragma GCC unroll 9
   for (int line = 0; line < kLines; line++)
     _mm_prefetch(reinterpret_cast<const char*>(tile + 64 * line), _MM_HINT_T0);
 }
 
-// The scales of one tile: symmetric bytes as numbers and the code that stands for zero.
-template <int BITS, int GRID>
-TARGET_AVX512 ALWAYS_INLINE void load_scales(const uint8_t* tile, __m512& scale,
+// The scales of one group: symmetric bytes as numbers and the code that stands for zero.
+template <class Form>
+TARGET_AVX512 ALWAYS_INLINE void load_scales(const uint8_t* scales, __m512& scale,
                                              __m512& zero_scaled) {
-  const uint8_t* scales = tile + code_bytes(BITS);
-  if constexpr (GRID == MOETIER_SYMMETRIC) {
+  if constexpr (Form::kGrid == MOETIER_SYMMETRIC) {
     scale = bytes_to_floats(scales);
-    zero_scaled = _mm512_set1_ps(middle_code(BITS));
+    zero_scaled = _mm512_set1_ps(middle_code(Form::kBits));
   } else {
     scale = halves_to_floats(scales);
     zero_scaled = halves_to_floats(scales + 2 * kTileRows);
@@ -70,18 +69,20 @@ TARGET_AVX512 ALWAYS_INLINE __m512 scale_rows(__m512 sum, const RowBlocks& rows)
     return sum;
 }
 
-// Dot products of one tile with every token's 64 inputs. It calls
+// Dot products of one tile with every token's inputs. It calls
 // sums.add_two_fields<BITS>(bytes, inputs, low, high) for the two low fields of `bytes`: the lowest
 // BITS bits are codes of vector `low`, the next of `high`.
-template <int BITS, class Sums, class TileInputs>
+template <class Form, class Sums, class TileInputs>
 TARGET_AVX512 ALWAYS_INLINE void dot_tile(Sums& sums, const uint8_t* tile,
                                           const TileInputs& x) {
+  constexpr int BITS = Form::kBits, VECTORS = Form::kTileVectors;
   if constexpr (BITS == 4) {
 #pragma GCC unroll 8
-    for (int p = 0; p < 8; p++)
-      sums.template add_two_fields<BITS>(_mm512_loadu_si512(tile + p * kVectorBytes), x, p, p + 8);
+    for (int p = 0; p < VECTORS / 2; p++)
+      sums.template add_two_fields<BITS>(_mm512_loadu_si512(tile + p * kVectorBytes), x, p,
+                                         p + VECTORS / 2);
   } else if constexpr (BITS < 3) {
-    constexpr int kPlanes = 2 * BITS, kFields = 8 / BITS;
+    constexpr int kPlanes = BITS * VECTORS / 8, kFields = 8 / BITS;
 #pragma GCC unroll 4
     for (int p = 0; p < kPlanes; p++) {
       const __m512i plane = _mm512_loadu_si512(tile + p * kVectorBytes);
@@ -95,7 +96,7 @@ TARGET_AVX512 ALWAYS_INLINE void dot_tile(Sums& sums, const uint8_t* tile,
                   top2 = _mm512_set1_epi8(0x30);
     constexpr int kOrAnd = 0xF8;  // truth table of a | (b & c)
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < VECTORS / 8; half++) {
       const uint8_t* planes = tile + half * 3 * kVectorBytes;
       const __m512i a = _mm512_loadu_si512(planes);
       const __m512i b = _mm512_loadu_si512(planes + kVectorBytes);

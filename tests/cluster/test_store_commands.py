@@ -43,6 +43,20 @@ def test_compress_prints_a_summary(
     assert "written in" in out
 
 
+def test_compress_in_other_groups_says_so(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--recipe", "static", "--group-size"]
+    assert main(["compress", str(model), str(tmp_path / "s"), *arguments, "32"]) == 0
+    out = capsys.readouterr().out
+    assert "static, 2 bits, groups of 32, " in out
+    assert "3 bits per weight" in out
+    assert main(["verify", str(tmp_path / "s")]) == 0
+    capsys.readouterr()
+    assert main(["compress", str(model), str(tmp_path / "t"), *arguments, "96"]) == 2
+    assert "groups of 96 need a multiple of 192" in capsys.readouterr().err
+
+
 def test_compress_json_is_inspect_json(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from expert_store.allocate import allocate_ranks, rank_cap
 from expert_store.config import PAPER_LADDER
 from expert_store.types import ExpertKey, ExpertShape
-from kernels.types import block_bytes, tile_bytes
+from kernels.types import block_bytes, group_bytes
 
 
 def kurtosis(*values: float) -> dict[ExpertKey, float]:
@@ -59,6 +59,6 @@ def test_properties(values: list[float], avg_rank: int, cap: int) -> None:
 def test_cap_is_where_rank_costs_one_more_bit(hidden: int, ffn: int, cap: int) -> None:
     assert rank_cap(ExpertShape(hidden, ffn, "silu", False), 3) == cap
     # One more bit is 128 bytes a tile (2 * 64 B of codes); the blocks below the cap cost less.
-    one_more_bit = (ffn // 16) * (hidden // 64) * (tile_bytes(3) - tile_bytes(2))
+    one_more_bit = (ffn // 16) * (hidden // 64) * (group_bytes(3) - group_bytes(2))
     assert cap // 16 * block_bytes(ffn, hidden, 3) <= one_more_bit
     assert (cap // 16 + 1) * block_bytes(ffn, hidden, 3) > one_more_bit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,8 +43,15 @@ FIRST = LayerCodec((0,), "cuszp", "row:0.1")
         ({"bits": 0}, "bits: got 0"),
         ({"bits": -2}, "bits: got -2"),
         ({"recipe": "original", "bits": 2}, r"bits: got 2, expected one of \(16,\)"),
-        ({"group_size": 48}, "group_size: got 48, expected 64.*do not divide"),
+        ({"group_size": 48}, "group_size: got 48, expected a multiple of 32 up to 4096"),
         ({"group_size": 0}, "group_size: got 0"),
+        ({"group_size": 8192}, "group_size: got 8192"),
+        ({"recipe": "original", "group_size": 32}, "group_size: got 32, but neither bfloat16"),
+        ({"recipe": "cuszp", "group_size": 128}, "group_size: got 128, but neither bfloat16"),
+        (
+            {"recipe": "best", "calibration": Path("c"), "group_size": 128},
+            "group_size: got 128, but error feedback",
+        ),
         ({"factor_bits": 8}, "factor_bits: got 8"),
         ({"avg_rank": -1}, "avg_rank: got -1, expected 0 or more"),
         ({"recipe": "static", "avg_rank": 16}, "avg_rank: got 16, but recipe 'static' has no"),

@@ -38,7 +38,12 @@ def relative_rms(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def random_matrix(
-    rows: int, cols: int, bits: int, seed: int = 0, grid: Grid = "affine"
+    rows: int,
+    cols: int,
+    bits: int,
+    seed: int = 0,
+    grid: Grid = "affine",
+    group_size: int = GROUP_SIZE,
 ) -> QuantizedMatrix:
     """A Gaussian weight on a min-max grid, as a quantiser would leave it; rows differ in size."""
     generator = torch.Generator().manual_seed(seed)
@@ -46,14 +51,15 @@ def random_matrix(
     weight *= torch.rand(rows, 1, generator=generator) + 0.5
     if bits == 16:
         return pack_bf16(weight)
-    grouped = weight.view(rows, cols // GROUP_SIZE, GROUP_SIZE)
+    grouped = weight.view(rows, cols // group_size, group_size)
     if grid == "symmetric":
         return _on_symmetric_grid(grouped, bits)
     low, high = grouped.amin(-1), grouped.amax(-1)
     scale = (high - low) / (2**bits - 1)
     zero = -low / scale
     codes = (grouped / scale[..., None] + zero[..., None]).round().clamp(0, 2**bits - 1)
-    return pack(codes.view(rows, cols).to(torch.uint8), scale, zero, bits)
+    codes_NK = codes.view(rows, cols).to(torch.uint8)
+    return pack(codes_NK, scale, zero, bits, group_size=group_size)
 
 
 def _on_symmetric_grid(grouped_NGK: torch.Tensor, bits: int) -> QuantizedMatrix:
@@ -66,7 +72,9 @@ def _on_symmetric_grid(grouped_NGK: torch.Tensor, bits: int) -> QuantizedMatrix:
     step_NG1 = (row_scale_N[:, None] * scale8_NG / 255)[..., None]
     codes = (grouped_NGK / step_NG1 + middle).round().clamp(0, 2**bits - 1)
     codes_NK = codes.flatten(1).to(torch.uint8)
-    return pack_symmetric(codes_NK, scale8_NG.to(torch.uint8), row_scale_N, bits)
+    return pack_symmetric(
+        codes_NK, scale8_NG.to(torch.uint8), row_scale_N, bits, group_size=grouped_NGK.shape[2]
+    )
 
 
 def random_low_rank(
@@ -94,6 +102,7 @@ def random_mlp(
     biases: bool = False,
     seed: int = 0,
     grid: Grid = "affine",
+    group_size: int = GROUP_SIZE,
 ) -> GatedMLP:
     generator = torch.Generator().manual_seed(seed + 1000)
 
@@ -101,9 +110,9 @@ def random_mlp(
         return torch.randn(size, generator=generator) if biases else None
 
     return GatedMLP(
-        random_matrix(ffn, hidden, bits, seed, grid),
-        random_matrix(ffn, hidden, bits, seed + 1, grid),
-        random_matrix(hidden, ffn, bits, seed + 2, grid),
+        random_matrix(ffn, hidden, bits, seed, grid, group_size),
+        random_matrix(ffn, hidden, bits, seed + 1, grid, group_size),
+        random_matrix(hidden, ffn, bits, seed + 2, grid, group_size),
         activation,
         bias(ffn),
         bias(ffn),

@@ -23,14 +23,16 @@ from kernel_matrices import (
 from triton_device import DEVICE, poisoned_outputs  # noqa: F401 - a fixture
 
 from kernels import reference, triton_matmul, triton_prefill
-from kernels.types import Grid, QuantizedMatrix
+from kernels.types import GROUP_SIZE, Grid, QuantizedMatrix
 
 every_form = pytest.mark.parametrize(("grid", "bits"), FORMS)
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
-def matrix_of(rows: int, cols: int, bits: int, grid: Grid = "affine") -> QuantizedMatrix:
-    matrix = random_matrix(rows, cols, bits, grid=grid)
+def matrix_of(
+    rows: int, cols: int, bits: int, grid: Grid = "affine", group_size: int = GROUP_SIZE
+) -> QuantizedMatrix:
+    matrix = random_matrix(rows, cols, bits, grid=grid, group_size=group_size)
     return replace(matrix, data=matrix.data.to(DEVICE))
 
 
@@ -67,6 +69,21 @@ def test_reconstruct(grid: Grid, bits: int) -> None:
     assert relative_rms(got, expected) < 1e-6
     rounded = triton_prefill.reconstruct(matrix, torch.float16)
     assert torch.equal(rounded, got.half())
+
+
+@every_form
+@pytest.mark.parametrize(
+    ("cols", "group_size"), [(64, 32), (192, 96), (640, 160), (384, 128), (192, 192)]
+)
+def test_other_group_sizes(grid: Grid, bits: int, cols: int, group_size: int) -> None:
+    """Half tiles and several tiles a group; decode, prefill and the whole weight."""
+    matrix = at_odd_address(matrix_of(37, cols, bits, grid, group_size))
+    for num_tokens in (3, 17):
+        x = inputs_of(num_tokens, cols)
+        got = triton_matmul.matmul(matrix, x)
+        assert relative_rms(got, reference.matmul(matrix, x)) < TRITON_TOLERANCE, num_tokens
+    got = triton_prefill.reconstruct(matrix, torch.float32)
+    assert relative_rms(got, reference.dequantize(matrix)) < 1e-6
 
 
 def test_many_tokens_of_16_bits_take_the_reconstructed_weight(

@@ -76,12 +76,13 @@ COMPILE = textwrap.dedent("""
     def rows(form, tokens, add=False):
         return compile_kernel(
             triton_decode._rows_kernel, form, num_warps=triton_decode.NUM_WARPS, **constants,
-            TOKENS=tokens, GROUPS=triton_decode.GROUPS_PER_STEP, ADD=add, PACKED=True,
+            TOKENS=tokens, STEP=triton_decode.TILES_PER_STEP, ADD=add, PACKED=True,
             STAGES=triton_decode.STAGES,
         )
 
-    what, grid, bits, forms, extra = json.loads(sys.argv[1])
-    constants = Form(bits, grid).constants
+    what, grid, bits, group_size, forms, extra = json.loads(sys.argv[1])
+    constants = Form(bits, grid, group_size).constants
+    factors = {name: constants[name] for name in ("BITS", "SYMMETRIC")}
     for form in forms:
         if what == "rows":
             for tokens in extra:
@@ -97,7 +98,7 @@ COMPILE = textwrap.dedent("""
             )
             compile_kernel(
                 triton_prefill._reconstruct_kernel, form, **constants,
-                GROUPS=triton_prefill.GROUPS_PER_PROGRAM,
+                BLOCK_COLS=64 * triton_prefill.TILES_PER_PROGRAM,
             )
         else:
             for dtype in ("fp32", "bf16", "fp16"):
@@ -107,22 +108,27 @@ COMPILE = textwrap.dedent("""
                 )
             for activation in extra:
                 compile_kernel(
-                    triton_gate._gate_kernel, form, **constants, RANKED=True,
+                    triton_gate._gate_kernel, form, **factors, RANKED=True,
                     ACTIVATION=activation,
                 )
             for ranked in (False, True):
-                compile_kernel(triton_gate._down_kernel, form, **constants, RANKED=ranked)
+                compile_kernel(triton_gate._down_kernel, form, **factors, RANKED=ranked)
     print("compiled")
 """)
 EVERY_ALIGNMENT = ("plain", "ones", "multiples")
 EVERY_TOKENS = tuple(1 << power for power in range(1, triton_decode.MAX_TOKENS.bit_length()))
 """Tokens of one job: the powers of 2 from MIN_TOKENS to MAX_TOKENS."""
-QUICK: tuple[tuple[str, Grid, int, tuple[str, ...], tuple[object, ...]], ...] = (
-    ("rows", "affine", 3, ("ones",), (2,)),
-    ("rows", "affine", 2, ("multiples",), (triton_decode.MAX_TOKENS,)),
-    ("rows", "symmetric", 1, ("multiples",), (2,)),
-    ("many", "affine", 3, ("multiples",), ()),
-    ("others", "affine", 3, ("ones",), ("silu",)),
+Case = tuple[str, Grid, int, int, tuple[str, ...], tuple[object, ...]]
+"""What, grid, bits, group size, alignments, token counts or activations."""
+QUICK: tuple[Case, ...] = (
+    ("rows", "affine", 3, 64, ("ones",), (2,)),
+    ("rows", "affine", 2, 64, ("multiples",), (triton_decode.MAX_TOKENS,)),
+    ("rows", "symmetric", 1, 64, ("multiples",), (2,)),
+    ("rows", "affine", 2, 128, ("multiples",), (2,)),
+    ("rows", "symmetric", 3, 96, ("multiples",), (2,)),
+    ("many", "affine", 3, 64, ("multiples",), ()),
+    ("many", "affine", 4, 32, ("multiples",), ()),
+    ("others", "affine", 3, 64, ("ones",), ("silu",)),
 )
 
 
@@ -131,20 +137,20 @@ QUICK: tuple[tuple[str, Grid, int, tuple[str, ...], tuple[object, ...]], ...] = 
     [
         *QUICK,
         *[
-            pytest.param((what, *form, EVERY_ALIGNMENT, extra), marks=pytest.mark.slow)
+            pytest.param((what, *form, size, EVERY_ALIGNMENT, extra), marks=pytest.mark.slow)
             for form in FORMS
+            for size in (64, 32, 192)
             for what, extra in (
                 ("rows", EVERY_TOKENS),
                 ("many", ()),
                 ("others", get_args(Activation)),
             )
+            if what != "others" or size == 64  # factors have groups of 64 alone
         ],
     ],
-    ids=lambda case: "-".join(map(str, case[:3])),
+    ids=lambda case: "-".join(map(str, case[:4])),
 )
-def test_every_kernel_compiles_for_a_gpu(
-    case: tuple[str, Grid, int, tuple[str, ...], tuple[object, ...]], tmp_path: Path
-) -> None:
+def test_every_kernel_compiles_for_a_gpu(case: Case, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", COMPILE, json.dumps(case)],
         capture_output=True,
