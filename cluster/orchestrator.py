@@ -135,8 +135,14 @@ class RayLauncher:
         store_actor: Any = StoreActor  # what ray.remote makes of the class, mypy does not know
         ndp_actor: Any = NdpActor
         if placed.need.section == "store":
-            return store_actor.options(**options).remote(store, directory=self._directory)
-        config = NdpConfig(num_threads=self._settings.ndp.num_threads or "auto")
+            ports = self._settings.store.port_range
+            return store_actor.options(**options).remote(
+                store, ports=ports, directory=self._directory
+            )
+        config = NdpConfig(
+            num_threads=self._settings.ndp.num_threads or "auto",
+            ports=self._settings.ndp.port_range,
+        )
         return ndp_actor.options(**options).remote(store, config=config, directory=self._directory)
 
     async def ask(self, handle: Any) -> HolderStatus:
