@@ -46,7 +46,12 @@ def parse_documents(text: str) -> list[dict[str, Any]]:
 
 
 def load_crds(folder: Path) -> dict[Kind, dict[str, Any]]:
-    """Every version's schema in the CustomResourceDefinitions of a folder, made strict.
+    """As `raw_crds`, each schema made strict."""
+    return {kind: strict_schema(schema) for kind, schema in raw_crds(folder).items()}
+
+
+def raw_crds(folder: Path) -> dict[Kind, dict[str, Any]]:
+    """Every version's schema in the CustomResourceDefinitions of a folder.
 
     Raises ValueError when the folder holds no CRD.
     """
@@ -59,7 +64,7 @@ def load_crds(folder: Path) -> dict[Kind, dict[str, Any]]:
             spec = crd["spec"]
             for version in spec["versions"]:
                 kind = (f"{spec['group']}/{version['name']}", spec["names"]["kind"])
-                schemas[kind] = strict_schema(version["schema"]["openAPIV3Schema"])
+                schemas[kind] = version["schema"]["openAPIV3Schema"]
     if not schemas:
         raise ValueError(f"{folder}: expected *.yaml files with CustomResourceDefinitions")
     return schemas

@@ -23,14 +23,29 @@ MAY_IMPORT = {
     "cluster": {"gpu_worker", "ndp_worker", "expert_store", "kernels"},
 }
 ONLY_IN = {  # third-party name -> the modules that may import it
-    "ray": ("*/actor.py", "cluster/app.py", "cluster/orchestrator.py", "cluster/ingress.py"),
+    "ray": (
+        "*/actor.py",
+        "cluster/app.py",
+        "cluster/orchestrator.py",
+        "cluster/ingress.py",
+        "cluster/deploy/serve_schema.py",
+    ),
     "grpc": ("*/rpc.py",),
     "triton": ("kernels/triton_*.py",),
     "redis": ("expert_store/directory.py",),
 }
 ENVIRONMENT_FILE = "cluster/environment.py"
-DISTRIBUTIONS = {"grpc": "grpcio", "yaml": "pyyaml"}  # where the import has another name
-OPTIONAL = ("demo", "lm-eval", "report")  # extras of pyproject.toml that our own code imports
+DISTRIBUTIONS = {
+    "grpc": "grpcio",
+    "yaml": "pyyaml",
+    "celpy": "cel-python",
+}  # where the import has another name
+OPTIONAL = (
+    "demo",
+    "lm-eval",
+    "report",
+    "deploy",
+)  # extras of pyproject.toml that our own code imports
 UNDECLARED_BY_HQQ = {"termcolor", "einops"}  # hqq imports them and does not say so
 MAX_MODULE_LINES = 300
 MAX_FUNCTION_LINES = 70
