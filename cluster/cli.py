@@ -32,11 +32,12 @@ COMMANDS = {
     "plan": "predict speed and bottleneck of a cluster for a model, from the cost model",
     "generate": "continue a prompt in this process, without Ray",
     "serve": "start the cluster with its OpenAI-style HTTP endpoint",
+    "deploy": "manifests for Kubernetes: render them, check them without a cluster",
     "demo": "the whole path once: compress, serve, ask, measure, shut down",
     "doctor": "what this machine has and what moetier would do with it",
 }
 
-EXTRAS = {"openai": "demo", "matplotlib": "report"}
+EXTRAS = {"openai": "demo", "matplotlib": "report", "kubernetes_validate": "deploy"}
 """Packages that only some commands import -> the extra that installs them."""
 
 
