@@ -97,14 +97,18 @@ def run_render(args: argparse.Namespace) -> int:
         )
     documents = with_settings(documents, settings)
     needed = needed_secrets(documents)
+    # A Redis of one's own has its password already.
+    ours = [each for each in GENERATED if not (each == "moetier-redis" and "redis" in settings)]
     if args.secrets is not None:
-        made = secret_documents(needed, namespace=settings.get("namespace"))
+        made = secret_documents(
+            [pair for pair in needed if pair[0] in ours], namespace=settings.get("namespace")
+        )
         if not made:
             raise ValueError("--secrets: this overlay asks for none that could be made up")
         write_secrets(args.secrets, made)
         _tell(f"{args.secrets}: new Secrets; apply them first, and keep the file out of git")
     for name in sorted({name for name, _ in needed}):
-        if args.secrets is None or name not in GENERATED:
+        if args.secrets is None or name not in ours:
             keys = ", ".join(key for other, key in needed if other == name)
             _tell(f"needs Secret {name} ({keys})")
     text = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=100)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-try:
-    import celpy
-except ImportError:  # of the extra "deploy"; without it the rules are counted and not evaluated
-    celpy = None
+# Of the extra "deploy"; without it the rules are counted and not evaluated.
+celpy: Any = import_module("celpy") if find_spec("celpy") else None
 
 Mapped = Mapping[str, Any]
 RULES = "x-kubernetes-validations"

@@ -107,13 +107,13 @@ def service_checks(documents: Sequence[Mapped], services: Sequence[Mapped]) -> l
         problem = f"got {len(services)} RayServices, expected one"
         return [Check(names[0], (problem,)), *_unreadable(names[1], whole)]
     (service,) = services
+    problems: tuple[str, ...] = ()
     try:
         config = serve_config(service)
         problems = tuple(serve_problems(config))
         args: ClusterConfig = args_config(config)
     except ValueError as error:
-        found = (str(error),)
-        return [Check(names[0], found), *_unreadable(names[1], whole)]
+        return [Check(names[0], problems or (str(error),)), *_unreadable(names[1], whole)]
     metrics = metric_names()
     network = tuple(network_problems(documents, service, args))
     rest = tuple(whole_problems(documents, service, args, metrics=metrics))

@@ -19,7 +19,6 @@ Mapped = Mapping[str, Any]
 COMPONENT = "moetier.io/component"
 GCS_PORT = 6379
 DASHBOARD_PORT = 8265
-REDIS_PORT = 6379
 PINNED = (
     "node-manager-port",
     "object-manager-port",
@@ -105,19 +104,26 @@ def flows(documents: Sequence[Mapped], cluster: Mapped, config: ClusterConfig) -
         metrics = number(given, "metrics-export-port")
         if metrics is not None:
             yield Flow(PROMETHEUS, target, metrics, "metrics")
-    yield from redis_flows(documents, ray, config)
+    options = cluster.get("gcsFaultToleranceOptions") or {}
+    yield from redis_flows(documents, str(options.get("redisAddress") or ""), ray, config)
 
 
 def redis_flows(
-    documents: Sequence[Mapped], ray: Sequence[Pod], config: ClusterConfig
+    documents: Sequence[Mapped], address: str, ray: Sequence[Pod], config: ClusterConfig
 ) -> Iterator[Flow]:
+    """To a Redis that is ours, of which nobody else may ask anything, or to one elsewhere."""
+    users = ray if config.directory.kind == "redis" else ray[:1]
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return
     for document in documents:
-        if document["kind"] == "StatefulSet" and "redis" in document["metadata"]["name"]:
-            labels = document["spec"]["template"]["metadata"]["labels"]
-            redis = Pod("Redis", labels)
-            users = ray if config.directory.kind == "redis" else ray[:1]
-            yield from (Flow(source, redis, REDIS_PORT, "state") for source in users)
-            yield Flow(STRANGER, redis, REDIS_PORT, "state", must_pass=False)
+        if document["kind"] == "StatefulSet" and document["metadata"]["name"] == host:
+            redis = Pod("Redis", document["spec"]["template"]["metadata"]["labels"])
+            yield Flow(STRANGER, redis, int(port), "state", must_pass=False)
+            break
+    else:
+        redis = Pod("Redis", None, is_ours=False)
+    yield from (Flow(source, redis, int(port), "state") for source in users)
 
 
 def group_ports(params: Mapped, config: ClusterConfig) -> Iterator[tuple[int, str]]:
