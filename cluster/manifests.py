@@ -123,7 +123,8 @@ def serve_config(document: Document) -> dict[str, Any]:
 
     Raises ValueError when it is not a YAML mapping with named applications and import paths.
     """
-    text = document.get("spec", {}).get("serveConfigV2")
+    spec = document.get("spec")
+    text = spec.get("serveConfigV2") if isinstance(spec, Mapping) else None
     if not isinstance(text, str):
         raise ValueError(f"{title(document)}: spec.serveConfigV2: expected a text of YAML")
     try:

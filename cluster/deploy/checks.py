@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cluster.snapshot import ClusterSnapshot
 
 Mapped = Mapping[str, Any]
 Schema = dict[str, Any]
+Rule = Callable[[Mapped], Iterable[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,10 @@ def all_checks(documents: Sequence[Mapped], crds: Crds | None) -> list[Check]:
     return [
         *crd_checks(documents, crds),
         Check("Kubernetes' schemas, strict", tuple(core_problems(documents)), note=count),
-        Check("pods inside the RayService, strict", tuple(template_problems(documents))),
+        _checked("pods inside the RayService, strict", lambda: template_problems(documents)),
         Check("Prometheus' kinds, small schema of ours", tuple(monitoring_problems(documents))),
-        Check("rules of KubeRay's operator", _each(rayservice_problems, services)),
-        Check("pods: security, images, limits, /dev/shm", _each(pod_problems, documents)),
+        _each("rules of KubeRay's operator", rayservice_problems, services),
+        _each("pods: security, images, limits, /dev/shm", pod_problems, documents),
         *service_checks(documents, services),
     ]
 
@@ -115,9 +116,11 @@ def service_checks(documents: Sequence[Mapped], services: Sequence[Mapped]) -> l
     except ValueError as error:
         return [Check(names[0], problems or (str(error),)), *_unreadable(names[1], whole)]
     metrics = metric_names()
-    network = tuple(network_problems(documents, service, args))
-    rest = tuple(whole_problems(documents, service, args, metrics=metrics))
-    return [Check(names[0], problems), Check(names[1], network), Check(whole, rest)]
+    return [
+        Check(names[0], problems),
+        _checked(names[1], lambda: network_problems(documents, service, args)),
+        _checked(whole, lambda: whole_problems(documents, service, args, metrics=metrics)),
+    ]
 
 
 def metric_names() -> frozenset[str]:
@@ -130,5 +133,16 @@ def _unreadable(*names: str) -> list[Check]:
     return [Check(name, not_run="the config in serveConfigV2 cannot be read") for name in names]
 
 
-def _each(rule: Any, documents: Sequence[Mapped]) -> tuple[str, ...]:
-    return tuple(f"{title(each)}: {problem}" for each in documents for problem in rule(each))
+def _each(name: str, rule: Rule, documents: Sequence[Mapped]) -> Check:
+    return _checked(name, lambda: [f"{title(d)}: {p}" for d in documents for p in rule(d)])
+
+
+def _checked(name: str, problems: Callable[[], Iterable[str]]) -> Check:
+    """The check, also of documents whose shape it does not expect: that is then its finding."""
+    try:
+        return Check(name, tuple(problems()))
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        problem = (
+            f"a part has another shape than Kubernetes expects ({error}); fix the schema first"
+        )
+        return Check(name, (problem,))

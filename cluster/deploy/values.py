@@ -20,7 +20,9 @@ Change = Callable[[list[Document], str], None]
 
 OUR_IMAGE = "moetier"
 DNS_1123 = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-REPOSITORY = re.compile(r"[a-z0-9][-a-z0-9.]*(:\d+)?(/[a-z0-9][-a-z0-9._]*)*")
+REPOSITORY = re.compile(
+    r"([a-z0-9][-a-z0-9.]*(:\d+)?/)?[a-z0-9][-a-z0-9._]*(/[a-z0-9][-a-z0-9._]*)*"
+)
 TAG = re.compile(r"[A-Za-z0-9_][-A-Za-z0-9_.]{0,120}")
 MAX_NODES = 1000
 
@@ -45,9 +47,9 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
 def with_settings(documents: Sequence[Document], settings: Mapping[str, str]) -> list[Document]:
     """The documents with these keys of KEYS changed. Raises ValueError naming the key."""
     changed = copy.deepcopy(list(documents))
-    for key, value in settings.items():
+    for key in (key for key in KEYS if key in settings):  # the image's name goes after its tag
         try:
-            KEYS[key][1](changed, value)
+            KEYS[key][1](changed, settings[key])
         except ValueError as error:
             raise ValueError(f"--set {key}: {error}") from error
     return changed
@@ -218,8 +220,8 @@ def _expect(pattern: re.Pattern[str], value: str, what: str) -> None:
 
 KEYS: dict[str, tuple[str, Change]] = {
     "namespace": ("of everything", _namespace),
-    "image": ("registry and name of moetier's image, without a tag", _image),
     "tag": ("of moetier's image, without -cpu or -gpu", _tag),
+    "image": ("registry and name of moetier's image, without a tag", _image),
     "model": ("what the job compresses: a Hub id, or a folder in the image", _compress_option(2)),
     "recipe": ("of the job, as of moetier compress", _compress_option(5)),
     "memory_nodes": ("memory pods; each holds a copy and runs near data", _nodes("memory")),
