@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import app
+from cluster.app import build
 from cluster.deploy.checks import all_checks, metric_names, service_checks
 from cluster.deploy.network_rules import Flow, Pod, passes
 from cluster.deploy.whole_rules import GRACEFUL_SHUTDOWN_S, needed_secrets
+from cluster.manifests import serve_config
 
 OVERLAY = "deploy/overlays/gpu-ha"
 Documents = list[dict[str, Any]]
@@ -241,11 +242,12 @@ def test_the_secrets_that_are_asked_for(rendered, whole) -> None:
     assert ("moetier-object-storage", "access_key") in stored
 
 
-def test_shutdown_time_is_the_apps() -> None:
-    longest = max(
-        app._SHUTDOWN["graceful_shutdown_timeout_s"],
-        app._WORKER_SHUTDOWN["graceful_shutdown_timeout_s"],
-    )
+def test_shutdown_time_is_the_apps(whole) -> None:
+    from ray.serve._private.build_app import build_app
+
+    config = serve_config(named(whole, "RayService", "moetier"))
+    built = build_app(build(config["applications"][0]["args"]), name="test").deployments
+    longest = max(each._deployment_config.graceful_shutdown_timeout_s for each in built)
     assert longest == GRACEFUL_SHUTDOWN_S
 
 
