@@ -25,6 +25,7 @@ from cluster.deploy.values import parse_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "deploy" / "OPERATING.md").read_text()
+ONCE = "moetier.io/once"
 COMMAND = re.compile(r"^moetier (?:[^\n]*\\\n)*[^\n]*|`(moetier [^`]+)`", re.MULTILINE)
 RAY = Pod("ray", {"moetier.io/ray": "true", "moetier.io/component": "head"})
 
@@ -77,6 +78,12 @@ def test_every_overlay_and_file_is_there() -> None:
     for path in re.findall(r"`(components/[^`]+|benchmarks/[^`]+)`", PAGE):
         assert (ROOT / path).exists() or (ROOT / "deploy" / path).exists(), path
     assert f"plus {HEADROOM_BYTES >> 30} GiB" in PAGE
+
+
+def test_an_upgrade_leaves_out_the_job_alone(documents) -> None:
+    once = [d["kind"] for d in documents if (d["metadata"].get("labels") or {}).get(ONCE) == "true"]
+    assert once == ["Job"]
+    assert PAGE.count(f"{ONCE}!=true") == 2
 
 
 @pytest.mark.parametrize("number", ["first", "last"])
