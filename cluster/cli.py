@@ -33,11 +33,12 @@ COMMANDS = {
     "generate": "continue a prompt in this process, without Ray",
     "serve": "start the cluster with its OpenAI-style HTTP endpoint",
     "rollout": "another store for a running cluster, worker after worker, and back",
+    "deploy": "manifests for Kubernetes: render them, check them without a cluster",
     "demo": "the whole path once: compress, serve, ask, measure, shut down",
     "doctor": "what this machine has and what moetier would do with it",
 }
 
-EXTRAS = {"openai": "demo", "matplotlib": "report"}
+EXTRAS = {"openai": "demo", "matplotlib": "report", "kubernetes_validate": "deploy"}
 """Packages that only some commands import -> the extra that installs them."""
 
 

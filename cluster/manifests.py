@@ -46,7 +46,12 @@ def parse_documents(text: str) -> list[dict[str, Any]]:
 
 
 def load_crds(folder: Path) -> dict[Kind, dict[str, Any]]:
-    """Every version's schema in the CustomResourceDefinitions of a folder, made strict.
+    """As `raw_crds`, each schema made strict."""
+    return {kind: strict_schema(schema) for kind, schema in raw_crds(folder).items()}
+
+
+def raw_crds(folder: Path) -> dict[Kind, dict[str, Any]]:
+    """Every version's schema in the CustomResourceDefinitions of a folder.
 
     Raises ValueError when the folder holds no CRD.
     """
@@ -59,7 +64,7 @@ def load_crds(folder: Path) -> dict[Kind, dict[str, Any]]:
             spec = crd["spec"]
             for version in spec["versions"]:
                 kind = (f"{spec['group']}/{version['name']}", spec["names"]["kind"])
-                schemas[kind] = strict_schema(version["schema"]["openAPIV3Schema"])
+                schemas[kind] = version["schema"]["openAPIV3Schema"]
     if not schemas:
         raise ValueError(f"{folder}: expected *.yaml files with CustomResourceDefinitions")
     return schemas
@@ -118,7 +123,8 @@ def serve_config(document: Document) -> dict[str, Any]:
 
     Raises ValueError when it is not a YAML mapping with named applications and import paths.
     """
-    text = document.get("spec", {}).get("serveConfigV2")
+    spec = document.get("spec")
+    text = spec.get("serveConfigV2") if isinstance(spec, Mapping) else None
     if not isinstance(text, str):
         raise ValueError(f"{title(document)}: spec.serveConfigV2: expected a text of YAML")
     try:

@@ -1,7 +1,7 @@
 """What KubeRay's operator refuses although the CRD's schema allows it, for the RayService kind.
 
-Rules of kuberay 1.7 (ray-operator/controllers/ray/utils/validation.go), restated. Not here: network
-policies, incremental upgrades and suspended groups, which we do not use.
+Rules of kuberay 1.7 (ray-operator/controllers/ray/utils/validation.go), restated. Feature gates are
+taken to be at their defaults: what is alpha there is refused here.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def rayservice_problems(document: Mapped) -> Iterator[str]:
     yield from fault_tolerance_problems(cluster, annotations)
     yield from autoscaler_problems(cluster)
     yield from auth_problems(cluster)
+    yield from gated_problems(cluster)
+    yield from upgrade_problems(spec, cluster)
     yield from service_problems(spec, cluster)
 
 
@@ -126,6 +128,54 @@ def auth_problems(cluster: Mapped) -> Iterator[str]:
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if match is None or tuple(map(int, match.groups())) < TOKEN_AUTH_SINCE:
         yield f"authOptions.mode: token needs rayVersion 2.52.0 or newer, got {version!r}"
+
+
+def gated_problems(cluster: Mapped) -> Iterator[str]:
+    """Fields that ask for a feature gate, or that only go with another field."""
+    options = cluster.get("gcsFaultToleranceOptions") or {}
+    if options.get("backend") == "rocksdb":
+        yield "gcsFaultToleranceOptions.backend: rocksdb is behind GCSFaultToleranceEmbeddedStorage"
+    elif options and not options.get("redisAddress"):
+        yield "gcsFaultToleranceOptions.redisAddress: missing"
+    if options.get("storage") and options.get("backend") != "rocksdb":
+        yield "gcsFaultToleranceOptions.storage: goes with backend rocksdb"
+    if (cluster.get("tlsOptions") or {}).get("enabled"):
+        yield "tlsOptions: is behind the feature gate RayClusterMTLS, which is off"
+    policy = cluster.get("networkPolicy")
+    if policy:
+        yield "networkPolicy: is behind the feature gate RayClusterNetworkPolicy, which is off"
+        unwanted = {"DenyAllIngress": "egressRules", "DenyAllEgress": "ingressRules"}
+        refused = unwanted.get(str(policy.get("mode")))
+        for place in ("head", "worker"):
+            if refused and (policy.get(place) or {}).get(refused):
+                yield f"networkPolicy.{place}.{refused}: does not go with mode {policy['mode']}"
+    version = (cluster.get("autoscalerOptions") or {}).get("version")
+    for group in cluster.get("workerGroupSpecs") or []:
+        place = f"workerGroupSpecs[{group.get('groupName')}]"
+        if group.get("suspend") and cluster.get("enableInTreeAutoscaling"):
+            yield f"{place}: suspend does not go with enableInTreeAutoscaling"
+        if group.get("idleTimeoutSeconds") is not None and version != "v2":
+            yield f"{place}: idleTimeoutSeconds needs autoscalerOptions.version v2"
+
+
+def upgrade_problems(spec: Mapped, cluster: Mapped) -> Iterator[str]:
+    """Of an incremental upgrade: what it needs, and the range of its steps."""
+    strategy = spec.get("upgradeStrategy") or {}
+    if strategy.get("type") != "NewClusterWithIncrementalUpgrade":
+        return
+    if not cluster.get("enableInTreeAutoscaling"):
+        yield "upgradeStrategy: an incremental upgrade needs enableInTreeAutoscaling: true"
+    options = strategy.get("clusterUpgradeOptions")
+    if not options:
+        yield "upgradeStrategy.clusterUpgradeOptions: missing"
+        return
+    for name in ("maxSurgePercent", "stepSizePercent"):
+        if not 0 <= options.get(name, 100) <= 100:
+            yield f"clusterUpgradeOptions.{name}: got {options[name]}, expected 0 to 100"
+    if options.get("intervalSeconds", 0) <= 0:
+        yield "clusterUpgradeOptions.intervalSeconds: expected more than 0"
+    if not options.get("gatewayClassName"):
+        yield "clusterUpgradeOptions.gatewayClassName: missing"
 
 
 def service_problems(spec: Mapped, cluster: Mapped) -> Iterator[str]:

@@ -210,9 +210,15 @@ class RayLauncher:
         ndp_actor: Any = NdpActor
         if placed.need.section == "store":
             return store_actor.options(**options).remote(
-                self._store, placed.keys, directory=self._directory
+                self._store,
+                placed.keys,
+                ports=self._settings.store.port_range,
+                directory=self._directory,
             )
-        config = NdpConfig(num_threads=self._settings.ndp.num_threads or "auto")
+        config = NdpConfig(
+            num_threads=self._settings.ndp.num_threads or "auto",
+            ports=self._settings.ndp.port_range,
+        )
         return ndp_actor.options(**options).remote(
             self._store, placed.keys, config=config, directory=self._directory
         )

@@ -40,7 +40,11 @@ def pods(document: Mapped) -> Iterator[tuple[str, Mapped, Mapped]]:
         for place, group in groups(spec.get("rayClusterConfig") or {}):
             yield place, template(group), group.get("rayStartParams") or {}
     elif document["kind"] in ("Job", "Deployment", "StatefulSet", "DaemonSet"):
-        yield "template", template(spec), {}
+        pod = template(spec)
+        claimed = [{"name": c["metadata"]["name"]} for c in spec.get("volumeClaimTemplates") or []]
+        if claimed:
+            pod = {**pod, "volumes": [*(pod.get("volumes") or []), *claimed]}
+        yield "template", pod, {}
 
 
 def security_problems(pod: Mapped) -> Iterator[str]:

@@ -40,6 +40,8 @@ class StoreSettings:
       sender only once). For links under 1 Gbit/s, or where bytes are paid for.
     - label: Ray node label, "key=value", that a node must carry to hold a copy; null is any node.
     - start_timeout_s: seconds a tier actor may take until it answers, before that is an error.
+    - port_range: TCP ports, "first-last", of which each actor takes the first free one to serve
+      records on, so that a firewall can let them through; null is any free port.
     """
 
     path: str = "auto"
@@ -51,6 +53,7 @@ class StoreSettings:
     compression: Compression = "none"
     label: str | None = "moetier.io/store=true"
     start_timeout_s: float = 60.0
+    port_range: str | None = None
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -65,6 +68,7 @@ class StoreSettings:
         _within("node_bytes", self.node_bytes, 1 << 20, 1 << 50)
         _check_label(self.label)
         _within("start_timeout_s", self.start_timeout_s, 1, 3600)
+        split_ports(self.port_range)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +80,20 @@ class NdpSettings:
       spread, one on every node of it that carries the label.
     - num_threads: compute threads of each; null is the cores of its node.
     - label: Ray node label, "key=value", that a node must carry; null is any node.
+    - port_range: TCP ports, "first-last", as store.port_range; null is any free port.
     """
 
     enabled: bool = False
     replicas: int = 1
     num_threads: int | None = None
     label: str | None = "moetier.io/ndp=true"
+    port_range: str | None = None
 
     def __post_init__(self) -> None:
         _within("replicas", self.replicas, 1, 64)
         _within("num_threads", self.num_threads, 1, 1024)
         _check_label(self.label)
+        split_ports(self.port_range)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +244,22 @@ def split_label(label: str | None) -> dict[str, str]:
         return {}
     key, _, value = label.partition("=")
     return {key: value}
+
+
+def split_ports(ports: str | None) -> tuple[int, int] | None:
+    """ "20000-20031" as first and last port; None stays None.
+
+    Raises ValueError for another form, ports below 1024 or above 65535, and a last below a first.
+    """
+    if ports is None:
+        return None
+    match = re.fullmatch(r"(\d{4,5})-(\d{4,5})", ports)
+    if match is None or not 1024 <= int(match[1]) <= int(match[2]) <= 65535:
+        raise ValueError(
+            f"port_range: got {ports!r}, expected FIRST-LAST within 1024 to 65535, such as "
+            "20000-20031"
+        )
+    return int(match[1]), int(match[2])
 
 
 def _within(name: str, value: float | None, least: float, most: float) -> None:

@@ -42,7 +42,8 @@ POLL_S = 0.25
 class StoreActor:
     """Holds the segment of one node: `keys` of the store in folder `store`, all when None.
 
-    `tcp_address` None is a free port on the node's own address. At most `max_put_bytes` of records
+    `tcp_address` None is the node's own address, there the first free port of `ports`
+    ("20000-20031"), or any when that is None too. At most `max_put_bytes` of records
     are kept in the object store on the actor's account; the least recently asked for go first.
     Creating it raises StoreFormatError or ValueError as `Segment` does.
     """
@@ -53,6 +54,7 @@ class StoreActor:
         keys: Sequence[ExpertKey] | None = None,
         *,
         tcp_address: str | None = None,
+        ports: str | None = None,
         directory: OpenDirectory | None = None,
         max_put_bytes: int = MAX_PUT_BYTES,
     ) -> None:
@@ -63,7 +65,7 @@ class StoreActor:
             self._segment,
             "records",
             partial(RecordServer, self._segment),
-            tcp_address=tcp_address or f"{ray.util.get_node_ip_address()}:0",
+            tcp_address=tcp_address or f"{ray.util.get_node_ip_address()}:{ports or 0}",
             name=str(context.get_actor_id()),
             node_id=context.get_node_id(),
             directory=directory,

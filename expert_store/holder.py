@@ -4,18 +4,21 @@ say of themselves, and their announcements. Knows no Ray.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from expert_store.directory import Announcer, Directory
+from expert_store.errors import StoreError
 from expert_store.listing import Listing, Role
 from expert_store.segment import Segment
 
@@ -51,7 +54,8 @@ class Holder:
     """A segment that is served on this node and announced, until closed.
 
     `serve` starts the server on the addresses it is given: a unix socket, then `tcp_address`
-    (host:port, 0 for a free one). `name` is unique among the holders.
+    (host:port, 0 for a free one, or host:first-last for the first free one of these). `name` is
+    unique among the holders.
     """
 
     def __init__(
@@ -67,7 +71,9 @@ class Holder:
     ) -> None:
         self._segment = segment
         self._socket = SocketFolder()
-        self._server = serve((self._socket.address, tcp_address))
+        self._server = first_free(
+            [partial(serve, (self._socket.address, each)) for each in each_port(tcp_address)]
+        )
         holds_all = len(segment.keys) == len(segment.manifest.experts)
         listing = Listing(
             name=name,
@@ -162,3 +168,20 @@ class Presence:
         if self._announcer is not None and self._directory is not None:
             self._announcer.close()
             self._directory.close()
+
+
+def each_port(address: str) -> list[str]:
+    """ "host:7000-7002" as one address for each port; any other address alone."""
+    host, _, ports = address.rpartition(":")
+    first, _, last = ports.partition("-")
+    if not last:
+        return [address]
+    return [f"{host}:{port}" for port in range(int(first), int(last) + 1)]
+
+
+def first_free(starts: Sequence[Callable[[], Server]]) -> Server:
+    """The first server that could listen. Raises the last one's StoreError when none could."""
+    for start in starts[:-1]:
+        with contextlib.suppress(StoreError):  # its port is taken; there are more
+            return start()
+    return starts[-1]()

@@ -57,7 +57,8 @@ class NdpActor:
                 max_connections=config.max_connections,
                 max_message_bytes=config.max_message_bytes,
             ),
-            tcp_address=config.tcp_address or f"{ray.util.get_node_ip_address()}:0",
+            tcp_address=config.tcp_address
+            or f"{ray.util.get_node_ip_address()}:{config.ports or 0}",
             name=str(context.get_actor_id()),
             node_id=context.get_node_id(),
             directory=directory,

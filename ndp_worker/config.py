@@ -23,6 +23,7 @@ class NdpConfig:
     pin_threads: bool = False  # each compute thread stays on one core; only where none are shared
     backend: Backend = "cpu_int8"
     tcp_address: str | None = None  # host:port; None is a free port on the node's own address
+    ports: str | None = None  # "first-last" to take that port from; None is any free one
     max_connections: int = 32  # streams served at once, one thread each
     max_message_bytes: int = 64 * 2**20  # one call or one answer
 

@@ -20,6 +20,9 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(name in text for name in cli.COMMANDS)
 
 
+ACTIONS = {"deploy": ("render", "validate")}
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_complete_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -27,6 +30,11 @@ def test_every_command_has_complete_help(name: str, capsys: pytest.CaptureFixtur
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: moetier {name}" in text
+    for action in ACTIONS.get(name, ()):
+        with pytest.raises(SystemExit):
+            cli.main([name, action, "--help"])
+        text = capsys.readouterr().out
+        assert f"usage: moetier {name} {action}" in text
     module_help = [line for line in text.splitlines() if line.strip().startswith("--")]
     assert module_help, f"{name} documents no option"
 

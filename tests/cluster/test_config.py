@@ -61,6 +61,8 @@ BAD = {
     ),
     "worker's own check": ("worker: {max_sequences: 0}", ["worker.max_sequences", "at least 1"]),
     "label": ("ndp: {label: memory}", ["ndp.label", "key=value"]),
+    "ports": ("store: {port_range: 20000}", ["store.port_range"]),
+    "ports order": ("ndp: {port_range: 20009-20000}", ["port_range", "20009-20000", "FIRST-LAST"]),
     "near data without ndp": ("worker: {near_data: low_bit}", ["worker.near_data", "ndp.enabled"]),
     "redis by http": (
         "directory: {kind: redis, redis_url: 'http://h:1'}",

@@ -17,7 +17,13 @@ import pytest
 from cluster.manifests import load_crds, parse_documents
 
 ROOT = Path(__file__).resolve().parents[2]
-KUSTOMIZATIONS = ("deploy/base", "deploy/overlays/cpu-local")
+KUSTOMIZATIONS = (
+    "deploy/base",
+    "deploy/overlays/cpu-local",
+    "deploy/overlays/gpu-ha",
+    "deploy/overlays/gpu-object-storage",
+    "deploy/overlays/gpu-small",
+)
 
 
 @pytest.fixture(scope="session")

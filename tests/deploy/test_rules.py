@@ -122,6 +122,15 @@ def fault_tolerant(change: Change) -> Change:
     return both
 
 
+STEPS = {"gatewayClassName": "g", "intervalSeconds": 5, "stepSizePercent": 10}
+
+
+def upgrade(options: dict[str, Any] | None) -> Change:
+    kind = {"type": "NewClusterWithIncrementalUpgrade"}
+    more = {} if options is None else {"clusterUpgradeOptions": options}
+    return lambda d: d["spec"].update(upgradeStrategy=kind | more)
+
+
 def worker_container(document: dict[str, Any]) -> dict[str, Any]:
     return worker_pod(document)["containers"][0]
 
@@ -183,6 +192,41 @@ RULES: dict[str, tuple[Change, str]] = {
     ),
     "upgrade": (lambda d: d["spec"].update(upgradeStrategy={"type": "Soon"}), "'Soon'"),
     "deletion": (lambda d: d["spec"].update(rayClusterDeletionDelaySeconds=-1), "negative"),
+    "rocksdb": (
+        lambda d: cluster(d).update(gcsFaultToleranceOptions={"backend": "rocksdb"}),
+        "GCSFaultToleranceEmbeddedStorage",
+    ),
+    "no redis": (
+        lambda d: cluster(d).update(gcsFaultToleranceOptions={"externalStorageNamespace": "x"}),
+        "redisAddress: missing",
+    ),
+    "storage": (
+        fault_tolerant(lambda d: cluster(d)["gcsFaultToleranceOptions"].update(storage={"a": 1})),
+        "goes with backend rocksdb",
+    ),
+    "mtls": (lambda d: cluster(d).update(tlsOptions={"enabled": True}), "RayClusterMTLS"),
+    "network policy": (
+        lambda d: cluster(d).update(
+            networkPolicy={"mode": "DenyAllIngress", "head": {"egressRules": [{}]}}
+        ),
+        "networkPolicy.head.egressRules: does not go with mode DenyAllIngress",
+    ),
+    "suspend": (lambda d: worker(d).update(suspend=True), "[memory]: suspend does not go"),
+    "idle timeout": (
+        lambda d: (
+            cluster(d)["autoscalerOptions"].pop("version"),
+            worker(d).update(idleTimeoutSeconds=60),
+        ),
+        "idleTimeoutSeconds needs autoscalerOptions.version v2",
+    ),
+    "incremental": (upgrade(None), "clusterUpgradeOptions: missing"),
+    "surge": (upgrade(STEPS | {"maxSurgePercent": 101}), "maxSurgePercent: got 101"),
+    "interval": (upgrade(STEPS | {"intervalSeconds": 0}), "intervalSeconds"),
+    "gateway": (upgrade(STEPS | {"gatewayClassName": ""}), "gatewayClassName: missing"),
+    "incremental without autoscaler": (
+        lambda d: (upgrade(STEPS)(d), cluster(d).pop("enableInTreeAutoscaling")),
+        "needs enableInTreeAutoscaling: true",
+    ),
     # serveConfigV2
     "serve mapping": (lambda d: d["spec"].update(serveConfigV2={}), "expected a text of YAML"),
     "serve yaml": (lambda d: d["spec"].update(serveConfigV2="a: ["), "not YAML"),

@@ -1,0 +1,1 @@
+"""From deploy/'s kustomizations to documents that were filled in and checked."""
