@@ -2,8 +2,8 @@
 
 Owns the hosts, their links and what runs in them; knows no Ray. Needs root, iproute2, util-linux.
 A host has its own address, process ids, /tmp and /dev/shm; it shares the cores and the rest of the
-file system. Everything ends with the process that made it, even when that one is killed: a namespace
-lives as long as its `pause` process, and that one dies with its parent.
+file system. Everything ends with the process that made it, even when that one is killed: namespaces
+live as long as their `pause` process, and that one dies with its parent.
 """
 
 from __future__ import annotations
