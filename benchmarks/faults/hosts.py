@@ -97,6 +97,12 @@ class Network:
     def __getitem__(self, name: str) -> Host:
         return self.hosts[name]
 
+    @property
+    def pauses(self) -> tuple[int, ...]:
+        """Ids of the processes that hold the namespaces of the switch and the hosts."""
+        assert self._switch is not None
+        return (self._switch.pid, *(host.pause_pid for host in self.hosts.values()))
+
     def close(self) -> None:
         """End everything on every host, then the hosts."""
         for host in self.hosts.values():
@@ -154,6 +160,11 @@ class Host:
         self._pause.call(f"ip addr add {address}/24 dev eth0")
         self._pause.call("ip link set eth0 up")
         self.set_rate(FULL_RATE_MBIT)
+
+    @property
+    def pause_pid(self) -> int:
+        """Of the process that holds its network."""
+        return self._pause.pid
 
     @property
     def log(self) -> Path:
