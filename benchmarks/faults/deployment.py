@@ -34,6 +34,12 @@ NAMES = ("redis", "head", *MEMORY, *GPU, "client", SPARE)
 STORE = "/tmp/store"
 """On every host: its own copy, since each has a /tmp of its own."""
 GCS_PORT, DASHBOARD_PORT, HTTP_PORT, REDIS_PORT = 6379, 8265, 8000, 6390
+AGENT_PORTS = {
+    "metrics-export": 8080,
+    "dashboard-agent-grpc": 52364,
+    "dashboard-agent-listen": 52365,
+    "runtime-env-agent": 52366,
+}
 OBJECT_STORE_BYTES = 100 << 20
 APPLICATION = "moetier"
 START_S = 400.0
@@ -268,6 +274,9 @@ class Deployment:
         ray = [str(Path(sys.executable).with_name("ray")), "start", "--block"]
         ray += [f"--node-ip-address={host.address}", "--disable-usage-stats"]
         ray += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        # Given, or else a raylet that waits in vain for its agent to choose some on a machine that
+        # is busy (more than 20 s at a load of 20 on two cores) ends itself.
+        ray += [f"--{kind}-port={number}" for kind, number in AGENT_PORTS.items()]
         if name == "head":
             dashboard = ["--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD_PORT}"]
             return [*ray, "--head", f"--port={GCS_PORT}", "--num-cpus=0", *dashboard]
