@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.faults.deployment import GPU, MEMORY, SPARE, STORE, TITLES, Deployment, Gcs
+from benchmarks.faults.deployment import Deployment
 from benchmarks.faults.hosts import FULL_RATE_MBIT
 from benchmarks.faults.outcomes import Spared
+from benchmarks.faults.services import GPU, MEMORY, SPARE, STORE, TITLES, Gcs
 from expert_store.format import load_manifest
 from expert_store.types import RecordInfo
 

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import shutil
-import sys
 import threading
 import time
 import urllib.error
@@ -19,47 +18,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-from benchmarks.faults.hosts import Host, Network
-from benchmarks.offload_parts.hosts import ROOT
-from cluster.environment import RAY_DEFAULTS
+from benchmarks.faults.hosts import Host, Network, command_line
+from benchmarks.faults.services import (
+    APPLICATION,
+    DASHBOARD_PORT,
+    GPU,
+    HTTP_PORT,
+    MEMORY,
+    NAMES,
+    SPARE,
+    TITLES,
+    WANTED,
+    Gcs,
+    environment,
+    serve_config,
+    service,
+)
 
 logger = logging.getLogger(__name__)
 
-Gcs = Literal["redis", "rocksdb"]
-MEMORY, GPU = ("memory-1", "memory-2"), ("gpu-1", "gpu-2")
-SPARE = "memory-3"
-NAMES = ("redis", "head", *MEMORY, *GPU, "client", SPARE)
-STORE = "/tmp/store"
-"""On every host: its own copy, since each has a /tmp of its own."""
-GCS_PORT, DASHBOARD_PORT, HTTP_PORT, REDIS_PORT = 6379, 8265, 8000, 6390
-AGENT_PORTS = {
-    "metrics-export": 8080,
-    "dashboard-agent-grpc": 52364,
-    "dashboard-agent-listen": 52365,
-    "runtime-env-agent": 52366,
-}
-OBJECT_STORE_BYTES = 100 << 20
-APPLICATION = "moetier"
 START_S = 400.0
 CALL_S = 8.0
 RESTART_S = 2.0
 """From the end of a host's service to its next start, as after a kubelet's first back-off."""
-TITLES: Mapping[str, str] = {
-    "store": "ray::StoreActor",
-    "near-data worker": "ray::NdpActor",
-    "GPU worker": f"ray::ServeReplica:{APPLICATION}:GpuWorker",
-    "ingress": f"ray::ServeReplica:{APPLICATION}:Ingress",
-    "tier manager": f"ray::ServeReplica:{APPLICATION}:TierManager",
-}
-WANTED: Mapping[str, int] = {
-    "store": 2,
-    "near-data worker": 2,
-    "GPU worker": 2,
-    "ingress": 2,
-    "tier manager": 1,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +103,12 @@ class Deployment:
 
     def boot(self, name: str) -> None:
         """Start a host's service, and again whenever it ends."""
-        self.host(name).start(self._service(name), self._environment(name))
+        self.host(name).start(*self._start_of(name))
         self._supervised.add(name)
+
+    def _start_of(self, name: str) -> tuple[list[str], dict[str, str]]:
+        addresses = {each.name: each.address for each in self.network.hosts.values()}
+        return service(name, addresses), environment(name, addresses, self._gcs)
 
     def shut(self, name: str) -> None:
         """Off, and not started again until `boot`."""
@@ -145,10 +132,8 @@ class Deployment:
 
     def state(self) -> State:
         """Asked of the processes, of Serve and of the application; never raises."""
-        counts = {
-            part: sum(len(self.host(name).processes(title)) for name in NAMES)
-            for part, title in TITLES.items()
-        }
+        told = [command_line(p) for host in self.network.hosts.values() for p in host.processes()]
+        counts = {part: sum(title in each for each in told) for part, title in TITLES.items()}
         problems = [
             f"{counts[part]} of {wanted} processes of {part}"
             for part, wanted in WANTED.items()
@@ -262,93 +247,4 @@ class Deployment:
                 elif time.monotonic() - ended_at.setdefault(name, time.monotonic()) >= RESTART_S:
                     logger.info("%s has ended: started again", name)
                     with contextlib.suppress(AssertionError):
-                        self.host(name).start(self._service(name), self._environment(name))
-
-    def _service(self, name: str) -> list[str]:
-        host = self.host(name)
-        if name == "redis":
-            return [
-                *("redis-server", "--port", str(REDIS_PORT), "--bind", host.address),
-                *("--protected-mode", "no", "--dir", "/tmp", "--appendonly", "yes"),
-            ]
-        ray = [str(Path(sys.executable).with_name("ray")), "start", "--block"]
-        ray += [f"--node-ip-address={host.address}", "--disable-usage-stats"]
-        ray += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
-        # Given, or else a raylet that waits in vain for its agent to choose some on a machine that
-        # is busy (more than 20 s at a load of 20 on two cores) ends itself.
-        ray += [f"--{kind}-port={number}" for kind, number in AGENT_PORTS.items()]
-        if name == "head":
-            dashboard = ["--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD_PORT}"]
-            return [*ray, "--head", f"--port={GCS_PORT}", "--num-cpus=0", *dashboard]
-        labels = "moetier.io/worker=true" if name in GPU else _MEMORY_LABELS
-        gcs = f"{self.host('head').address}:{GCS_PORT}"
-        return [*ray, f"--address={gcs}", "--num-cpus=2", f"--labels={labels}"]
-
-    def _environment(self, name: str) -> dict[str, str]:
-        if name == "head" and self._gcs == "rocksdb":
-            backend = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/tmp/gcs"}
-        elif name == "head":
-            backend = {"RAY_REDIS_ADDRESS": f"{self.host('redis').address}:{REDIS_PORT}"}
-        else:
-            backend = {}
-        return {
-            **RAY_DEFAULTS,
-            **backend,
-            "PYTHONPATH": str(ROOT),  # an image has moetier installed
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "RAY_AUTH_MODE": "disabled",  # the operator's token is not there
-            # Raylets wait that long for a GCS; a head takes a minute to return on a busy machine.
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "300",
-        }
-
-
-_MEMORY_LABELS = "moetier.io/store=true,moetier.io/ndp=true"
-
-
-def serve_config(redis_address: str) -> dict[str, Any]:
-    """As deploy/base/rayservice.yaml has it, with two of each and sizes for two cores.
-
-    One GPU worker and one ingress to a node. A GPU worker keeps no expert, so that every step needs
-    the memory tier: a part of it that fails is felt at once.
-    """
-    on_gpu = {"num_cpus": 0.1, "label_selector": {"moetier.io/worker": "true"}}
-    return {
-        "proxy_location": "EveryNode",
-        "http_options": {"host": "0.0.0.0", "port": HTTP_PORT, "request_timeout_s": 600},
-        "applications": [
-            {
-                "name": APPLICATION,
-                "route_prefix": "/",
-                "import_path": "cluster.app:build",
-                "deployments": [
-                    {
-                        "name": "TierManager",
-                        "ray_actor_options": {
-                            "num_cpus": 0.1,
-                            "label_selector": {"moetier.io/store": "true"},
-                        },
-                    },
-                    {"name": "Ingress", "ray_actor_options": on_gpu, "max_replicas_per_node": 1},
-                    {"name": "GpuWorker", "max_replicas_per_node": 1},
-                ],
-                "args": {
-                    "model": "mini",
-                    "store": {"path": STORE, "replicas": 2, "transport": "grpc"},
-                    "ndp": {"enabled": True, "replicas": 2, "num_threads": 1},
-                    "worker": {
-                        "device": "cpu",
-                        "max_sequences": 4,
-                        "max_context": 512,
-                        "cache_bytes": 0,
-                    },
-                    "replicas": {"num_replicas": 2, "num_cpus": 1, "max_waiting": 16},
-                    "http": {"host": "0.0.0.0", "port": HTTP_PORT, "replicas": 2},
-                    "directory": {
-                        "kind": "redis",
-                        "redis_url": f"redis://{redis_address}:{REDIS_PORT}/1",
-                    },
-                },
-            }
-        ],
-    }
+                        self.host(name).start(*self._start_of(name))

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faults.catalogue import THROUGHPUT_LOSS
 from benchmarks.faults.run import CLIENTS, Result
@@ -64,7 +65,7 @@ class Row:
 
 def row(result: Result) -> Row:
     figures, fault = result.figures, result.fault
-    counted = {
+    counted: dict[str, Any] = {
         name: round(value, 2) if isinstance(value, float) else value
         for name, value in asdict(figures).items()
     }

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.faults.catalogue import Fault
-from benchmarks.faults.deployment import Deployment, Gcs
+from benchmarks.faults.deployment import Deployment
 from benchmarks.faults.outcomes import Figures, Outcome, Times, figures, load, references
+from benchmarks.faults.services import Gcs
 from benchmarks.offload_parts.hosts import ROOT
 from cluster.stores import bundled_store
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.faults.deployment import TITLES, Deployment
+from benchmarks.faults.deployment import Deployment
 from benchmarks.faults.hosts import command_line
+from benchmarks.faults.services import TITLES
 from cluster.processes import Process
 
 logger = logging.getLogger(__name__)
