@@ -5,6 +5,7 @@ The failure table of the design says what a user may see of each; the targets he
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from benchmarks.faults.services import GPU, MEMORY, SPARE, STORE, TITLES, Gcs
 from expert_store.format import load_manifest
 from expert_store.types import RecordInfo
 
+logger = logging.getLogger(__name__)
+
 Act = Callable[[Deployment], None]
 
 TIER_WAIT_S = 1.0
@@ -27,7 +30,6 @@ WORKER_WAIT_S = 20.0
 THROUGHPUT_LOSS = 0.02
 LINK_DOWN_S = 12.0
 THROTTLED_S = 10.0
-JOINED_S = 10.0
 AWAY_S = 10.0
 DRAIN_S = 20.0
 DAMAGED_EVERY = 3
@@ -55,7 +57,7 @@ class Fault:
 
 
 def _kill(part: str, where: Sequence[str]) -> Act:
-    return lambda deployment: print("   ", part, "on", deployment.kill_somewhere(part, where))
+    return lambda deployment: logger.info("%s on %s", part, deployment.kill_somewhere(part, where))
 
 
 def _shut(name: str) -> Act:
@@ -71,12 +73,38 @@ def _end(name: str, title: str) -> Act:
     return lambda deployment: deployment.host(name).kill(title)
 
 
-def _link(name: str, *, is_up: bool) -> Act:
-    return lambda deployment: deployment.host(name).set_link(is_up=is_up)
+def _on_plain_memory(act: Callable[[Deployment, str], None]) -> Act:
+    """On the memory node that does not run the tier manager: whose loss is another fault."""
+
+    def choose(deployment: Deployment) -> None:
+        manager = deployment.where("tier manager")
+        act(deployment, next(name for name in MEMORY if name != manager))
+
+    return choose
 
 
-def _rate(name: str, rate_mbit: int) -> Act:
-    return lambda deployment: deployment.host(name).set_rate(rate_mbit)
+def _end_raylet(deployment: Deployment, name: str) -> None:
+    deployment.host(name).kill("raylet/raylet")
+
+
+def _unplug(deployment: Deployment, name: str) -> None:
+    deployment.host(name).set_link(is_up=False)
+
+
+def _throttle(deployment: Deployment, name: str) -> None:
+    deployment.host(name).set_rate(FULL_RATE_MBIT // 10)
+
+
+def _mend_links(deployment: Deployment) -> None:
+    for name in MEMORY:
+        deployment.host(name).set_link(is_up=True)
+        deployment.host(name).set_rate(FULL_RATE_MBIT)
+
+
+def _boot_missing(deployment: Deployment) -> None:
+    for name in MEMORY:
+        if not deployment.host(name).is_running:
+            deployment.boot(name)
 
 
 def damaged_records(store: Path) -> list[RecordInfo]:
@@ -116,10 +144,9 @@ def _restore(deployment: Deployment) -> None:
     _reread(deployment)
 
 
-def _drain(deployment: Deployment) -> None:
+def _drain(deployment: Deployment, name: str) -> None:
     """As before a pod is taken away: Ray is told, the node is stopped, and stays away."""
     ray = str(Path(sys.executable).with_name("ray"))
-    name = MEMORY[1]
     with deployment.host("client").inside():
         subprocess.run(
             [
@@ -160,7 +187,7 @@ ALL = (
     ),
     Fault("ingress", "SIGKILL of an ingress", _kill("ingress", GPU), spared="in flight"),
     Fault("manager", "SIGKILL of the tier manager", _kill("tier manager", MEMORY)),
-    Fault("raylet", "SIGKILL of a memory node's raylet", _end(MEMORY[1], "raylet/raylet")),
+    Fault("raylet", "SIGKILL of a memory node's raylet", _on_plain_memory(_end_raylet)),
     Fault("gcs", "SIGKILL of the GCS", _end("head", "gcs_server")),
     Fault(
         "head",
@@ -181,16 +208,16 @@ ALL = (
     Fault(
         "link",
         f"a memory node's link down for {LINK_DOWN_S:g} s",
-        _link(MEMORY[0], is_up=False),
-        _link(MEMORY[0], is_up=True),
+        _on_plain_memory(_unplug),
+        _mend_links,
         LINK_DOWN_S,
         wait_target_s=TIER_WAIT_S,
     ),
     Fault(
         "throttle",
         f"a memory node's link at a tenth for {THROTTLED_S:g} s",
-        _rate(MEMORY[0], FULL_RATE_MBIT // 10),
-        _rate(MEMORY[0], FULL_RATE_MBIT),
+        _on_plain_memory(_throttle),
+        _mend_links,
         THROTTLED_S,
     ),
     Fault(
@@ -201,5 +228,11 @@ ALL = (
     ),
     Fault("damage-live", "records damaged while they are served", _damage, mend=_restore),
     Fault("join", "a memory node joins", _boot(SPARE), mend=_shut(SPARE)),
-    Fault("drain", "a memory node is drained", _drain, _boot(MEMORY[1]), AWAY_S),
+    Fault(
+        "drain",
+        "a memory node is drained",
+        _on_plain_memory(_drain),
+        _boot_missing,
+        DRAIN_S + AWAY_S,
+    ),
 )

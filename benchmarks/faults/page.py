@@ -32,7 +32,7 @@ had sent a token by a GPU worker that died, and what was in flight at an ingress
 *Changed*: undegraded answers that differ from the fault-free ones (temperature 0).
 *Wait*: the longest that any stream waited for a token, its first one too, before the fault and
 since. *Full quality*: seconds from the fault until all parts stand and no request fails or is
-degraded.
+degraded, with the time that the fault was kept up.
 All hosts share {hardware} with whatever else ran there: rates are worth their ratio to the row
 "nothing", which shows the noise of the measure itself.
 """

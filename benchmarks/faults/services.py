@@ -26,6 +26,7 @@ AGENT_PORTS = {
     "dashboard-agent-listen": 52365,
     "runtime-env-agent": 52366,
 }
+NICENESS = -10
 OBJECT_STORE_BYTES = 100 << 20
 APPLICATION = "moetier"
 TITLES: Mapping[str, str] = {
@@ -51,11 +52,12 @@ def service(name: str, addresses: Mapping[str, str]) -> list[str]:
             *("redis-server", "--port", str(REDIS_PORT), "--bind", addresses[name]),
             *("--protected-mode", "no", "--dir", "/tmp", "--appendonly", "yes"),
         ]
-    ray = [str(Path(sys.executable).with_name("ray")), "start", "--block"]
+    # A raylet whose agent is not up within 15 s ends itself. A real host has cores of its own for
+    # that; these share theirs with the load and with whatever else runs on the machine.
+    ray = ["nice", "-n", str(NICENESS), str(Path(sys.executable).with_name("ray"))]
+    ray += ["start", "--block"]
     ray += [f"--node-ip-address={addresses[name]}", "--disable-usage-stats"]
     ray += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
-    # Given, or else a raylet that waits in vain for its agent to choose some on a machine that
-    # is busy (more than 20 s at a load of 20 on two cores) ends itself.
     ray += [f"--{kind}-port={number}" for kind, number in AGENT_PORTS.items()]
     if name == "head":
         dashboard = ["--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD_PORT}"]
