@@ -28,6 +28,7 @@ from benchmarks.faults.services import (
     HTTP_PORT,
     MEMORY,
     NAMES,
+    NICENESS,
     SPARE,
     TITLES,
     WANTED,
@@ -106,9 +107,10 @@ class Deployment:
         self.host(name).start(*self._start_of(name))
         self._supervised.add(name)
 
-    def _start_of(self, name: str) -> tuple[list[str], dict[str, str]]:
+    def _start_of(self, name: str) -> tuple[list[str], dict[str, str], int]:
         addresses = {each.name: each.address for each in self.network.hosts.values()}
-        return service(name, addresses), environment(name, addresses, self._gcs)
+        variables = environment(name, addresses, self._gcs)
+        return service(name, addresses), variables, NICENESS.get(name, 0)
 
     def shut(self, name: str) -> None:
         """Off, and not started again until `boot`."""

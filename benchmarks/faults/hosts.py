@@ -37,10 +37,12 @@ QUEUE_MS = 200
 # Process 1 of a host. It waits for the one thing that the host is for, and collects orphans.
 INIT = """
 set -e
+# Linux shares the cores evenly between sessions, and by niceness only within one.
+echo "$3" > /proc/self/autogroup 2> /dev/null || true
 hostname "$1"
 mount --bind "$2/tmp" /tmp
 mount -t tmpfs -o size=2g tmpfs /dev/shm
-shift 2
+shift 3
 "$@" &
 child=$!
 trap 'kill -TERM $child' TERM
@@ -174,8 +176,13 @@ class Host:
     def is_running(self) -> bool:
         return self._main is not None and self._main.poll() is None
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Boot it with this as its only service; the host is off when that ends."""
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], niceness: int = 0
+    ) -> None:
+        """Boot it with this as its only service; the host is off when that ends.
+
+        `niceness` is of the whole host against others.
+        """
         with self._lock, self.log.open("ab") as log:
             assert not self.is_running, f"{self.name} is up"
             self._main = subprocess.Popen(
@@ -183,7 +190,8 @@ class Host:
                     *DIES_WITH_US,
                     *("nsenter", "-t", str(self._pause.pid), "-n"),
                     *("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"),
-                    *("--ipc", "bash", "-c", INIT, "init", self.name, str(self.folder), *command),
+                    *("--ipc", "bash", "-c", INIT, "init", self.name, str(self.folder)),
+                    *(str(niceness), *command),
                 ],
                 env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,

@@ -26,7 +26,9 @@ AGENT_PORTS = {
     "dashboard-agent-listen": 52365,
     "runtime-env-agent": 52366,
 }
-NICENESS = -10
+NICENESS = {"head": -15, **dict.fromkeys((*MEMORY, SPARE), -5)}
+"""Of all that a host runs against what others run. A raylet whose agent is not up within 15 s ends
+itself; a real host has cores of its own for that, these share theirs with the load."""
 OBJECT_STORE_BYTES = 100 << 20
 APPLICATION = "moetier"
 TITLES: Mapping[str, str] = {
@@ -52,10 +54,7 @@ def service(name: str, addresses: Mapping[str, str]) -> list[str]:
             *("redis-server", "--port", str(REDIS_PORT), "--bind", addresses[name]),
             *("--protected-mode", "no", "--dir", "/tmp", "--appendonly", "yes"),
         ]
-    # A raylet whose agent is not up within 15 s ends itself. A real host has cores of its own for
-    # that; these share theirs with the load and with whatever else runs on the machine.
-    ray = ["nice", "-n", str(NICENESS), str(Path(sys.executable).with_name("ray"))]
-    ray += ["start", "--block"]
+    ray = [str(Path(sys.executable).with_name("ray")), "start", "--block"]
     ray += [f"--node-ip-address={addresses[name]}", "--disable-usage-stats"]
     ray += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
     ray += [f"--{kind}-port={number}" for kind, number in AGENT_PORTS.items()]
