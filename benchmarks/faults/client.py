@@ -38,6 +38,17 @@ PAUSE_S = 0.2
 """After a failure, so that a cluster that refuses all is not asked thousands of times a second."""
 
 
+def request(prompt: int) -> dict[str, Any]:
+    """The body of a request for a whole answer to one of the prompts."""
+    return {
+        "model": "mini",
+        "prompt": PROMPTS[prompt],
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+
+
 class Load:
     """Several clients at once over the doors; every request leaves two lines in `file`."""
 
@@ -71,14 +82,7 @@ class Load:
         self._file.flush()
 
     async def _ask(self, begun: Outcome) -> Outcome:
-        body = {
-            "model": "mini",
-            "prompt": PROMPTS[begun.prompt],
-            "max_tokens": MAX_TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": begun.kind == "stream",
-        }
+        body = {**request(begun.prompt), "stream": begun.kind == "stream"}
         answer = Answer(begun)
         # A connection of its own for each request: none is left over from a part that has gone.
         timeout = httpx2.Timeout(REQUEST_S, connect=CONNECT_S)

@@ -85,19 +85,13 @@ def dump(outcome: Outcome) -> str:
     return json.dumps(dataclasses.asdict(outcome)) + "\n"
 
 
-def references(outcomes: Iterable[Outcome], until_s: float) -> dict[int, str]:
-    """Prompt -> the answer to it before any fault, where all whole ones agree."""
-    texts: dict[int, set[str]] = {}
-    for outcome in outcomes:
-        if outcome.ended_s is not None and outcome.ended_s < until_s and not outcome.error:
-            texts.setdefault(outcome.prompt, set()).add(outcome.text)
-    return {prompt: found.pop() for prompt, found in texts.items() if len(found) == 1}
-
-
 def figures(
     outcomes: Sequence[Outcome], times: Times, spared: Spared, reference: dict[int, str]
 ) -> Figures:
-    """The figures of one fault. A request that never ended counts as failed."""
+    """The figures of one fault. A request that never ended counts as failed.
+
+    `reference` is the fault-free answer to every prompt.
+    """
     before = [o for o in outcomes if _overlaps(o, times.from_s, times.fault_s)]
     since = [o for o in outcomes if _overlaps(o, times.fault_s, times.to_s)]
     failed = [o for o in since if o.error or o.ended_s is None]
@@ -116,7 +110,7 @@ def figures(
         failed_with_alternative=sum(has_alternative(o, times.fault_s, spared) for o in failed),
         degraded=sum(o.degraded for o in since),
         changed=sum(
-            not o.error and not o.degraded and o.text != reference.get(o.prompt, o.text)
+            not o.error and not o.degraded and o.text != reference[o.prompt]
             for o in since
             if o.ended_s is not None
         ),

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.faults.catalogue import Fault
+from benchmarks.faults.client import PROMPTS, request
 from benchmarks.faults.deployment import Deployment
-from benchmarks.faults.outcomes import Figures, Outcome, Times, figures, load, references
+from benchmarks.faults.outcomes import Figures, Outcome, Times, figures, load
 from benchmarks.faults.services import Gcs
 from benchmarks.offload_parts.hosts import ROOT
 from cluster.stores import bundled_store
@@ -50,9 +51,8 @@ class Result:
 class LoadedCluster:
     """A whole cluster and the load on it. `outcomes` is what the clients have seen so far."""
 
-    def __init__(self, deployment: Deployment, out: Path) -> None:
-        self.deployment, self._out = deployment, out
-        self._reference: dict[int, str] = {}
+    def __init__(self, deployment: Deployment, out: Path, reference: dict[int, str]) -> None:
+        self.deployment, self._out, self._reference = deployment, out, reference
 
     def outcomes(self) -> list[Outcome]:
         return load(self._out)
@@ -62,8 +62,6 @@ class LoadedCluster:
         deployment = self.deployment
         from_s = time.monotonic()
         time.sleep(windows.before_s)
-        # All that was answered before the first fault, by a cluster of which nothing is amiss.
-        self._reference = self._reference or references(self.outcomes(), time.monotonic())
         fault_s = time.monotonic()
         fault.inject(deployment)
         if fault.heal is not None:
@@ -98,6 +96,8 @@ def loaded_cluster(gcs: Gcs = "redis", *, seed: int = 0) -> Iterator[LoadedClust
         temporary_folder() as folder,
         Deployment(bundled_store(), folder, gcs=gcs) as deployment,
     ):
+        # Before any fault, by a cluster of which nothing is amiss.
+        reference = {prompt: answer(deployment, prompt) for prompt in range(len(PROMPTS))}
         client = deployment.host("client")
         out = client.folder / "tmp/outcomes.jsonl"  # /tmp/outcomes.jsonl to the host itself
         client.start(
@@ -108,8 +108,14 @@ def loaded_cluster(gcs: Gcs = "redis", *, seed: int = 0) -> Iterator[LoadedClust
             {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
         time.sleep(WARM_S)
-        yield LoadedCluster(deployment, out)
+        yield LoadedCluster(deployment, out, reference)
         client.kill("benchmarks.faults.client", signal.SIGTERM)
+
+
+def answer(deployment: Deployment, prompt: int) -> str:
+    """What the cluster says to one of the clients' prompts. Raises OSError when it does not."""
+    told = deployment.get(f"{deployment.doors[0]}/v1/completions", request(prompt))
+    return str(told["choices"][0]["text"])
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from benchmarks.faults.outcomes import (
     figures,
     has_alternative,
     load,
-    references,
     tokens_per_s,
 )
 from benchmarks.faults.run import Result
@@ -57,11 +56,11 @@ def test_only_what_was_under_way_since_the_fault_is_counted() -> None:
 
 
 def test_quality_is_full_when_all_stands_and_the_last_failed_request_has_ended() -> None:
-    whole = figures([answer(1, 9.0, 11.0)], TIMES, "nothing", {})
+    whole = figures([answer(1, 9.0, 11.0)], TIMES, "nothing", {0: ""})
     assert whole.full_quality_s == 4.0
-    late = figures([answer(1, 9.0, 15.0, degraded=True)], TIMES, "nothing", {})
+    late = figures([answer(1, 9.0, 15.0, degraded=True)], TIMES, "nothing", {0: ""})
     assert late.full_quality_s == 5.0
-    never = figures([], dataclasses.replace(TIMES, whole_s=None), "nothing", {})
+    never = figures([], dataclasses.replace(TIMES, whole_s=None), "nothing", {0: ""})
     assert never.full_quality_s is None
 
 
@@ -78,13 +77,6 @@ def test_what_a_fault_may_end() -> None:
     ):
         for kind in ("nothing", "started streams", "in flight"):
             assert has_alternative(outcome, 10.0, kind) == (kind not in spared)  # type: ignore[arg-type]
-
-
-def test_a_prompt_with_two_answers_has_no_reference() -> None:
-    one, two = answer(1, 0.0, 1.0, text="a"), answer(2, 0.0, 2.0, text="b")
-    assert references([one], 5.0) == {0: "a"}
-    assert references([one, two], 5.0) == {}
-    assert references([one, two], 1.5) == {0: "a"}, "the other had not ended"
 
 
 def test_tokens_lie_evenly_between_the_first_and_the_last() -> None:
