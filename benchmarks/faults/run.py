@@ -20,6 +20,7 @@ from benchmarks.faults.deployment import Deployment
 from benchmarks.faults.outcomes import Figures, Outcome, Times, figures, load
 from benchmarks.faults.services import Gcs
 from benchmarks.offload_parts.hosts import ROOT
+from cluster.processes import uninterrupted
 from cluster.stores import bundled_store
 
 logger = logging.getLogger(__name__)
@@ -125,8 +126,9 @@ def temporary_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if "MOETIER_KEEP_FAULTS" not in os.environ:
-            shutil.rmtree(folder)
+        with uninterrupted():
+            if "MOETIER_KEEP_FAULTS" not in os.environ:
+                shutil.rmtree(folder)
 
 
 def suffer_all(faults: Sequence[Fault], windows: Windows, *, seed: int = 0) -> Iterator[Result]:
