@@ -33,8 +33,10 @@ had sent a token by a GPU worker that died, and what was in flight at an ingress
 *Wait*: the longest that any stream waited for a token, its first one too, before the fault and
 since. *Full quality*: seconds from the fault until all parts stand and no request fails or is
 degraded, with the time that the fault was kept up.
-All hosts share {hardware} with whatever else ran there: rates are worth their ratio to the row
-"nothing", which shows the noise of the measure itself.
+All hosts share {hardware} with whatever else ran there: rates and waits are worth their ratio to
+those before the fault and in the row "nothing", which shows the noise of the measure itself. The
+head and the memory nodes go before the others (niceness), as they would have cores of their own: a
+head that starts slows all the rest for some seconds.
 """
 
 
