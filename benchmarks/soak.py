@@ -27,8 +27,13 @@ logger = logging.getLogger(__name__)
 
 PAGE = RESULTS / "soak.md"
 CHOSEN = ("store", "ndp", "worker", "ingress", "manager", "link", "throttle", "redis", "damage")
+TOO_SHORT = "This run is too short to tell a leak from a start: slopes are those of first requests."
 PAUSE_S = (5.0, 25.0)
 """Fault-free seconds between a cluster that is whole again and the next fault: from, to."""
+LIVED, SETTLED = 6, 12
+"""Parts of the run: a process that lived less has no trend, and its first so much is none."""
+LONG_S = 1200.0
+INIT = "bash"  # process 1 of each host
 MB = 1e6
 GROWS_MB_PER_H = 20.0
 """Less than this, or than twice its standard error, is called flat."""
@@ -72,7 +77,11 @@ def soak(minutes: float, seed: int) -> Run:
             break_again_and_again(cluster, run, random.Random(seed), began_s + minutes * 60)
         run.seconds = time.monotonic() - began_s
         run.outcomes = [o for o in cluster.outcomes() if o.ended_s is not None]
-        run.trends = trends(sampler.samples, least_s=max(30.0, run.seconds / 6))
+        run.trends = trends(
+            sampler.samples,
+            least_s=max(30.0, run.seconds / LIVED),
+            settle_s=max(SETTLE_S, run.seconds / SETTLED),
+        )
         run.shared = dict(shared_ends(sampler.shared))
         # Hosts that were started anew have namespaces that the first look could not see.
         after = footprint(cluster.deployment)
@@ -134,10 +143,12 @@ def page(run: Run) -> str:
         "",
         "## Memory, descriptors, threads",
         "",
-        f"Of every process that lived a sixth of the run, {SETTLE_S:g} s after its start: "
-        "anonymous memory and the slope of a least-squares line with its standard error (samples "
-        "of one process follow each other, so the true error is larger); descriptors and threads "
-        f"at both ends. Flat is below {GROWS_MB_PER_H:g} MB/h or twice the error.",
+        f"Of every process that lived 1/{LIVED} of the run after its start-up (1/{SETTLED} of the "
+        f"run, {SETTLE_S:g} s at least): anonymous memory and the slope of a least-squares line "
+        "with its standard error (samples of one process follow each other, so the true error is "
+        "larger); descriptors and threads at both ends. Flat is below "
+        f"{GROWS_MB_PER_H:g} MB/h or twice the error.",
+        *([TOO_SHORT] if run.seconds < LONG_S else []),
         "",
         _trend_table(run.trends),
         "",
@@ -172,6 +183,7 @@ def _trend_table(found: Sequence[Trend]) -> str:
                 "grows" if grows(trend) else "flat",
             )
             for trend in found
+            if trend.role != INIT
         ],
     )
 

@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 INTERVAL_S = 5.0
 SETTLE_S = 60.0
-"""A new process loads libraries, its first requests allocate what is then kept: not a trend."""
+"""A new process loads libraries, its first requests allocate what is then kept: not a trend. This
+at least is left out, more of longer runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +112,14 @@ def role_of(command: str) -> str:
     return name
 
 
-def trends(samples: Iterable[Sample], least_s: float) -> list[Trend]:
+def trends(samples: Iterable[Sample], *, least_s: float, settle_s: float = SETTLE_S) -> list[Trend]:
     """Of every process that was seen for `least_s` seconds after it had settled, by role."""
     by_process: dict[Process, list[Sample]] = {}
     for sample in samples:
         by_process.setdefault(sample.process, []).append(sample)
     found = []
     for seen in by_process.values():
-        settled = [s for s in seen if s.time_s - seen[0].time_s >= SETTLE_S]
+        settled = [s for s in seen if s.time_s - seen[0].time_s >= settle_s]
         # A forked process takes its own name a moment later; its last one is right.
         if len(settled) >= 3 and settled[-1].time_s - settled[0].time_s >= least_s:
             found.append(_trend(settled))
