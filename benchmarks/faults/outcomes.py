@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -114,8 +114,8 @@ def figures(
             for o in since
             if o.ended_s is not None
         ),
-        wait_before_s=_longest_wait(before, times.from_s, times.fault_s),
-        wait_s=_longest_wait(since, times.fault_s, times.to_s),
+        wait_before_s=_longest_wait(before, lambda end_s: end_s <= times.fault_s),
+        wait_s=_longest_wait(since, lambda end_s: end_s > times.fault_s),
         full_quality_s=None if full_s is None else full_s - times.fault_s,
         tokens_per_s_before=tokens_per_s(outcomes, times.from_s, times.fault_s),
         tokens_per_s_during=tokens_per_s(outcomes, times.fault_s, whole_s),
@@ -151,13 +151,11 @@ def _overlaps(outcome: Outcome, from_s: float, to_s: float) -> bool:
     return outcome.started_s < to_s and (outcome.ended_s is None or outcome.ended_s > from_s)
 
 
-def _longest_wait(outcomes: Iterable[Outcome], from_s: float, to_s: float) -> float:
-    """Over streams, of waits that lie at least partly in this time."""
+def _longest_wait(outcomes: Iterable[Outcome], ended: Callable[[float], bool]) -> float:
+    """Over streams, of waits whose end is so: one that a fault fell into came of the fault."""
     waits = [
         outcome.longest_wait_s
         for outcome in outcomes
-        if outcome.kind == "stream"
-        and outcome.wait_from_s < to_s
-        and outcome.wait_from_s + outcome.longest_wait_s > from_s
+        if outcome.kind == "stream" and ended(outcome.wait_from_s + outcome.longest_wait_s)
     ]
     return max(waits, default=0.0)

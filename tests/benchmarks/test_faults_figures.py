@@ -64,6 +64,12 @@ def test_quality_is_full_when_all_stands_and_the_last_failed_request_has_ended()
     assert never.full_quality_s is None
 
 
+def test_a_wait_into_which_the_fault_fell_is_of_the_fault() -> None:
+    outcome = answer(1, 8.0, 13.0, longest_wait_s=4.0, wait_from_s=9.0)
+    found = figures([outcome], TIMES, "nothing", {0: ""})
+    assert (found.wait_before_s, found.wait_s) == (0.0, 4.0)
+
+
 def test_what_a_fault_may_end() -> None:
     streaming = answer(1, 9.0, 11.0, error="gone")
     waiting = dataclasses.replace(streaming, first_token_s=None)
