@@ -5,6 +5,7 @@ The failure table of the design says what a user may see of each; the targets he
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import subprocess
@@ -127,9 +128,10 @@ def _damage(deployment: Deployment) -> None:
 
 
 def _reread(deployment: Deployment) -> None:
-    """Tier actors of the first memory host end, and open their files anew."""
+    """Tier actors of the first memory host, if it has any, end and open their files anew."""
     for part in ("store", "near-data worker"):
-        deployment.host(MEMORY[0]).kill(TITLES[part])
+        with contextlib.suppress(LookupError):
+            deployment.host(MEMORY[0]).kill(TITLES[part])
 
 
 def _damage_and_reread(deployment: Deployment) -> None:
