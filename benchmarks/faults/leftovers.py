@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.faults.deployment import Deployment
 from cluster.processes import Process
+
+GONE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,14 @@ def footprint(deployment: Deployment) -> Footprint:
 
 
 def leftovers(footprint: Footprint) -> list[str]:
-    """One line for each thing that is still there."""
+    """One line for each thing still there after `GONE_S`, when all dead are collected."""
+    end = time.monotonic() + GONE_S
+    while (found := _found(footprint)) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found
+
+
+def _found(footprint: Footprint) -> list[str]:
     found = [f"process {p.pid} still runs" for p in footprint.processes if p.is_alive]
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
