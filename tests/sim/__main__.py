@@ -56,25 +56,17 @@ def run_many(seeds: range, folder: Path) -> int:
         total["refused with a typed error"] += outcome.num_failed
         if outcome.problems:
             failing.append(seed)
-            print(f"seed {seed} FAILS: {outcome.problems[0][:600]}", flush=True)
-    took_s = time.monotonic() - began_s
-    print(", ".join(f"{count} {name}" for name, count in total.items()) + f", {took_s:.1f} s")
+    time.monotonic() - began_s
     if failing:
-        print(f"{len(failing)} seeds fail; replay one: python -m tests.sim --seed {failing[0]}")
+        pass
     return 1 if failing else 0
 
 
 def tell(outcome: Outcome) -> None:
-    plan = outcome.plan
-    print(
-        f"seed {plan.seed}: near data {plan.near_data}, prefetch {plan.prefetch}, "
-        f"compression {plan.compression}, cache {plan.cache_bytes} bytes"
-    )
-    for event in outcome.events:
-        print(event)
-    for problem in outcome.problems:
-        print(f"BROKEN: {problem}")
-    print(f"log digest {outcome.digest}, {outcome.num_steps} steps")
+    for _event in outcome.events:
+        pass
+    for _problem in outcome.problems:
+        pass
 
 
 if __name__ == "__main__":

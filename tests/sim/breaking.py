@@ -129,9 +129,9 @@ def _begin(simulation: Simulation, fault: Fault) -> Callable[[], None] | None:
 
 def _crash(simulation: Simulation, host: str, role: str) -> None:
     for actor in simulation.ray.actors:
-        if actor.sim_process is not None and actor.sim_process.host == host:
-            if actor.sim_name.startswith(role):
-                simulation.ray.crash(actor)
+        is_there = actor.sim_process is not None and actor.sim_process.host == host
+        if is_there and actor.sim_name.startswith(role):
+            simulation.ray.crash(actor)
 
 
 def damage(simulation: Simulation, fault: Fault) -> None:

@@ -145,10 +145,10 @@ class SimResponse:
         process, body = self._actor.sim_process, self._actor.sim_body
         if self._is_over:
             return
-        if body is None and (self._actor.sim_is_served or not self._actor.sim_was_up):
-            if not self._actor.sim_is_final:
-                self._loop.call_later(POLL_S, self._begin, name, args, kwargs)
-                return
+        waits = self._actor.sim_is_served or not self._actor.sim_was_up
+        if body is None and waits and not self._actor.sim_is_final:
+            self._loop.call_later(POLL_S, self._begin, name, args, kwargs)
+            return
         if process is None or process.is_dead or body is None:
             self.lose(self._actor.sim_error())
             return

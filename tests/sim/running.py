@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from tests.sim.assets import PROMPTS, Assets
 from tests.sim.clockwork import Stuck
@@ -82,8 +81,3 @@ def shrink(outcome: Outcome, assets: Assets) -> Outcome:
                 outcome, smaller = tried, True
                 break
     return outcome
-
-
-def default_folder() -> Path:
-    """Where the tiny store is kept between runs of the command."""
-    return Path("/tmp") / "moetier-sim-store"

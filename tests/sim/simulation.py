@@ -26,9 +26,11 @@ import expert_store.rpc as records_rpc
 import gpu_worker.actor as worker_actor
 import gpu_worker.build as build
 from cluster.ingress import RemoteTiers, RoutedWorker
+from cluster.openai_errors import ApiError
 from cluster.orchestrator import TierManager, TierSettings
 from cluster.routes import create_app
 from cluster.settings import DirectorySettings, HttpSettings, NdpSettings, StoreSettings
+from cluster.snapshot import IngressStats
 from gpu_worker.actor import GpuWorker, WorkerSettings
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine, StepOutput
@@ -60,6 +62,7 @@ UP_S = 30.0
 SETTLED_S = 22.0
 """After the last fault's end everything has been started again, announced and followed."""
 PROBE_S = 15.0
+NUM_TIERS = 4
 SHUTDOWN_S = 30.0
 
 
@@ -144,11 +147,8 @@ class Simulation:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
     def _stand_ins(self) -> dict[int, Any]:
-        context = types.SimpleNamespace(
-            replica_id=types.SimpleNamespace(unique_id="replica"),
-        )
         sim_serve = types.SimpleNamespace(
-            get_replica_context=lambda: context, exceptions=real_serve.exceptions
+            get_replica_context=self._context, exceptions=real_serve.exceptions
         )
         sim_ray = types.SimpleNamespace(
             kill=self.ray.kill, exceptions=real_ray.exceptions, nodes=self.ray.live_nodes
@@ -189,6 +189,7 @@ class Simulation:
         await self._wait(asking, REQUEST_TIMEOUT_S + 5)
         await asyncio.sleep(max(0.0, start_s + HEALED_S + SETTLED_S - self.loop.time()))
         await self._probe()
+        await self._check_tiers()
         looking.cancel()
         self._check_idle()
         await self._shut_down()
@@ -230,6 +231,22 @@ class Simulation:
         self.log("all is healed")
         asking = [self.loop.create_task(self._ask(ask, start_s, self.probes)) for ask in asks]
         await self._wait(asking, PROBE_S)
+
+    async def _check_tiers(self) -> None:
+        """The tier manager has everything running again."""
+        asking = RemoteTiers(self.manager, 1).snapshot(IngressStats("simulated client"))
+        try:
+            snapshot = await self.loop.spawn(self._apps[0][1], asking, "snapshot")
+        except ApiError as error:
+            self.problems.append(f"no snapshot when all is healed: {error}")
+            return
+        self.problems += [f"when healed: {problem}" for problem in snapshot.problems]
+        for what, number, expected in (
+            ("tiers", len(snapshot.tiers), NUM_TIERS),
+            ("workers", len(snapshot.workers), len(GPU_HOSTS)),
+        ):
+            if number < expected:
+                self.problems.append(f"when healed: {number} {what} report, expected {expected}")
 
     def _check_idle(self) -> None:
         """Nobody holds anything any more, and nobody's engine has ever died of itself."""
@@ -333,6 +350,11 @@ class Simulation:
         worker = SimGpuWorker.__new__(SimGpuWorker)
         await worker.__init__(settings, self.manager, connect)  # type: ignore[misc]
         return worker
+
+    def _context(self) -> Any:
+        process = current_process(self.loop)
+        assert process is not None
+        return types.SimpleNamespace(replica_id=types.SimpleNamespace(unique_id=process.name))
 
     def _make_ingresses(self) -> None:
         settings = HttpSettings(request_timeout_s=REQUEST_TIMEOUT_S)
