@@ -82,7 +82,7 @@ def make_assets(folder: Path) -> Assets:
     store = folder / "store"
     if not (store / "manifest.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        model = write_tiny_checkpoint("mixtral", folder / "model", hidden=64, ffn=64, vocab=VOCAB)
+        model = write_tiny_checkpoint("mixtral", folder / "model", hidden=128, ffn=128, vocab=VOCAB)
         _word_tokenizer().save_pretrained(model)
         compress(model, store, CompressionConfig(recipe="paper", avg_rank=16), jobs=1)
     manifest = load_manifest(store)

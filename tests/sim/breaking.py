@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from expert_store.errors import DirectoryError
 from expert_store.listing import Listing
-from expert_store.types import ExpertKey, RecordRequest
 from tests.memory_directory import MemoryDirectory
 from tests.sim.clockwork import VirtualLoop, current_process
 from tests.sim.fault_plan import Fault
@@ -135,19 +134,22 @@ def _crash(simulation: Simulation, host: str, role: str) -> None:
 
 
 def damage(simulation: Simulation, fault: Fault) -> None:
-    """Flip a byte of a record in this host's copy of the store.
+    """Spoil a record in this host's copy of the store.
 
     Who has the file mapped keeps the pages it has; who opens it again reads the damage.
     """
     kind, layer, expert = fault.record
-    request = RecordRequest(ExpertKey(layer, expert), kind)  # type: ignore[arg-type]
-    record = simulation.assets.manifest.record(request)
-    if record is None:
-        return
+    held = [
+        record
+        for _, info in sorted(simulation.assets.manifest.experts.items())
+        if (record := info.codes if kind == "codes" else info.factors)
+    ]
+    record = held[(4 * layer + expert) % len(held)]
     folder = simulation.own_store(fault.host)
     path = folder / record.file
     data = bytearray(path.read_bytes())
-    data[record.offset + record.num_bytes // 2] ^= 0x40
+    for index in range(record.offset, record.offset + record.num_bytes):
+        data[index] ^= 0x2D
     path.unlink()
     path.write_bytes(data)
 

@@ -325,13 +325,14 @@ class Simulation:
 
     async def _make_worker(self) -> SimGpuWorker:
         plan = self.plan
-        settings = WorkerSettings(
-            store=str(self.assets.store),
+        store = str(self.assets.store)
+        settings = partial(
+            WorkerSettings,
             config=WorkerConfig(
                 near_data=plan.near_data,  # type: ignore[arg-type]
                 cache_bytes=plan.cache_bytes,
                 prefetch=plan.prefetch,  # type: ignore[arg-type]
-                max_in_flight_bytes=9_000,
+                max_in_flight_bytes=60_000,
                 max_sequences=2,
                 max_context=MAX_CONTEXT,
                 prefill_chunk=8,
@@ -342,13 +343,17 @@ class Simulation:
         )
         connect = partial(
             tier_link.connect,
-            store=str(self.assets.store),
             transport="grpc",
             compression=plan.compression,  # type: ignore[arg-type]
             directory=tier_link.open_directory(DirectorySettings("redis", "redis://head:6379/0")),
         )
         worker = SimGpuWorker.__new__(SimGpuWorker)
-        await worker.__init__(settings, self.manager, connect)  # type: ignore[misc]
+        if hasattr(worker, "reconfigure"):  # Serve's user_config names the store
+            worker.__init__(settings(), self.manager, connect)  # type: ignore[misc]
+            await worker.reconfigure({"store": store})
+        else:
+            told = settings(store=store)
+            await worker.__init__(told, self.manager, partial(connect, store=store))  # type: ignore[misc]
         return worker
 
     def _context(self) -> Any:
