@@ -115,10 +115,11 @@ def draw(seed: int, *, num_prompts: int, layers: int = 2, experts: int = 4) -> P
         hosts = (rng.choice(MEMORY_HOSTS),)
         kinds = {kind: weight for kind, weight in WEIGHTS.items() if kind in OF_MEMORY_HOST}
     faults = [_fault(rng, kinds, hosts, layers, experts) for _ in range(num_faults)]
-    if len(hosts) > 1 and rng.random() < 0.4:
+    if len(hosts) > 1 and rng.random() < 0.5:
         # Every copy of a record is lost: the answer is degraded, or fails.
         lost = replace(_fault(rng, {"corrupt": 1}, hosts, layers, experts), at_s=FIRST_S)
-        faults += [replace(lost, host=host) for host in hosts]
+        kind = "factors" if rng.random() < 0.75 else "codes"
+        faults += [replace(lost, host=host, record=(kind, *lost.record[1:])) for host in hosts]
     return Plan(
         seed,
         tuple(sorted(faults, key=lambda fault: fault.at_s)),

@@ -1,6 +1,6 @@
 """Defects to plant in the product, one at a time: the simulator must find each of them.
 
-Each is a context manager-free pair: the owner and the attribute that is replaced, and by what.
+Each names a class, the method of it that is replaced, and what makes the wrong one of the right.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.answering import Answering
 from expert_store.failover import ListedCopies
 from expert_store.segment import Segment
 from gpu_worker.engine import Engine
@@ -74,13 +73,6 @@ def _gives_up_with_near_data(right: Any) -> Any:
     return collect
 
 
-def _forgets_the_deadline(right: Any) -> Any:
-    def init(self: Any, worker: Any, settings: Any, *args: Any) -> None:
-        right(self, worker, replace(settings, request_timeout_s=3600.0), *args)
-
-    return init
-
-
 MUTATIONS = (
     Mutation("no failover to a second copy", ListedCopies, "__call__", _first_copy_only),
     Mutation("a cancelled sequence keeps its slot", Scheduler, "finish", _leaks_a_slot),
@@ -88,5 +80,4 @@ MUTATIONS = (
     Mutation("a damaged record is not noticed", Segment, "_check", _trusts_the_disk),
     Mutation("bytes in flight are not given back", Streamer, "_release", _keeps_bytes),
     Mutation("lost near data loses its part", StoreExperts, "_collect", _gives_up_with_near_data),
-    Mutation("no deadline at the ingress", Answering, "__init__", _forgets_the_deadline),
 )
