@@ -51,11 +51,7 @@ class Answer:
 
     @property
     def is_degraded(self) -> bool:
-        told = any(
-            choice.get("moetier_degraded")
-            for part in self.objects
-            for choice in part.get("choices", ())
-        )
+        told = any(part.get("moetier_degraded") for part in self.objects)
         return told or self.headers.get("x-moetier-degraded") == "true"
 
 
