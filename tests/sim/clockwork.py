@@ -18,6 +18,8 @@ PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("proces
 """Whose code runs now."""
 START_S = 1000.0
 MAX_EVENTS = 2_000_000
+TICK_S = 1e-6
+"""The shortest wait: less would be lost in the clock's rounding, and time would stand still."""
 HANDOVER_S = 120.0
 """Real seconds within which whoever has the turn gives it back: longer is a real blocking call."""
 
@@ -195,7 +197,7 @@ class SimThread:
             raise Killed
         self._parked, self._woken = True, False
         if timeout_s is not None:
-            self._timer = self._loop.call_later(max(0.0, timeout_s), self._turn)
+            self._timer = self._loop.call_later(max(TICK_S, timeout_s), self._turn)
         self._back.release()
         self._go.acquire()
         self._parked = False

@@ -11,7 +11,7 @@ from tests.sim.assets import Assets
 from tests.sim.mutations import MUTATIONS, Mutation
 from tests.sim.running import first_failure, run_plan, shrink
 
-WITHIN = 80
+WITHIN = 40
 """Seeds."""
 
 
