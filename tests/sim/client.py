@@ -51,7 +51,11 @@ class Answer:
 
     @property
     def is_degraded(self) -> bool:
-        told = any(part.get("moetier_degraded") for part in self.objects)
+        parts = self.objects
+        told = any(
+            part.get("moetier_degraded") or part.get("moetier", {}).get("degraded")
+            for part in parts
+        )
         return told or self.headers.get("x-moetier-degraded") == "true"
 
 
