@@ -56,17 +56,31 @@ def run_many(seeds: range, folder: Path) -> int:
         total["refused with a typed error"] += outcome.num_failed
         if outcome.problems:
             failing.append(seed)
-    time.monotonic() - began_s
+            say(f"seed {seed} FAILS: {outcome.problems[0][:600]}")
+    took_s = time.monotonic() - began_s
+    say(", ".join(f"{count} {name}" for name, count in total.items()) + f", {took_s:.1f} s")
     if failing:
-        pass
+        say(f"{len(failing)} seeds fail; replay one: python -m tests.sim --seed {failing[0]}")
     return 1 if failing else 0
 
 
 def tell(outcome: Outcome) -> None:
-    for _event in outcome.events:
-        pass
-    for _problem in outcome.problems:
-        pass
+    """The choices, the log and the broken promises of one run."""
+    plan = outcome.plan
+    say(
+        f"seed {plan.seed}: near data {plan.near_data}, prefetch {plan.prefetch}, "
+        f"compression {plan.compression}, cache {plan.cache_bytes} bytes"
+    )
+    for event in outcome.events:
+        say(event)
+    for problem in outcome.problems:
+        say(f"BROKEN: {problem}")
+    say(f"log digest {outcome.digest}, {outcome.num_steps} steps")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

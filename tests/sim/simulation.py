@@ -13,6 +13,8 @@ import tempfile
 import types
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,10 @@ from tests.sim.fault_plan import GPU_HOSTS, HEALED_S, MEMORY_HOSTS, Ask, Plan
 from tests.sim.handles import SimActor
 from tests.sim.network import Network
 from tests.sim.stand_ins import StandIns
+
+# What a worker would load while it starts: in a run that is too late for the stand-ins.
+for _name in ("build", "service", *(["warm_up"] if find_spec("gpu_worker.warm_up") else [])):
+    import_module(f"gpu_worker.{_name}")
 
 STEP_S = 0.02
 """Virtual seconds that a step computes."""

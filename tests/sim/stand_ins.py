@@ -111,14 +111,20 @@ class StandIns:
         stand_ins = {**self.by_id, **more}
         undo: list[Callable[[], None]] = []
         try:
-            for name, module in sorted(sys.modules.items()):
-                if name.partition(".")[0] in ROOMS and module is not None:
-                    _replace_names(module, stand_ins, undo)
-                    _replace_defaults(module, stand_ins, undo)
+            for name in sorted(_loaded_modules()):
+                _replace_names(sys.modules[name], stand_ins, undo)
+                _replace_defaults(sys.modules[name], stand_ins, undo)
+            loaded = _loaded_modules()
             yield
+            late = sorted(_loaded_modules() - loaded)
+            assert not late, f"{late} were loaded in a run, with real threads: import them before"
         finally:
             for step in reversed(undo):
                 step()
+
+
+def _loaded_modules() -> set[str]:
+    return {name for name in sys.modules if name.partition(".")[0] in ROOMS}
 
 
 def _replace_names(module: Any, stand_ins: dict[int, Any], undo: list[Callable[[], None]]) -> None:
