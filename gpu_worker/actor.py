@@ -146,7 +146,7 @@ class GpuWorker:
         if hasattr(self, "_reporting"):
             self._reporting.cancel()
             await asyncio.to_thread(self._service.close)
-            self._link.close()
+            await asyncio.to_thread(self._link.close)  # it waits for threads
             self._holding.cancel()
             await asyncio.wait({self._holding})
 
