@@ -6,7 +6,6 @@ config as args); `app` is the same for `serve build`, which gives no arguments (
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
@@ -20,9 +19,8 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig
 
-from cluster.autoscaling import POLICY_IMPORT_PATH
 from cluster.config import ClusterConfig, config_from_mapping, load_config
 from cluster.door import (
     ClusterStartError,
@@ -40,7 +38,7 @@ from cluster.ingress import Ingress
 from cluster.orchestrator import TierManager, TierSettings, live_nodes
 from cluster.placement import place, sole_node_cpus, sole_node_labels, tier_needs, worker_need
 from cluster.processes import Process, descendants, end, named, uninterrupted
-from cluster.settings import AutoscalingSettings, split_label
+from cluster.settings import split_label
 from cluster.tier_link import connect, open_directory
 from gpu_worker.actor import GpuWorker, WorkerSettings
 
@@ -131,7 +129,10 @@ def _worker_deployment(config: ClusterConfig) -> Any:
         options["label_selector"] = label
     how_many: dict[str, Any] = {"num_replicas": replicas.num_replicas}
     if replicas.autoscaling is not None:
-        how_many = {"autoscaling_config": _autoscaling(replicas.autoscaling, capacity)}
+        scaling = replicas.autoscaling.serve_config(
+            slots=config.worker.max_sequences, prefill_chunk=config.worker.prefill_chunk
+        )
+        how_many = {"autoscaling_config": AutoscalingConfig(**scaling)}
     return serve.deployment(
         GpuWorker,
         name="GpuWorker",
@@ -141,20 +142,6 @@ def _worker_deployment(config: ClusterConfig) -> Any:
         ray_actor_options=options,
         **_WORKER_SHUTDOWN,
         **how_many,
-    )
-
-
-def _autoscaling(settings: AutoscalingSettings, capacity: int) -> AutoscalingConfig:
-    return AutoscalingConfig(
-        min_replicas=settings.min_replicas,
-        max_replicas=settings.max_replicas,
-        upscale_delay_s=settings.upscale_delay_s,
-        downscale_delay_s=settings.downscale_delay_s,
-        target_ongoing_requests=capacity,  # of Serve's own policy; ours has its targets
-        policy=AutoscalingPolicy(
-            policy_function=POLICY_IMPORT_PATH,
-            policy_kwargs=dataclasses.asdict(settings.targets),
-        ),
     )
 
 

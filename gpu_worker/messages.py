@@ -94,7 +94,8 @@ class WorkerStats:
 
     `counters` is `StepCounters.as_dict()` over all steps; `finished` counts requests by how they
     ended (a finish reason or a failure kind). `governed_tokens` were computed with less than full
-    quality to keep a latency target; `knobs` are what the governor has set now, by name.
+    quality to keep a latency target; `knobs` are what the governor has set now, by name. `busy_s`
+    is the time spent in steps.
     """
 
     replica: str
@@ -108,3 +109,4 @@ class WorkerStats:
     finished: Mapping[str, int] = field(default_factory=dict)
     governed_tokens: int = 0
     knobs: Mapping[str, float] = field(default_factory=dict)
+    busy_s: float = 0.0
