@@ -8,7 +8,7 @@ and pushed at an interval, a worker that is to end takes nothing new and is cut 
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -21,7 +21,7 @@ from gpu_worker.messages import WorkerStats
 
 RECORD_SHARE = 0.2
 """Serve records a metric every so large part of its look-back window, or each interval if sooner."""
-TICK_S = 0.5
+TICK_S = 1.0
 """Between two decisions. Serve's control loop asks more often, but metrics are not newer for it."""
 END_S = 900.0
 """So long after its last arrival a trace's requests may still be served."""
@@ -108,21 +108,22 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Source:
-    """Samples of one replica's gauges, or of the handle."""
+    """Samples of one replica's gauges, or of the handle, and their running sums."""
 
     rates: LoadRates = field(default_factory=LoadRates)
     samples: deque[tuple[float, Mapping[str, float]]] = field(default_factory=deque)
+    sums: Counter[str] = field(default_factory=Counter)
+
+    def add(self, now_s: float, values: Mapping[str, float]) -> None:
+        self.samples.append((now_s, values))
+        self.sums.update(values)  # type: ignore[arg-type] # a Counter of floats
 
     def mean(self, after_s: float) -> dict[str, float]:
         while self.samples and self.samples[0][0] <= after_s:
-            self.samples.popleft()
-        if not self.samples:
-            return {}
-        names = self.samples[-1][1]
-        return {
-            name: sum(each.get(name, 0.0) for _, each in self.samples) / len(self.samples)
-            for name in names
-        }
+            self.sums.subtract(self.samples.popleft()[1])  # type: ignore[arg-type]
+        # Sums of floats that were taken away again may come out a hair below 0.
+        num = len(self.samples)
+        return {name: max(total / num, 0.0) for name, total in self.sums.items()} if num else {}
 
 
 def simulate(
@@ -268,11 +269,11 @@ class _Cluster:
         for replica in self._replicas:
             replica.advance(now_s)
         counts = {"total": float(self._num_ongoing), "queued": float(len(self._queue))}
-        self._handle.samples.append((now_s, counts))
+        self._handle.add(now_s, counts)
         ready = self._ready(now_s) if self._decider.reads_gauges else ()
         for replica in ready:
             source = self._sources[replica.name]
-            source.samples.append((now_s, source.rates.gauges(_stats(replica), now_s)))
+            source.add(now_s, source.rates.gauges(_stats(replica), now_s))
         if not push:
             return
         self._load = self._handle.mean(since_s)
