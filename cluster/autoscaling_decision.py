@@ -149,14 +149,9 @@ def wanted(load: LoadSnapshot, arrivals_per_s: float, settings: Settings) -> tup
     def fewest(share: float) -> int:
         # With less to spare, both the load counts for more and the targets for less.
         more = targets.headroom / share
-        heavier = replace(
-            load,
-            prompt_tokens_per_s=load.prompt_tokens_per_s * more,
-            answer_tokens_per_s=load.answer_tokens_per_s * more,
-        )
 
         def fits(num: int) -> bool:
-            waits = predict(heavier, arrivals_per_s * more, num, slowed, settings.worker)
+            waits = predict(load, arrivals_per_s, num, slowed, settings.worker, more)
             return waits.within(targets, share)
 
         return replicas_for(fits, load)

@@ -147,9 +147,9 @@ class LoadSnapshot:
     wait_share: float = 0.0  # of the busy time, for copies or near-data answers
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in fields(self)):
+        for name in _LOADS:
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: got {value}, expected a finite number >= 0")
         if not self.min_replicas <= self.max_replicas:
             raise ValueError(
@@ -165,6 +165,9 @@ class LoadSnapshot:
     def is_idle(self) -> bool:
         """Nothing to do at all; below half a sequence it is only the tail of an average."""
         return self.sequences < 0.05 and self.waiting_tokens < 1
+
+
+_LOADS = tuple(field.name for field in fields(LoadSnapshot))
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +203,17 @@ def slowdown(load: LoadSnapshot, service: ServiceTimes) -> float:
 
 
 def predict(
-    load: LoadSnapshot, demand_per_s: float, num: int, service: ServiceTimes, worker: Worker
+    load: LoadSnapshot,
+    demand_per_s: float,
+    num: int,
+    service: ServiceTimes,
+    worker: Worker,
+    times: float = 1.0,
 ) -> Waiting:
     """What requests wait if `num` replicas share the load evenly; pure queueing arithmetic.
 
-    `demand_per_s` is the requests that arrive each second. With p prompt tokens and d answer tokens
+    `demand_per_s` is the requests that arrive each second; `times` counts it and the rates that are
+    seen for more than they are. With p prompt tokens and d answer tokens
     a second for each replica, chunks of c tokens, and a decode step after each chunk:
 
         prefill share    f = p * (prompt_token_s + step_s / c)
@@ -219,8 +228,9 @@ def predict(
     if num < 1:
         return Waiting(math.inf, math.inf) if demand_per_s or not load.is_idle else Waiting(0, 0)
     chunk, slots = min(service.prompt_tokens, worker.prefill_chunk), worker.slots
-    prompt_rate = max(load.prompt_tokens_per_s, demand_per_s * service.prompt_tokens) / num
-    answer_rate = max(load.answer_tokens_per_s, demand_per_s * service.answer_tokens) / num
+    each = times / num
+    prompt_rate = max(load.prompt_tokens_per_s, demand_per_s * service.prompt_tokens) * each
+    answer_rate = max(load.answer_tokens_per_s, demand_per_s * service.answer_tokens) * each
     left = 1 - prompt_rate * (service.prompt_token_s + service.step_s / chunk)
     room = left - answer_rate * service.sequence_s
     if room <= 0:

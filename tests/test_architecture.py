@@ -23,7 +23,13 @@ MAY_IMPORT = {
     "cluster": {"gpu_worker", "ndp_worker", "expert_store", "kernels"},
 }
 ONLY_IN = {  # third-party name -> the modules that may import it
-    "ray": ("*/actor.py", "cluster/app.py", "cluster/orchestrator.py", "cluster/ingress.py"),
+    "ray": (
+        "*/actor.py",
+        "cluster/app.py",
+        "cluster/orchestrator.py",
+        "cluster/ingress.py",
+        "cluster/tune/serve_decision.py",  # Serve's decisions, in simulated time; starts no Ray
+    ),
     "grpc": ("*/rpc.py",),
     "triton": ("kernels/triton_*.py",),
     "redis": ("expert_store/directory.py",),

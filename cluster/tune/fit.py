@@ -27,13 +27,21 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Fitted times, and how far they are off: median of |fitted / measured - 1| over kinds."""
+    """Fitted times, as in `ServiceTimes`, and how well they are known.
+
+    - step_s, sequence_s, prompt_token_s: seconds of a step, for each sequence and prompt token.
+    - error: median of |fitted / measured - 1| over the kinds of steps.
+    - num_steps: how many were measured.
+    """
 
     step_s: float
     sequence_s: float
     prompt_token_s: float
-    error: float
-    num_steps: int
+    error: float = 0.0
+    num_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.service(1, 1)  # whose own checks name what is wrong
 
     def service(self, prompt_tokens: float, answer_tokens: float) -> ServiceTimes:
         """With what requests are like."""

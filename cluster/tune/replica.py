@@ -161,5 +161,3 @@ class Replica:
         last = self._decoded + head.request.answer_tokens - 1
         self._begun += 1
         heapq.heappush(self._running, (last, self._begun, head))
-
-

@@ -20,9 +20,9 @@ from gpu_worker.load_rates import LoadRates
 from gpu_worker.messages import WorkerStats
 
 RECORD_SHARE = 0.2
-"""Serve records a metric every so large part of its look-back window, or each interval if sooner."""
+"""Serve records a metric each time this part of its look-back window has passed, or sooner."""
 TICK_S = 1.0
-"""Between two decisions. Serve's control loop asks more often, but metrics are not newer for it."""
+"""Between two decisions. Serve asks more often, but its metrics are not newer for it."""
 END_S = 900.0
 """So long after its last arrival a trace's requests may still be served."""
 
@@ -153,9 +153,7 @@ class _Cluster:
 
     def run(self, tick_s: float) -> Outcome:
         end_s = self._trace.end_s
-        record_s = min(
-            RECORD_SHARE * self._decider.look_back_s, self._decider.metrics_interval_s
-        )
+        record_s = min(RECORD_SHARE * self._decider.look_back_s, self._decider.metrics_interval_s)
         tick_at = sample_at = 0.0
         push_at = self._decider.metrics_interval_s
         arrivals = iter(self._served)

@@ -73,6 +73,21 @@ class Trace:
             self.name, tuple(replace(r, arrival_s=r.arrival_s / rate) for r in self.requests)
         )
 
-    def until(self, end_s: float) -> Trace:
-        """Those that came in the first `end_s` seconds. Raises ValueError when none did."""
-        return Trace(self.name, tuple(r for r in self.requests if r.arrival_s <= end_s))
+    def halves(self) -> tuple[Trace, Trace]:
+        """The requests of the first half of its time and of the second, each from its own 0.
+
+        Raises ValueError where one of them would be empty.
+        """
+        middle_s = self.end_s / 2
+        early = tuple(r for r in self.requests if r.arrival_s < middle_s)
+        late = tuple(
+            replace(r, arrival_s=r.arrival_s - middle_s)
+            for r in self.requests
+            if r.arrival_s >= middle_s
+        )
+        if not early:
+            raise ValueError(
+                f"{self.name}: all {len(late)} requests came at once or in its second half; the "
+                "first half is tuned on; give a longer trace"
+            )
+        return Trace(f"{self.name}, first half", early), Trace(f"{self.name}, second half", late)

@@ -112,8 +112,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, fields in enumerate(csv.DictReader(file), 2):
-            yield number, fields
+        yield from enumerate(csv.DictReader(file), 2)
 
 
 def _of_recorded(fields: Mapping[str, Any]) -> Row:
