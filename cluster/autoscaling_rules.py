@@ -164,7 +164,7 @@ class LoadSnapshot:
     @property
     def is_idle(self) -> bool:
         """Nothing to do at all; below half a sequence it is only the tail of an average."""
-        return self.sequences < 0.05 and self.waiting_tokens < 1
+        return self.sequences < 0.05 and self.waiting_tokens < 1 and self.arrivals_per_s < 1e-6
 
 
 _LOADS = tuple(field.name for field in fields(LoadSnapshot))
@@ -226,7 +226,8 @@ def predict(
     positive or more than `slots` sequences would run.
     """
     if num < 1:
-        return Waiting(math.inf, math.inf) if demand_per_s or not load.is_idle else Waiting(0, 0)
+        # Whatever came before: who asks next waits for a start, and that was allowed.
+        return Waiting(0, 0) if load.is_idle else Waiting(math.inf, math.inf)
     chunk, slots = min(service.prompt_tokens, worker.prefill_chunk), worker.slots
     each = times / num
     prompt_rate = max(load.prompt_tokens_per_s, demand_per_s * service.prompt_tokens) * each

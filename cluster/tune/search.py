@@ -10,10 +10,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-FIRST_SHARE = 0.5
+FIRST_SHARE = 0.4
 """Of all trials so many are spread over the whole space; the others are near good ones."""
-WIDE, NARROW = 0.2, 0.05
+WIDE, NARROW = 0.2, 0.02
 """How far from a good one a trial is drawn, in parts of a knob's range: at first and at the end."""
+
+MOVED_SHARE = 0.5
+"""Of a good one's knobs so many are moved at a time; one always is."""
 
 Values = Mapping[str, float]
 
@@ -61,7 +64,7 @@ def search(
     limit: float,
     seed: int,
 ) -> list[Trial]:
-    """`runs` trials. Those after the first half are near the best for `limit` and its neighbours
+    """`runs` trials. Those after the first part are near the best for `limit` and its neighbours
     on the front. Raises ValueError for fewer than 2 runs.
     """
     if runs < 2:
@@ -83,7 +86,15 @@ def search(
         spread = WIDE + (NARROW - WIDE) * done
         parents = _good(trials, limit)
         around = places[parents[draw.randrange(len(parents))]]
-        attempt([min(max(draw.gauss(at, spread), 0.0), 1.0) for at in around])
+        # Some knobs stay: what is right already need not be found again.
+        moved = [draw.random() < MOVED_SHARE for _ in knobs]
+        moved[draw.randrange(len(knobs))] = True
+        attempt(
+            [
+                min(max(draw.gauss(at, spread), 0.0), 1.0) if moves else at
+                for at, moves in zip(around, moved, strict=True)
+            ]
+        )
     return trials
 
 

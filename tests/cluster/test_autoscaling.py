@@ -106,7 +106,7 @@ def test_waiting_without_end() -> None:
     assert (
         predict(snapshot(), 20.0, 1, SERVICE, WORKER) == endless
     )  # prompts alone take 24 s each s
-    assert predict(snapshot(), 1.0, 0, SERVICE, WORKER) == endless
+    assert predict(snapshot(arrivals_per_s=1.0), 1.0, 0, SERVICE, WORKER) == endless
     assert predict(snapshot(), 3.2, 1, SERVICE, Worker(slots=1)) == endless  # more than a slot runs
     assert predict(snapshot(), 0.0, 0, SERVICE, WORKER) == Waiting(0, 0)
 
