@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from cluster.openai_errors import ApiError
+from cluster.request_trace import RecordingWorker
 from cluster.routes import create_app
 from cluster.settings import HttpSettings
 from cluster.snapshot import ClusterSnapshot, IngressStats
@@ -42,8 +44,11 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         replica = serve.get_replica_context().replica_id.unique_id
+        worker: Any = self._worker
+        if self._settings.record_requests is not None:
+            worker = RecordingWorker(worker, Path(self._settings.record_requests), replica)
         app = create_app(
-            self._worker, self._tiers, self._settings, replica=replica, stamp_request_id=False
+            worker, self._tiers, self._settings, replica=replica, stamp_request_id=False
         )
         self._sharing = asyncio.create_task(self._share(app))
         return app

@@ -184,6 +184,8 @@ class HttpSettings:
     - request_timeout_s: seconds a request may take in all; then it is cancelled and answered 408.
     - max_queued: requests that wait at one ingress for busy workers; more are answered 429.
     - retry_after_s: what a 429 or 503 tells the client to wait, in seconds.
+    - record_requests: folder on each ingress' machine where times and token counts of requests,
+      never their text, are written for `moetier tune`; null writes none.
     """
 
     host: str = "127.0.0.1"
@@ -193,6 +195,7 @@ class HttpSettings:
     request_timeout_s: float = 600.0
     max_queued: int = 64
     retry_after_s: int = 1
+    record_requests: str | None = None
 
     def __post_init__(self) -> None:
         if not self.host:

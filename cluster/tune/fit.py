@@ -67,7 +67,8 @@ def fit(steps: Sequence[Step]) -> Fit:
     seconds = np.array([statistics.median(each) for each in kinds.values()])
     times = _least_squares(rows / seconds[:, None])
     errors = np.abs(rows @ times / seconds - 1)
-    return Fit(*(float(each) for each in times), float(np.median(errors)), len(steps))
+    step_s, sequence_s, prompt_token_s = (float(each) for each in times)
+    return Fit(step_s, sequence_s, prompt_token_s, float(np.median(errors)), len(steps))
 
 
 def _least_squares(rows: np.ndarray) -> np.ndarray:

@@ -116,11 +116,11 @@ class _Source:
 
     def add(self, now_s: float, values: Mapping[str, float]) -> None:
         self.samples.append((now_s, values))
-        self.sums.update(values)  # type: ignore[arg-type] # a Counter of floats
+        self.sums.update(values)
 
     def mean(self, after_s: float) -> dict[str, float]:
         while self.samples and self.samples[0][0] <= after_s:
-            self.sums.subtract(self.samples.popleft()[1])  # type: ignore[arg-type]
+            self.sums.subtract(self.samples.popleft()[1])
         # Sums of floats that were taken away again may come out a hair below 0.
         num = len(self.samples)
         return {name: max(total / num, 0.0) for name, total in self.sums.items()} if num else {}
