@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _number(group, "--ttft-s", promise.ttft_s, "seconds until the first token")
     _number(group, "--per-token-s", promise.per_token_s, "mean seconds for each further token")
     _number(group, "--limit", promise.limit, "share of requests that may miss either")
+    _number(group, "--settle-s", promise.settle_s, "first seconds of a trace that do not count")
     group = parser.add_argument_group("the cluster")
     group.add_argument("--config", type=Path, metavar="FILE", help="a cluster config, for the "
                        "worker's slots and chunks, queue lengths and bounds")  # fmt: skip
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--runs: got {args.runs}, expected 2 or more")
     disable_progress_bar()
     config = ClusterConfig() if args.config is None else load_config(args.config)
-    promise = Promise(args.ttft_s, args.per_token_s, args.limit)
+    promise = Promise(args.ttft_s, args.per_token_s, args.limit, args.settle_s)
     traces, held_out = _traces(args)
     fitted = _fitted(args, config.worker)
     if args.fit is not None:

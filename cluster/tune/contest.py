@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.autoscaling_rules import ServiceTimes, Targets
 from cluster.settings import AutoscalingSettings
+from cluster.tune.replica import Served
 from cluster.tune.search import Knob, Score, Values
 from cluster.tune.simulate import Outcome, Site
 from cluster.tune.trace import Trace
@@ -28,11 +29,14 @@ class Promise:
     - ttft_s: seconds from its arrival to its first token.
     - per_token_s: mean seconds between its further tokens.
     - limit: share of requests that may miss one of the two, be refused or be lost.
+    - settle_s: requests of the first so many seconds do not count: a trace begins with the fewest
+      workers and no past, which a cluster that runs does not.
     """
 
     ttft_s: float = 2.0
     per_token_s: float = 0.2
     limit: float = 0.01
+    settle_s: float = 120.0
 
     def __post_init__(self) -> None:
         for name in ("ttft_s", "per_token_s"):
@@ -41,6 +45,8 @@ class Promise:
                 raise ValueError(f"{name}: got {got}, expected more than 0, at most 86400")
         if not 0 <= self.limit < 1:
             raise ValueError(f"limit: got {self.limit}, expected 0 or more and less than 1")
+        if not 0 <= self.settle_s <= 86400:
+            raise ValueError(f"settle_s: got {self.settle_s}, expected 0 to 86400")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +126,25 @@ def contestants(promise: Promise, site: Site, service: ServiceTimes) -> tuple[Co
     )
 
 
-def missed(outcome: Outcome, promise: Promise) -> int:
+def counted(outcome: Outcome, promise: Promise) -> list[Served]:
+    """The requests that came after the cluster had settled; all where none did."""
+    later = [s for s in outcome.served if s.request.arrival_s >= promise.settle_s]
+    return later or list(outcome.served)
+
+
+def missed(served: Sequence[Served], promise: Promise) -> int:
     """Requests that did not get what was promised."""
     return sum(
         each.lost or each.ttft_s > promise.ttft_s or each.per_token_s > promise.per_token_s
-        for each in outcome.served
+        for each in served
     )
 
 
 def score(outcomes: Sequence[Outcome], promise: Promise) -> Score:
     """Over all of them: share that missed, and hours of workers for each run."""
-    num = sum(len(outcome.served) for outcome in outcomes)
+    counting = [counted(outcome, promise) for outcome in outcomes]
     return Score(
-        sum(missed(outcome, promise) for outcome in outcomes) / num,
+        sum(missed(served, promise) for served in counting) / sum(map(len, counting)),
         statistics.fmean(outcome.replica_s for outcome in outcomes) / 3600,
     )
 

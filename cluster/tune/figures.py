@@ -19,7 +19,8 @@ def sections(tuning: Tuning, name: str) -> list[Section]:
         f"{promise.per_token_s:g} s on average, missed by {promise.limit:.1%} at most. "
         f"{site.min_replicas} to {site.max_replicas} workers of {site.worker.slots} slots, each "
         f"{site.start_s:g} s from order to service. Tuned on {', '.join(tuning.tuned_on)}; judged "
-        f"on {', '.join(tuning.held_out)}. Hours are of workers, for one trace."
+        f"on {', '.join(tuning.held_out)}. Hours are of workers, for one trace; requests of its "
+        f"first {promise.settle_s:g} s do not count."
     )
     return [
         Section(f"{name}: what was found", (told, Table.of(cells(tuning)), verdict(tuning))),
