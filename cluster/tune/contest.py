@@ -51,13 +51,19 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """A policy: its name, its knobs, and Serve's `autoscaling_config` for values of them."""
+    """A policy: its name, its knobs, and Serve's `autoscaling_config` for values of them.
+
+    `start` is the policy as it comes, where the search begins.
+    """
 
     name: str
     knobs: tuple[Knob, ...]
     options: Callable[[Values], dict[str, Any]]
+    start: Values
 
 
+_OF_TARGETS = ("headroom", "calm_margin", "lead_s", "smooth_s")
+_OF_SETTINGS = ("upscale_delay_s", "downscale_delay_s", "look_back_s")
 OUR_KNOBS = (
     Knob("headroom", 0.6, 3.0, is_log=True),
     Knob("calm_margin", 0.5, 1.0),
@@ -77,6 +83,19 @@ SERVE_KNOBS = (
 )
 
 
+_OURS: Values = {
+    **{name: getattr(Targets(), name) for name in _OF_TARGETS},
+    **{name: getattr(AutoscalingSettings(), name) for name in _OF_SETTINGS},
+}
+_SERVES: Values = {
+    "target_ongoing_requests": 2.0,
+    "upscale_delay_s": 30.0,
+    "downscale_delay_s": 600.0,
+    "look_back_period_s": 30.0,
+    "metrics_interval_s": SERVE_PUSH_S,
+}
+
+
 def settings_for(
     values: Values, promise: Promise, site: Site, service: ServiceTimes
 ) -> AutoscalingSettings:
@@ -84,7 +103,7 @@ def settings_for(
     targets = Targets(
         ttft_s=promise.ttft_s,
         per_token_s=promise.per_token_s,
-        **{name: values[name] for name in ("headroom", "calm_margin", "lead_s", "smooth_s")},
+        **{name: values[name] for name in _OF_TARGETS},
     )
     return AutoscalingSettings(
         min_replicas=site.min_replicas,
@@ -120,9 +139,9 @@ def contestants(promise: Promise, site: Site, service: ServiceTimes) -> tuple[Co
     most = float(site.worker.slots + site.max_waiting)
     target = replace(TARGET, high=max(min(most, 2.0 * site.worker.slots), 1.0))
     return (
-        Contestant("moetier", OUR_KNOBS, ours),
-        Contestant("Serve's default, target tuned", (target,), target_alone),
-        Contestant("Serve's default, all tuned", (target, *SERVE_KNOBS[1:]), all_knobs),
+        Contestant("moetier", OUR_KNOBS, ours, _OURS),
+        Contestant("Serve's default, target tuned", (target,), target_alone, _SERVES),
+        Contestant("Serve's default, all tuned", (target, *SERVE_KNOBS[1:]), all_knobs, _SERVES),
     )
 
 

@@ -39,6 +39,13 @@ class Knob:
             value = self.low + (self.high - self.low) * place
         return float(f"{value:.3g}")
 
+    def place(self, value: float) -> float:
+        """Where a value is, from 0 to 1."""
+        value = min(max(value, self.low), self.high)
+        if self.is_log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -63,9 +70,10 @@ def search(
     runs: int,
     limit: float,
     seed: int,
+    starts: Sequence[Values] = (),
 ) -> list[Trial]:
-    """`runs` trials. Those after the first part are near the best for `limit` and its neighbours
-    on the front. Raises ValueError for fewer than 2 runs.
+    """`runs` trials: at `starts`, settings known to be fair; then over the whole space; and then
+    near the best for `limit` and its neighbours on the front. Raises ValueError for fewer than 2.
     """
     if runs < 2:
         raise ValueError(f"runs: got {runs}, expected 2 or more")
@@ -79,7 +87,9 @@ def search(
         trials.append(Trial(values, evaluate(values)))
 
     first = max(1, math.ceil(runs * FIRST_SHARE))
-    for place in latin_hypercube(len(knobs), first, draw):
+    for start in starts[:first]:
+        attempt([knob.place(start[knob.name]) for knob in knobs])
+    for place in latin_hypercube(len(knobs), first - len(trials), draw):
         attempt(place)
     while len(trials) < runs:
         done = (len(trials) - first) / max(runs - first, 1)

@@ -65,7 +65,7 @@ def tune(
 ) -> Tuning:
     """Search on `traces`, judge on `held_out`. Same arguments, same result."""
     service = typical(site.service, traces)
-    results = []
+    results: list[Result] = []
     contest = contestants(promise, site, service)
 
     def outcomes_of(contestant: Contestant, values: Values, on: Sequence[Trace]) -> list[Outcome]:
@@ -83,7 +83,16 @@ def tune(
             progress(contestant.name, done, runs)
             return score(outcomes_of(contestant, values, traces), promise)
 
-        trials = search(contestant.knobs, evaluate, runs=runs, limit=promise.limit, seed=seed)
+        # Who has more knobs begins with what was found for fewer of them, so as to be no worse.
+        fewer = [{**contestant.start, **r.chosen.values} for r in results[1:]]
+        trials = search(
+            contestant.knobs,
+            evaluate,
+            runs=runs,
+            limit=promise.limit,
+            seed=seed,
+            starts=[contestant.start, *fewer],
+        )
         chosen, reached = choose(trials, promise.limit)
         judged = outcomes_of(contestant, chosen.values, held_out)
         results.append(

@@ -60,7 +60,16 @@ def test_places_are_spread() -> None:
         assert sorted(int(at * 50) for at in column) == list(range(50))
 
 
+def test_known_settings_are_tried_first() -> None:
+    start = {"more": 25.0, "other": 0.5}
+    trials = search(KNOBS, made_up, runs=10, limit=0.05, seed=1, starts=[start])
+    assert trials[0].values == start
+    assert len(trials) == 10
+
+
 def test_knobs_stay_in_their_range() -> None:
+    assert [KNOBS[0].place(value) for value in (0.1, 1, 10, 1000)] == [0, 0, 0.5, 1]
+    assert KNOBS[1].place(0.5) == 0.75
     assert [KNOBS[0].at(place) for place in (-1, 0, 0.5, 1, 2)] == [1, 1, 10, 100, 100]
     assert KNOBS[1].at(0.75) == 0.5
 
