@@ -110,6 +110,11 @@ class AutoscalingSettings:
         _within("downscale_to_zero_delay_s", self.downscale_to_zero_delay_s, 0, 86400)
         _within("look_back_s", self.look_back_s, 0.5, 3600)
         _within("metrics_interval_s", self.metrics_interval_s, 0.1, 600)
+        if self.look_back_s <= self.metrics_interval_s:
+            raise ValueError(
+                f"look_back_s: got {self.look_back_s}, expected more than metrics_interval_s, "
+                f"{self.metrics_interval_s}"
+            )
         if self.targets.predicts and self.service is None:
             raise ValueError(
                 "service: got null, but targets.ttft_s and targets.per_token_s are predicted from "

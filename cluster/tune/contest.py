@@ -134,7 +134,9 @@ def contestants(promise: Promise, site: Site, service: ServiceTimes) -> tuple[Co
         return {**limits, "metrics_interval_s": SERVE_PUSH_S, **values}
 
     def all_knobs(values: Values) -> dict[str, Any]:
-        return {**limits, **values}
+        # Serve wants the window to be longer than the interval.
+        longest = max(values["look_back_period_s"], 1.1 * values["metrics_interval_s"])
+        return {**limits, **values, "look_back_period_s": longest}
 
     most = float(site.worker.slots + site.max_waiting)
     target = replace(TARGET, high=max(min(most, 2.0 * site.worker.slots), 1.0))
