@@ -17,7 +17,10 @@ from expert_store.errors import ExpertUnavailableError, StoreError
 from expert_store.types import RecordKind, RecordRequest
 from gpu_worker.protocols import ExpertSource
 from gpu_worker.record_sizes import PlannedCopy, by_expert, largest_expert_bytes
+from gpu_worker.staging import StagingRing
 from gpu_worker.stream import Arrival, Landed, Stream
+
+MIN_STAGING_BYTES = 32 << 20
 
 
 class Streamer:
@@ -28,7 +31,8 @@ class Streamer:
     At most `max_in_flight_bytes` are fetched, or fetched and not yet released, at any time. What
     does not fit waits in the order it was asked for. `decode` makes of the bytes that came those
     that go to the device, on the thread that fetched them. On a CPU that memory is used as it is;
-    on a GPU it goes through pinned memory and a copy stream of its own.
+    on a GPU it goes through a ring of pinned memory, made once (a source whose memory is pinned
+    skips that), and a copy stream of its own.
 
     Raises ValueError when the largest expert does not fit into `max_in_flight_bytes`.
     """
@@ -54,6 +58,9 @@ class Streamer:
         self._decode = decode
         self._device = torch.device(device)
         self._copy_stream = torch.cuda.Stream() if self._device.type == "cuda" else None
+        # Two experts: one is filled while the other crosses.
+        staging_bytes = min(max_in_flight_bytes, max(2 * largest, MIN_STAGING_BYTES))
+        self._staging = StagingRing(staging_bytes, pin=True) if self._copy_stream else None
         self._max_bytes = max_in_flight_bytes
         self._fetch_bytes = min(fetch_bytes, max_in_flight_bytes)
         self._clock = clock
@@ -198,8 +205,16 @@ class Streamer:
             return Arrival(Landed(copy, None, error, moved_bytes), None)
         if self._copy_stream is None:
             return Arrival(Landed(copy, data, None, moved_bytes), None)
-        with torch.cuda.stream(self._copy_stream):
-            on_device = data.pin_memory().to(self._device, non_blocking=True)
-            ready = torch.cuda.Event()
+        assert self._staging is not None
+        ready = torch.cuda.Event()
+        if data.is_pinned():
+            with torch.cuda.stream(self._copy_stream):
+                on_device = data.to(self._device, non_blocking=True)
+                ready.record(self._copy_stream)
+            return Arrival(Landed(copy, on_device, None, moved_bytes), ready)
+        with self._staging.range(data.numel()) as staged, torch.cuda.stream(self._copy_stream):
+            staged.bytes_.copy_(data)
+            on_device = staged.bytes_.to(self._device, non_blocking=True)
             ready.record(self._copy_stream)
+            staged.done = ready
         return Arrival(Landed(copy, on_device, None, moved_bytes), ready)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import get_args
@@ -26,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", type=shape, default=SHAPES, metavar="HIDDENxFFN")
     parser.add_argument("--forms", nargs="*", choices=get_args(Form), default=get_args(Form))
+    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
     parser.add_argument("--seconds", type=float, default=6, help="for each form and token count")
     parser.add_argument("--only", default="", help="contestants with this in their name")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu-kernels")
@@ -35,7 +37,8 @@ def main() -> None:
     roofline, rows = Roofline(), []
     with torch.inference_mode():
         for each, form in itertools.product(arguments.shapes, arguments.forms):
-            rows += measure(each, form, roofline, arguments.seconds, arguments.only)
+            tokens, seconds = tuple(arguments.tokens), arguments.seconds
+            rows += measure(each, form, roofline, tokens, seconds, arguments.only)
             gc.collect()  # pools of gigabytes: one at a time
     write_report(arguments.out, rows)
 
@@ -45,15 +48,22 @@ def shape(text: str) -> Shape:
     return Shape(int(hidden), int(ffn))
 
 
-def measure(shape: Shape, form: Form, roofline: Roofline, budget_s: float, only: str) -> list[Row]:
+def measure(
+    shape: Shape,
+    form: Form,
+    roofline: Roofline,
+    tokens: Sequence[int],
+    budget_s: float,
+    only: str,
+) -> list[Row]:
     """Every contestant at every token count; a red gate ends the run before any number."""
     rows = []
     with ExitStack() as memory:
         contestants = [each for each in everyone(shape, form, memory) if only in each.name]
-        x_TH = torch.randn(max(TOKENS), shape.hidden)
+        x_TH = torch.randn(max(tokens), shape.hidden)
         for contestant in contestants:
-            gate(contestant, x_TH, TOKENS)
-        for num_tokens in TOKENS:
+            gate(contestant, x_TH, tokens)
+        for num_tokens in tokens:
             times = take_turns(contestants, x_TH[:num_tokens], roofline, budget_s)
             print(
                 f"\n{shape} {form}, {num_tokens} tokens: {times.read_bandwidth / 1e9:.1f} GB/s, "

@@ -22,7 +22,7 @@ first: each answer is within its tolerance of float32 products with its own dequ
 `expert` is down(silu(gate x) * up x), `matrix` is gate x alone. ggml and ONNX Runtime run an
 expert as one graph, torch's int4 has no fused form and is three products. Where the inputs are no
 multiple of 256 ggml's K-quants fall back as llama.cpp does, which the name says.
-Made by `python -m benchmarks.cpu_kernels`; every row is in [cpu-kernels.csv](cpu-kernels.csv).
+Made by `python -m benchmarks.cpu_kernels`; every row is in [{csv}]({csv}).
 """
 
 
@@ -111,7 +111,7 @@ def write_report(out: Path, rows: list[Row]) -> None:
     built = f"ggml was built for {ggml.isa()}." if ggml else "llama-cpp-python is not installed."
     loads = sorted((row.load for row in rows), key=lambda load: float(load.partition("/")[0]))
     shared = f"Load average over cores while it ran: {loads[0]} to {loads[-1]}."
-    parts = [HEAD, f"{provenance()} {built} {shared}"]
+    parts = [HEAD.format(csv=out.with_suffix(".csv").name), f"{provenance()} {built} {shared}"]
     for shape, form in dict.fromkeys((row.shape, row.form) for row in rows):
         here = [row for row in rows if (row.shape, row.form) == (shape, form)]
         parts += [f"\n## {shape}, {form}\n", _own_table(here), "", _rival_table(here)]

@@ -73,6 +73,7 @@ STAGES: tuple[tuple[Step, ...], ...] = (
     (Step("prefill", "Prefill: TFLOP/s", "benchmarks.gpu.prefill", 60),),
     (Step("system", "One-process system on a store", "benchmarks.gpu.system", 110),),
     (Step("streaming", "Streaming and overlap", "benchmarks.gpu.streaming", 80),),
+    (Step("offload", "The headline over PCIe", "benchmarks.gpu.offload", 90),),
     (Step("tests", "Unit tests on the device", "benchmarks.gpu.unit_tests", 110),),
     # Last: what time is left goes to others' kernels, which tune themselves first.
     (Step("peers", "Beside gemlite", "benchmarks.gpu.peers", 80),),

@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.gpu.clock import host, in_turns
+from benchmarks.gpu.host_source import MIXTRAL, TINY, Layer
 from benchmarks.gpu.matrices import random_expert, random_inputs, random_repair, relative_rms
 from benchmarks.gpu.recorder import Recorder, quantiles
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.streaming import MIXTRAL, TINY, Layer
 from kernels import ops, reference
 from kernels.types import GatedMLP, MlpCall
 

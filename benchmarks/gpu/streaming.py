@@ -9,109 +9,33 @@ Legend: S token rows, K top-k, H hidden, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from benchmarks.gpu.clock import in_turns, wall
-from benchmarks.gpu.matrices import (
-    FACTOR_BITS,
-    random_expert,
-    random_inputs,
-    random_repair,
-    relative_rms,
-)
+from benchmarks.gpu.host_source import MIXTRAL, REPAIR, SMALL, TINY, HostSource, Layer
+from benchmarks.gpu.matrices import random_inputs, relative_rms
 from benchmarks.gpu.recorder import Recorder, quantiles
 from benchmarks.gpu.setting import Setting
-from expert_store.format import (
-    codes_bytes,
-    encode_codes,
-    factors_bytes,
-    parse_codes,
-    parse_factors,
-)
-from expert_store.types import (
-    FORMAT_VERSION,
-    PROJECTIONS,
-    CodesForm,
-    ExpertInfo,
-    ExpertKey,
-    ExpertShape,
-    Manifest,
-    ModelInfo,
-    Recipe,
-    RecordInfo,
-    RecordRequest,
-    RepairForm,
-)
+from expert_store.format import parse_codes, parse_factors
+from expert_store.types import ExpertKey, RecordRequest
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import StepCounters
 from gpu_worker.experts import StoreExperts
 from gpu_worker.record_sizes import PlannedCopy, RecordSizes
 from kernels import reference
 
-BITS, RANK, LAYER = 2, 16, 0
-FORM = CodesForm.uniform(BITS)
-REPAIR = RepairForm.of_letters(FACTOR_BITS, "affine", "gud")  # rank 16 for each projection
-GAINS = (0.25, 0.25, 0.25)
+LAYER = 0
 ROUNDS = 12
 TOLERANCE = 1e-3
 """A whole layer against the reference on the device, relative RMS."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """The sizes of one MoE layer."""
-
-    name: str
-    hidden: int
-    ffn: int
-    experts: int
-    top_k: int
-
-
-MIXTRAL = Layer("Mixtral 8x7B", 4096, 14336, 8, 2)
-SMALL = Layer("64 small experts", 2048, 1408, 64, 6)
-TINY = Layer("tiny", 64, 128, 4, 2)
-
-
-class HostSource:
-    """`ExpertSource` over ordinary (pageable) host memory, as a mapped store file is."""
-
-    tier = "host"
-
-    def __init__(self, layer: Layer, device: str) -> None:
-        self.shape = ExpertShape(layer.hidden, layer.ffn, "silu", has_bias=False)
-        self.manifest = _manifest(layer, self.shape)
-        self._records: dict[tuple[ExpertKey, str], torch.Tensor] = {}
-        for key in self.manifest.experts:
-            codes, factors = _random_records(layer, device, seed=1 + 10 * key.expert)
-            self._records[key, "codes"], self._records[key, "factors"] = codes, factors
-
-    def fetch(self, requests: Sequence[RecordRequest]) -> list[torch.Tensor]:
-        return [self._records[request.key, request.kind] for request in requests]
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-def _random_records(layer: Layer, device: str, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and factors of one expert, in host memory."""
-    mlp = random_expert(layer.hidden, layer.ffn, BITS, device, seed=seed)
-    added = random_repair(layer.hidden, layer.ffn, RANK, device, seed=seed)
-    parts = [
-        part.data
-        for name in PROJECTIONS
-        for part in (getattr(added, name).right(0), getattr(added, name).left_t(0))
-    ]
-    return encode_codes(mlp).cpu(), torch.cat(parts).cpu()
-
-
 def run(setting: Setting, recorder: Recorder) -> None:
     for layer in (TINY,) if setting.tiny else (MIXTRAL, SMALL):
-        source = HostSource(layer, setting.device)
+        source = HostSource(layer, setting.device, bits=2)
         total = sum(RecordSizes.of(source.manifest).codes.values())
         total += sum(RecordSizes.of(source.manifest).factors.values())
         for num_tokens in (2,) if setting.tiny else (8, 64):
@@ -164,11 +88,17 @@ def _measure(
             detail=f"planned {planned}, delivered {moved}",
         )  # fmt: skip
         copies = _copies(source, ids_SK)
+        taken = _device_allocations(device)
         times: dict[str, list[float]] = {"compute": [], "copies": [], "streamed": []}
         for _ in range(rounds):
             times["compute"].append(wall(lambda: step(resident), device))
             times["copies"].append(wall(lambda: _drain(streamed, copies), device))
             times["streamed"].append(wall(lambda: step(streamed), device))
+        taken = _device_allocations(device) - taken
+        recorder.check(
+            group, f"{name}: no device memory was taken from the driver while measured", taken == 0,
+            detail=f"{taken} allocations",
+        )  # fmt: skip
     num_bytes = sum(copy.num_bytes for copy in copies)
     _rows(setting, recorder, times, (group,), shape, num_tokens, num_bytes)
 
@@ -211,6 +141,11 @@ def _pinned_copy(setting: Setting, num_bytes: int) -> list[float]:
     target = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     work = {"copy": lambda: target.copy_(source, non_blocking=True)}
     return in_turns(work, device=device, rounds=setting.rounds(ROUNDS))["copy"]
+
+
+def _device_allocations(device: str) -> int:
+    """Times so far that torch asked the driver for memory; 0 on a CPU."""
+    return torch.cuda.memory_stats().get("num_device_alloc", 0) if device == "cuda" else 0
 
 
 def _drain(experts: StoreExperts, copies: list[PlannedCopy]) -> None:
@@ -259,46 +194,8 @@ def _truth(
             source.fetch([RecordRequest(key, kind)])[0].to(hidden_SH.device)
             for kind in ("codes", "factors")
         )
-        mlp = parse_codes(key, codes, source.shape, FORM).mlp
+        mlp = parse_codes(key, codes, source.shape, source.form).mlp
         added = parse_factors(key, factors, source.shape, REPAIR).factors
         output_PH = reference.gated_mlp(hidden_SH[rows_P], mlp, added)
         sum_SH[rows_P] += output_PH.double() * weights_SK[rows_P, columns_P, None]
     return sum_SH
-
-
-def _manifest(layer: Layer, shape: ExpertShape) -> Manifest:
-    keys = [ExpertKey(LAYER, expert) for expert in range(layer.experts)]
-    codes = RecordInfo("codes", 0, codes_bytes(shape, FORM), "0" * 64)
-    factors = RecordInfo("factors", 0, factors_bytes(shape, REPAIR), "0" * 64)
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        version="gpu check",
-        recipe=Recipe(
-            name="paper",
-            codec="tiles",
-            bits=float(BITS),
-            grid="affine",
-            factor_bits=FACTOR_BITS,
-            factor_grid="affine",
-            avg_rank=RANK,
-            rank_ladder=(0, RANK),
-            top_n=layer.top_k,
-            seed=0,
-        ),
-        model=ModelInfo(
-            name=layer.name,
-            model_type="mixtral",
-            num_layers=1,
-            top_k=layer.top_k,
-            vocab_size=128,
-            max_positions=256,
-            expert=shape,
-            moe_layers={LAYER: "model.layers.0.mlp.experts"},
-            num_experts={LAYER: layer.experts},
-        ),
-        experts={
-            key: ExpertInfo(key, FORM, codes, factors, REPAIR, 3.0, 0.4, 0.2, GAINS) for key in keys
-        },
-        dense_files={},
-        side_files={},
-    )

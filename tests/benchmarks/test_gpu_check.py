@@ -91,7 +91,8 @@ def test_a_tiny_run_is_whole_and_green_without_ray_hqq_redis_and_grpc(
     forms = {
         f"{kernel} {name}" for kernel in ("decode", "prefill", "mlp", "step") for name in names
     }
-    assert forms | {"system float32", "streaming tiny", "steps tiny", "unit tests"} <= groups
+    others = {"system float32", "streaming tiny", "offload tiny", "steps tiny", "unit tests"}
+    assert forms | others <= groups
     assert text.count("| not run on a GPU |") == len(TARGETS)
     rows = list(csv.DictReader((out / "rows.csv").open()))
     assert len(rows) > 10
