@@ -108,7 +108,9 @@ def compose(config: ClusterConfig) -> Application:
         ray_actor_options={"num_cpus": 0},
         **_SHUTDOWN,
     )
-    return ingress.bind(worker, tiers, config.http)
+    scaling = config.replicas.autoscaling
+    needs_worker = scaling is None or scaling.min_replicas > 0
+    return ingress.bind(worker, tiers, config.http, needs_worker)
 
 
 def num_gpus(config: ClusterConfig) -> float:

@@ -37,7 +37,10 @@ SHARE_INTERVAL_S = 3.0
 class Ingress:
     """One ingress replica."""
 
-    def __init__(self, worker: Any, tiers: Any, settings: HttpSettings) -> None:
+    def __init__(
+        self, worker: Any, tiers: Any, settings: HttpSettings, needs_worker: bool = True
+    ) -> None:
+        self._needs_worker = needs_worker
         self._worker = RoutedWorker(worker, tiers)
         self._tiers = RemoteTiers(tiers, settings.retry_after_s)
         self._settings = settings
@@ -48,7 +51,12 @@ class Ingress:
         if self._settings.record_requests is not None:
             worker = RecordingWorker(worker, Path(self._settings.record_requests), replica)
         app = create_app(
-            worker, self._tiers, self._settings, replica=replica, stamp_request_id=False
+            worker,
+            self._tiers,
+            self._settings,
+            replica=replica,
+            stamp_request_id=False,
+            needs_worker=self._needs_worker,
         )
         self._sharing = asyncio.create_task(self._share(app))
         return app

@@ -21,6 +21,8 @@ from gpu_worker.messages import WorkerStats
 
 RECORD_SHARE = 0.2
 """Serve records a metric each time this part of its look-back window has passed, or sooner."""
+MIN_RECORD_S = 1.0
+"""But no more often than this here: what it costs to simulate buys nothing."""
 TICK_S = 1.0
 """Between two decisions. Serve asks more often, but its metrics are not newer for it."""
 END_S = 900.0
@@ -154,6 +156,7 @@ class _Cluster:
     def run(self, tick_s: float) -> Outcome:
         end_s = self._trace.end_s
         record_s = min(RECORD_SHARE * self._decider.look_back_s, self._decider.metrics_interval_s)
+        record_s = max(record_s, MIN_RECORD_S)
         tick_at = sample_at = 0.0
         push_at = self._decider.metrics_interval_s
         arrivals = iter(self._served)

@@ -12,6 +12,9 @@ from cluster.tune.serve_decision import ServeDecider
 from cluster.tune.simulate import Outcome, Site, simulate
 from cluster.tune.trace import Trace
 
+TICK_S = 2.0
+"""Between two decisions: of the order of the metrics' age, and hundreds of runs take minutes."""
+
 Progress = Callable[[str, int, int], None]
 """Contestant, trials done, trials to do."""
 
@@ -70,7 +73,13 @@ def tune(
 
     def outcomes_of(contestant: Contestant, values: Values, on: Sequence[Trace]) -> list[Outcome]:
         return [
-            simulate(trace, site, ServeDecider(contestant.options(values)), seed=seed + number)
+            simulate(
+                trace,
+                site,
+                ServeDecider(contestant.options(values)),
+                seed=seed + number,
+                tick_s=TICK_S,
+            )
             for number, trace in enumerate(on)
         ]
 
