@@ -63,16 +63,14 @@ class Contestant:
 
 
 _OF_TARGETS = ("headroom", "calm_margin", "lead_s", "smooth_s")
-_OF_SETTINGS = ("upscale_delay_s", "downscale_delay_s", "look_back_s")
 OUR_KNOBS = (
-    Knob("headroom", 0.6, 3.0, is_log=True),
-    Knob("calm_margin", 0.5, 1.0),
-    Knob("lead_s", 0.0, 90.0),
-    Knob("smooth_s", 3.0, 90.0, is_log=True),
-    Knob("upscale_delay_s", 0.0, 10.0),
-    Knob("downscale_delay_s", 15.0, 600.0, is_log=True),
-    Knob("look_back_s", 2.0, 30.0, is_log=True),
+    Knob("headroom", 0.8, 3.0, is_log=True),
+    Knob("lead_s", 0.0, 60.0),
+    Knob("smooth_s", 5.0, 60.0, is_log=True),
+    Knob("downscale_delay_s", 15.0, 900.0, is_log=True),
 )
+"""Few, so that few trials cover them; what is not here has a value that hardly mattered."""
+_FIXED: Values = {"calm_margin": 0.9, "upscale_delay_s": 1.0, "look_back_s": 5.0}
 TARGET = Knob("target_ongoing_requests", 0.5, 16.0, is_log=True)
 SERVE_KNOBS = (
     TARGET,
@@ -84,8 +82,8 @@ SERVE_KNOBS = (
 
 
 _OURS: Values = {
-    **{name: getattr(Targets(), name) for name in _OF_TARGETS},
-    **{name: getattr(AutoscalingSettings(), name) for name in _OF_SETTINGS},
+    **{name: getattr(Targets(), name) for name in ("headroom", "lead_s", "smooth_s")},
+    "downscale_delay_s": AutoscalingSettings().downscale_delay_s,
 }
 _SERVES: Values = {
     "target_ongoing_requests": 2.0,
@@ -100,6 +98,7 @@ def settings_for(
     values: Values, promise: Promise, site: Site, service: ServiceTimes
 ) -> AutoscalingSettings:
     """Our section of the config, with what was promised as the policy's targets."""
+    values = {**_FIXED, **values}
     targets = Targets(
         ttft_s=promise.ttft_s,
         per_token_s=promise.per_token_s,
@@ -174,6 +173,9 @@ def typical(service: ServiceTimes, traces: Sequence[Trace]) -> ServiceTimes:
     """The fitted times, with the mean lengths of these traces."""
     return replace(
         service,
+        step_s=float(f"{service.step_s:.4g}"),
+        sequence_s=float(f"{service.sequence_s:.4g}"),
+        prompt_token_s=float(f"{service.prompt_token_s:.4g}"),
         prompt_tokens=round(statistics.fmean(t.mean_prompt_tokens for t in traces), 1),
         answer_tokens=round(statistics.fmean(t.mean_answer_tokens for t in traces), 1),
     )

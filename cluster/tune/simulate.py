@@ -38,6 +38,7 @@ class Site:
     - min_replicas, max_replicas: bounds.
     - max_waiting: requests that one worker keeps waiting beyond its slots.
     - max_queued: requests that wait at the handle; more are refused.
+    - initial_replicas: workers at the trace's start, if more than the least; ready at once.
     - drain_s: seconds that a worker that is to end has for what it began.
     """
 
@@ -48,6 +49,7 @@ class Site:
     max_replicas: int = 8
     max_waiting: int = 32
     max_queued: int = 64
+    initial_replicas: int = 1
     drain_s: float = 15.0
 
     def __post_init__(self) -> None:
@@ -100,8 +102,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run came to. `replica_s` counts each worker from its order until its end or the
-    trace's."""
+    """What a run came to. A worker costs from its order until its end, or the trace's."""
 
     served: tuple[Served, ...]
     replica_s: float
@@ -141,7 +142,7 @@ class _Cluster:
         self._served = [Served(request) for request in trace.requests]
         self._queue: deque[Served] = deque()
         self._replicas: list[Replica] = []  # all that cost something
-        self._target = max(site.min_replicas, 1)
+        self._target = min(max(site.min_replicas, site.initial_replicas), site.max_replicas)
         self._num_started = 0
         self._replica_s = 0.0
         self._drain_until: dict[int, float] = {}
@@ -179,9 +180,7 @@ class _Cluster:
                 self._tick(now_s)
                 tick_at += tick_s
             last_s = now_s
-        for replica in self._replicas:
-            replica.abandon()
-        for served in self._queue:
+        for served in (*self._queue, *(s for r in self._replicas for s in r.abandon())):
             served.lost = True
         return Outcome(tuple(self._served), self._replica_s, tuple(self._moments))
 
