@@ -104,16 +104,8 @@ def tune(
         )
         chosen, reached = choose(trials, promise.limit)
         judged = outcomes_of(contestant, chosen.values, held_out)
-        results.append(
-            Result(
-                contestant.name,
-                tuple(trials),
-                chosen,
-                reached,
-                score(judged, promise),
-                judged[0],
-            )
-        )
+        name, held = contestant.name, score(judged, promise)
+        results.append(Result(name, tuple(trials), chosen, reached, held, judged[0]))
     equal = best_for(results[0].trials, results[-1].chosen.score.hours)
     equal_cost = None
     if equal is not None:
