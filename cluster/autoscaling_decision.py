@@ -121,6 +121,9 @@ def decide(load: LoadSnapshot, memory: Memory, now_s: float, settings: Settings)
     """Replicas for this load, within its limits. The same question twice has the same answer."""
     memory, arrivals_per_s = _averaged(load, memory, now_s, settings.targets)
     up, enough = wanted(load, arrivals_per_s, settings)
+    if load.target_replicas and not load.reporting_replicas:
+        # The first is still starting: ended before it ever ran, nobody would know the model.
+        up, enough = max(up, 1), max(enough, 1)
     limit, held = settings.targets.tier_limit, False
     if limit is not None and load.wait_share >= limit and up > load.target_replicas > 0:
         up, enough, held = load.target_replicas, load.target_replicas, True

@@ -180,7 +180,7 @@ def test_up_after_a_while_and_down_after_calm() -> None:
     busy = snapshot(running_sequences=20, target_replicas=1)
     targets, memory = run(settings, busy, 6, Memory())
     assert targets == [1, 1, 1, 3, 3, 3]
-    quiet = snapshot(target_replicas=3)
+    quiet = snapshot(target_replicas=3, reporting_replicas=3)
     targets, _ = run(settings, quiet, 30, memory, start=6)
     # The last wish for three was at 5; none at all has been enough since 6.
     assert targets == [3] * 10 + [0] * 20
@@ -199,8 +199,18 @@ def test_one_busy_moment_keeps_what_it_needs_for_the_calm_time() -> None:
 
 def test_the_last_replica_waits_longer() -> None:
     settings = dataclasses.replace(COUNTS, delays=Delays(up_s=0, calm_s=2, zero_s=6))
-    targets, _ = run(settings, snapshot(target_replicas=1), 9, Memory())
+    idle = snapshot(target_replicas=1, reporting_replicas=1)
+    targets, _ = run(settings, idle, 9, Memory())
     assert targets == [1] * 7 + [0] * 2
+
+
+def test_the_first_replica_is_not_ended_while_it_starts() -> None:
+    settings = dataclasses.replace(COUNTS, delays=Delays(up_s=0, calm_s=2, zero_s=2))
+    targets, memory = run(settings, snapshot(target_replicas=1), 60, Memory())
+    assert targets == [1] * 60
+    started = snapshot(target_replicas=1, reporting_replicas=1)
+    targets, _ = run(settings, started, 6, memory, start=60)
+    assert targets == [1, 1, 0, 0, 0, 0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), max_size=60), st.integers(0, 9))
