@@ -1,15 +1,28 @@
-"""How many GPU-worker replicas a load deserves: one pure function, and the Serve policy around it.
+"""The autoscaling policy that Serve runs for the GPU workers: a shell around one pure decision.
 
-Imports neither Ray nor our other modules: Serve ships this module by value to its controller and
-hands in a context of its own. Delays, scaling factors and the last clamp are Serve's.
+Reads Serve's context, asks `cluster/autoscaling_decision.py`, hands back what to remember. Imports
+no Ray. Serve ships this module by value to its controller and imports the two beside it there, so
+the package must be installed where the controller runs (it must be for the workers as well).
+Serve's own delays and factors are to be neutral (0 s, 1): the policy has its own.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any, Protocol
+
+from cluster.autoscaling_decision import (
+    DEFAULT_CALM_S,
+    DEFAULT_UP_S,
+    Delays,
+    Memory,
+    Settings,
+    decide,
+)
+from cluster.autoscaling_rules import LoadSnapshot, ServiceTimes, Targets, Worker
 
 RUNNING_SEQUENCES = "moetier_running_sequences"
 """Gauge of a replica: sequences that hold a slot."""
@@ -17,84 +30,18 @@ WAITING_SEQUENCES = "moetier_waiting_sequences"
 """Gauge of a replica: sequences that were accepted and hold no slot yet."""
 WAITING_TOKENS = "moetier_waiting_tokens"
 """Gauge of a replica: prompt tokens not yet computed, of running and waiting sequences."""
-
-SEQUENCES_PER_REPLICA = 8.0
-"""Default target; of the order of the slots of one replica."""
-WAITING_TOKENS_PER_REPLICA = 4096.0
-"""Default target; a few seconds of prefill for a replica."""
+ARRIVALS = "moetier_arrivals_per_s"
+"""Gauge of a replica: requests accepted each second, lately; so are the rates that follow."""
+PROMPT_TOKENS = "moetier_prompt_tokens_per_s"
+ANSWER_TOKENS = "moetier_answer_tokens_per_s"
+STEPS = "moetier_steps_per_s"
+BUSY_SHARE = "moetier_busy_share"
+"""Gauge of a replica: part of the time that it was in a step."""
+WAIT_SHARE = "moetier_wait_share"
+"""Gauge of a replica: part of its steps' time that it waited for copies or near-data answers."""
 
 POLICY_IMPORT_PATH = "cluster.autoscaling:GpuWorkerPolicy"
 """What `autoscaling_config.policy.policy_function` names in a Serve config."""
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """The load at which one replica is full.
-
-    - sequences_per_replica: sequences, running or waiting, that one replica should hold.
-    - waiting_tokens_per_replica: prompt tokens, not yet computed, that one replica may owe.
-
-    Raises ValueError unless both are positive and finite.
-    """
-
-    sequences_per_replica: float = SEQUENCES_PER_REPLICA
-    waiting_tokens_per_replica: float = WAITING_TOKENS_PER_REPLICA
-
-    def __post_init__(self) -> None:
-        for name in ("sequences_per_replica", "waiting_tokens_per_replica"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{name}: got {value!r}, expected a positive number")
-            if not math.isfinite(value) or value <= 0:
-                raise ValueError(f"{name}: got {value}, expected a positive, finite number")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadSnapshot:
-    """Load of one deployment at one moment, summed over its replicas, and the limits to stay in.
-
-    The loads are floats because Serve averages gauges over its look-back window.
-    Raises ValueError for a negative or non-finite load and for limits that exclude each other.
-    """
-
-    running_sequences: float
-    waiting_sequences: float
-    waiting_tokens: float
-    queued_requests: float  # at Serve's handles, accepted by no replica yet
-    min_replicas: int
-    max_replicas: int
-
-    def __post_init__(self) -> None:
-        loads = ("running_sequences", "waiting_sequences", "waiting_tokens", "queued_requests")
-        for name in loads:
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name}: got {value}, expected a finite number >= 0")
-        if not 0 <= self.min_replicas <= self.max_replicas:
-            raise ValueError(
-                f"limits: got min_replicas {self.min_replicas}, max_replicas {self.max_replicas}, "
-                "expected 0 <= min_replicas <= max_replicas"
-            )
-
-
-def desired_replicas(snapshot: LoadSnapshot, targets: Targets) -> int:
-    """Replicas that serve this load with none over its targets, within the snapshot's limits.
-
-        by_sequences = (running + waiting + queued) / sequences_per_replica
-        by_tokens    = waiting_tokens / waiting_tokens_per_replica
-        desired      = clamp(ceil(max(by_sequences, by_tokens)), min_replicas, max_replicas)
-
-    Two terms, because either can fill a replica alone: many short sequences take all slots, one
-    long prompt holds up every step. Requests still queued at a handle have an unknown length, so
-    they count as sequences only. Absolute, not relative to the present count: asking twice gives
-    the same answer while replicas start, which Serve's delay logic relies on.
-    """
-    sequences = snapshot.running_sequences + snapshot.waiting_sequences + snapshot.queued_requests
-    by_sequences = sequences / targets.sequences_per_replica
-    by_tokens = snapshot.waiting_tokens / targets.waiting_tokens_per_replica
-    # Dividing two huge loads by tiny targets may overflow to inf, which has no ceiling.
-    wanted = min(max(by_sequences, by_tokens), float(snapshot.max_replicas))
-    return max(math.ceil(wanted), snapshot.min_replicas)
 
 
 class ServeContext(Protocol):
@@ -109,9 +56,15 @@ class ServeContext(Protocol):
     @property
     def total_queued_requests(self) -> float: ...
     @property
+    def target_num_replicas(self) -> int: ...
+    @property
     def capacity_adjusted_min_replicas(self) -> int: ...
     @property
     def capacity_adjusted_max_replicas(self) -> int: ...
+    @property
+    def policy_state(self) -> Mapping[str, Any] | None: ...
+    @property
+    def current_time(self) -> float | None: ...
 
 
 def snapshot_of(ctx: ServeContext) -> LoadSnapshot:
@@ -128,6 +81,7 @@ def snapshot_of(ctx: ServeContext) -> LoadSnapshot:
         return math.fsum(reported[replica] for replica in reporting if replica in reported)
 
     running = total(RUNNING_SEQUENCES) if reporting else ctx.total_running_requests
+    num = max(len(reporting), 1)
     return LoadSnapshot(
         running_sequences=running,
         waiting_sequences=total(WAITING_SEQUENCES),
@@ -135,22 +89,56 @@ def snapshot_of(ctx: ServeContext) -> LoadSnapshot:
         queued_requests=ctx.total_queued_requests or 0.0,
         min_replicas=ctx.capacity_adjusted_min_replicas,
         max_replicas=ctx.capacity_adjusted_max_replicas,
+        target_replicas=ctx.target_num_replicas,
+        reporting_replicas=len(reporting),
+        arrivals_per_s=total(ARRIVALS),
+        prompt_tokens_per_s=total(PROMPT_TOKENS),
+        answer_tokens_per_s=total(ANSWER_TOKENS),
+        steps_per_s=total(STEPS),
+        busy_share=total(BUSY_SHARE) / num,
+        wait_share=total(WAIT_SHARE) / num,
     )
 
 
 class GpuWorkerPolicy:
     """Serve's class-based policy: built once from `policy_kwargs`, called about every 0.1 s.
 
-    Never blocks and keeps no state. Raises ValueError for targets that are not positive numbers.
+    The keyword arguments are, all together, the fields of `Targets`, `ServiceTimes` and `Worker`,
+    and upscale_delay_s, downscale_delay_s and downscale_to_zero_delay_s. Never blocks; what it
+    remembers is in Serve's policy state. Raises ValueError for what is unknown or makes no sense.
     """
 
-    def __init__(
-        self,
-        sequences_per_replica: float = SEQUENCES_PER_REPLICA,
-        waiting_tokens_per_replica: float = WAITING_TOKENS_PER_REPLICA,
-    ) -> None:
-        self._targets = Targets(sequences_per_replica, waiting_tokens_per_replica)
+    def __init__(self, **kwargs: Any) -> None:
+        self.settings = settings_of(kwargs)
 
     def __call__(self, ctx: ServeContext) -> tuple[int, dict[str, Any]]:
-        """(desired replicas, state to keep: none)."""
-        return desired_replicas(snapshot_of(ctx), self._targets), {}
+        """(desired replicas, what to remember)."""
+        now_s = time.time() if ctx.current_time is None else ctx.current_time
+        memory = Memory.of(ctx.policy_state or {})
+        decision = decide(snapshot_of(ctx), memory, now_s, self.settings)
+        return decision.num_replicas, decision.memory.as_state()
+
+
+def settings_of(kwargs: Mapping[str, Any]) -> Settings:
+    """The policy's settings from plain values. Raises ValueError naming the one that is wrong."""
+    delays = ("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s")
+    of_targets = {field.name for field in fields(Targets)}
+    of_service = {field.name for field in fields(ServiceTimes)}
+    of_worker = {field.name for field in fields(Worker)}
+    known = sorted({*of_targets, *of_service, *of_worker, *delays})
+    if unknown := sorted(set(kwargs) - set(known)):
+        raise ValueError(f"{unknown[0]}: unknown to the policy; it knows {', '.join(known)}")
+    service = {name: kwargs[name] for name in of_service & set(kwargs)}
+    if service and (missing := sorted(of_service - set(service))):
+        raise ValueError(f"{missing[0]}: got nothing, but {min(service)}; give all of service")
+    calm_s = kwargs.get("downscale_delay_s", DEFAULT_CALM_S)
+    return Settings(
+        targets=Targets(**{name: kwargs[name] for name in of_targets & set(kwargs)}),
+        service=ServiceTimes(**service) if service else None,
+        delays=Delays(
+            up_s=kwargs.get("upscale_delay_s", DEFAULT_UP_S),
+            calm_s=calm_s,
+            zero_s=kwargs.get("downscale_to_zero_delay_s", calm_s),
+        ),
+        worker=Worker(**{name: kwargs[name] for name in of_worker & set(kwargs)}),
+    )

@@ -30,6 +30,7 @@ COMMANDS = {
     "replay": "what expert caches find on a recorded trace, against Belady's optimum",
     "study": "what error-bounded experts cost, by depth of layer and heat of expert",
     "plan": "predict speed and bottleneck of a cluster for a model, from the cost model",
+    "tune": "find autoscaling settings for a trace, in a simulated cluster",
     "generate": "continue a prompt in this process, without Ray",
     "serve": "start the cluster with its OpenAI-style HTTP endpoint",
     "rollout": "another store for a running cluster, worker after worker, and back",

@@ -16,16 +16,15 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig
 
-from cluster.autoscaling import POLICY_IMPORT_PATH
 from cluster.cli import installed_version
 from cluster.config import ClusterConfig
 from cluster.deployed import Deployed, DeployedBy
 from cluster.door import check_worker_if_readable
 from cluster.ingress import Ingress
 from cluster.orchestrator import TierManager, TierSettings
-from cluster.settings import AutoscalingSettings, split_label
+from cluster.settings import split_label
 from cluster.tier_link import connect, open_directory
 from gpu_worker.actor import GpuWorker, WorkerSettings
 
@@ -98,7 +97,9 @@ def compose(
         ),
         config.http,
     )
-    return ingress.bind(worker, tiers, config.http)
+    scaling = config.replicas.autoscaling
+    needs_worker = scaling is None or scaling.min_replicas > 0
+    return ingress.bind(worker, tiers, config.http, needs_worker)
 
 
 def num_gpus(config: ClusterConfig) -> float:
@@ -125,7 +126,10 @@ def _worker_deployment(config: ClusterConfig) -> Any:
     capacity = config.worker.max_sequences + replicas.max_waiting
     how_many: dict[str, Any] = {"num_replicas": replicas.num_replicas}
     if replicas.autoscaling is not None:
-        how_many = {"autoscaling_config": _autoscaling(replicas.autoscaling, capacity)}
+        scaling = replicas.autoscaling.serve_config(
+            slots=config.worker.max_sequences, prefill_chunk=config.worker.prefill_chunk
+        )
+        how_many = {"autoscaling_config": AutoscalingConfig(**scaling)}
     return serve.deployment(
         GpuWorker,
         name="GpuWorker",
@@ -138,20 +142,6 @@ def _worker_deployment(config: ClusterConfig) -> Any:
         max_surge_percent=replicas.max_surge_percent,
         **_shutdown(replicas.drain_s),
         **how_many,
-    )
-
-
-def _autoscaling(settings: AutoscalingSettings, capacity: int) -> AutoscalingConfig:
-    return AutoscalingConfig(
-        min_replicas=settings.min_replicas,
-        max_replicas=settings.max_replicas,
-        upscale_delay_s=settings.upscale_delay_s,
-        downscale_delay_s=settings.downscale_delay_s,
-        target_ongoing_requests=capacity,  # of Serve's own policy; ours has its targets
-        policy=AutoscalingPolicy(
-            policy_function=POLICY_IMPORT_PATH,
-            policy_kwargs=dataclasses.asdict(settings.targets),
-        ),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,6 +20,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from cluster.attempts import WorkerLostError
 from cluster.deployed import Deployed
 from cluster.openai_errors import ApiError
+from cluster.request_trace import RecordingWorker
 from cluster.routes import Routes, create_app
 from cluster.settings import HttpSettings
 from cluster.snapshot import ClusterSnapshot, IngressStats
@@ -42,15 +44,26 @@ SHARE_INTERVAL_S = 3.0
 class Ingress:
     """One ingress replica."""
 
-    def __init__(self, worker: Any, tiers: Any, settings: HttpSettings) -> None:
+    def __init__(
+        self, worker: Any, tiers: Any, settings: HttpSettings, needs_worker: bool = True
+    ) -> None:
+        self._needs_worker = needs_worker
         self._worker = RoutedWorker(worker, tiers)
         self._tiers = RemoteTiers(tiers, settings.retry_after_s)
         self._settings = settings
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         replica = serve.get_replica_context().replica_id.unique_id
+        worker: Any = self._worker
+        if self._settings.record_requests is not None:
+            worker = RecordingWorker(worker, Path(self._settings.record_requests), replica)
         app = create_app(
-            self._worker, self._tiers, self._settings, replica=replica, stamp_request_id=False
+            worker,
+            self._tiers,
+            self._settings,
+            replica=replica,
+            stamp_request_id=False,
+            needs_worker=self._needs_worker,
         )
         self._routes: Routes = app.state.routes
         self._sharing = asyncio.create_task(self._share())

@@ -62,6 +62,13 @@ def _work(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
         yield f"moetier_{field}_total", "counter", text, samples
     wait: list[Sample] = [({"replica": w.replica}, w.counters.get("wait_s", 0)) for w in workers]
     yield "moetier_wait_seconds_total", "counter", "Time steps waited for expert bytes.", wait
+    near: list[Sample] = [
+        ({"replica": w.replica}, w.counters.get("near_wait_s", 0)) for w in workers
+    ]
+    help_text = "Of that, time they waited for near-data answers."
+    yield "moetier_near_data_wait_seconds_total", "counter", help_text, near
+    busy: list[Sample] = [({"replica": w.replica}, w.busy_s) for w in workers]
+    yield "moetier_busy_seconds_total", "counter", "Time spent in steps.", busy
     ended: list[Sample] = [
         ({"replica": w.replica, "how": how}, count)
         for w in workers

@@ -51,12 +51,14 @@ def create_app(
     *,
     replica: str = "local",
     stamp_request_id: bool = True,
+    needs_worker: bool = True,
 ) -> FastAPI:
     """All routes of the endpoint; `app.state.routes` is the `Routes` behind them.
 
-    `stamp_request_id` is False behind a proxy that puts x-request-id on responses itself.
+    `stamp_request_id` is False behind a proxy that puts x-request-id on responses itself;
+    `needs_worker` is False where no worker at all is a healthy state (autoscaling to zero).
     """
-    routes = Routes(worker, tiers, settings, replica)
+    routes = Routes(worker, tiers, settings, replica, needs_worker)
     app = FastAPI(title="moetier", docs_url=None, redoc_url=None)
     app.state.routes = routes
     app.add_middleware(RequestLog, answered=routes.answered, stamp=stamp_request_id)
@@ -76,7 +78,15 @@ def create_app(
 class Routes:
     """The routes' bodies, and what one ingress replica has answered."""
 
-    def __init__(self, worker: Worker, tiers: Tiers, settings: HttpSettings, replica: str) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        tiers: Tiers,
+        settings: HttpSettings,
+        replica: str,
+        needs_worker: bool = True,
+    ) -> None:
+        self._needs_worker = needs_worker
         self._worker = worker
         self._tiers = tiers
         self._settings = settings
@@ -109,7 +119,8 @@ class Routes:
 
     async def health(self) -> Response:
         """GET /health: 200 only when a GPU worker has reported within the last 3 s (it does so
-        every second, busy or not) and every tier answered when it was last asked.
+        every second, busy or not) and every tier answered when it was last asked. Where none is
+        needed, because autoscaling may end the last one, the tiers alone count.
         """
         again = self._settings.retry_after_s
         try:
@@ -120,7 +131,8 @@ class Routes:
             message = f"no answer from a GPU worker and the tier manager in {HEALTH_TIMEOUT_S:g} s"
             raise ApiError(503, message, code="unavailable", retry_after_s=again) from error
         # A worker that is busy reports all the same, so load alone never looks like an illness.
-        problems = [*snapshot.problems, *([] if snapshot.workers else ["no GPU worker reports"])]
+        is_missing = self._needs_worker and not snapshot.workers
+        problems = [*snapshot.problems, *(["no GPU worker reports"] if is_missing else [])]
         if problems:
             message = "; ".join(problems)
             raise ApiError(503, message, code="unavailable", retry_after_s=again)

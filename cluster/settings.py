@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-from cluster.autoscaling import Targets
+from cluster.autoscaling import POLICY_IMPORT_PATH
+from cluster.autoscaling_rules import ServiceTimes, Targets
 from expert_store.redis_url import RedisAddress, parse_redis_url
 
 Transport = Literal["object_store", "grpc"]
@@ -98,24 +99,76 @@ class NdpSettings:
 
 @dataclass(frozen=True, slots=True)
 class AutoscalingSettings:
-    """How many GPU workers run, decided from what they have to do.
+    """How many GPU workers run, decided from what they have to do. `moetier tune` finds values.
 
-    - min_replicas, max_replicas: bounds of the number of workers.
-    - upscale_delay_s, downscale_delay_s: seconds the wish must last before it is followed.
-    - targets: the load at which one worker is full.
+    - min_replicas, max_replicas: bounds of the number of workers. With a minimum of 0 the last one
+      ends when nothing was asked for downscale_to_zero_delay_s; the next request starts one.
+    - upscale_delay_s: seconds that more workers must be needed before they are started.
+    - downscale_delay_s, downscale_to_zero_delay_s: seconds in which fewer, or none, must have been
+      enough all the time.
+    - look_back_s: seconds over which the load is averaged.
+    - metrics_interval_s: how often workers report their load.
+    - targets: the load at which one worker is full, or the waiting that is still good.
+    - service: what a step costs and what requests are like, for targets in seconds: step_s,
+      sequence_s, prompt_token_s, prompt_tokens and answer_tokens, as `moetier tune` prints them.
     """
 
     min_replicas: int = 1
     max_replicas: int = 4
     upscale_delay_s: float = 10.0
     downscale_delay_s: float = 300.0
+    downscale_to_zero_delay_s: float = 600.0
+    look_back_s: float = 10.0
+    metrics_interval_s: float = 1.0
     targets: Targets = field(default_factory=Targets)
+    service: ServiceTimes | None = None
 
     def __post_init__(self) -> None:
-        _within("min_replicas", self.min_replicas, 1, 1000)
-        _within("max_replicas", self.max_replicas, self.min_replicas, 1000)
+        _within("min_replicas", self.min_replicas, 0, 1000)
+        _within("max_replicas", self.max_replicas, max(self.min_replicas, 1), 1000)
         _within("upscale_delay_s", self.upscale_delay_s, 0, 86400)
         _within("downscale_delay_s", self.downscale_delay_s, 0, 86400)
+        _within("downscale_to_zero_delay_s", self.downscale_to_zero_delay_s, 0, 86400)
+        _within("look_back_s", self.look_back_s, 0.5, 3600)
+        _within("metrics_interval_s", self.metrics_interval_s, 0.1, 600)
+        if self.look_back_s <= self.metrics_interval_s:
+            raise ValueError(
+                f"look_back_s: got {self.look_back_s}, expected more than metrics_interval_s, "
+                f"{self.metrics_interval_s}"
+            )
+        if self.targets.predicts and self.service is None:
+            raise ValueError(
+                "service: got null, but targets.ttft_s and targets.per_token_s are predicted from "
+                "it; paste what moetier tune prints, or leave both targets out"
+            )
+
+    def policy_kwargs(self, *, slots: int, prefill_chunk: int) -> dict[str, Any]:
+        """What the policy is built from, as plain values; both arguments as the worker's config."""
+        return {
+            **asdict(self.targets),
+            **({} if self.service is None else asdict(self.service)),
+            "upscale_delay_s": self.upscale_delay_s,
+            "downscale_delay_s": self.downscale_delay_s,
+            "downscale_to_zero_delay_s": self.downscale_to_zero_delay_s,
+            "slots": slots,
+            "prefill_chunk": prefill_chunk,
+        }
+
+    def serve_config(self, *, slots: int, prefill_chunk: int) -> dict[str, Any]:
+        """Serve's `autoscaling_config` for it, as plain values."""
+        kwargs = self.policy_kwargs(slots=slots, prefill_chunk=prefill_chunk)
+        return {
+            "min_replicas": self.min_replicas,
+            # One to begin with: until one has run nobody knows the model, nor whether it can run.
+            "initial_replicas": max(self.min_replicas, 1),
+            "max_replicas": self.max_replicas,
+            # The policy has delays of its own; Serve's would come on top.
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": 0.0,
+            "look_back_period_s": self.look_back_s,
+            "metrics_interval_s": self.metrics_interval_s,
+            "policy": {"policy_function": POLICY_IMPORT_PATH, "policy_kwargs": kwargs},
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +220,8 @@ class HttpSettings:
     - request_timeout_s: seconds a request may take in all; then it is cancelled and answered 408.
     - max_queued: requests that wait at one ingress for busy workers; more are answered 429.
     - retry_after_s: what a 429 or 503 tells the client to wait, in seconds.
+    - record_requests: folder on each ingress' machine where times and token counts of requests,
+      never their text, are written for `moetier tune`; null writes none.
     """
 
     host: str = "127.0.0.1"
@@ -176,6 +231,7 @@ class HttpSettings:
     request_timeout_s: float = 600.0
     max_queued: int = 64
     retry_after_s: int = 1
+    record_requests: str | None = None
 
     def __post_init__(self) -> None:
         if not self.host:

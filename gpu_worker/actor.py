@@ -20,6 +20,7 @@ import ray
 from ray import serve
 
 from gpu_worker.config import WorkerConfig
+from gpu_worker.load_rates import LoadRates
 from gpu_worker.messages import Event, ExpertUses, GenerateRequest, ModelDescription
 from gpu_worker.protocols import ExpertSource, NearData
 
@@ -112,6 +113,7 @@ class GpuWorker:
         self._link = await asyncio.to_thread(self._connect, endpoints, store)
         replica = serve.get_replica_context().replica_id.unique_id
         self._service = await asyncio.to_thread(_open, store, self._settings, self._link, replica)
+        self._rates = LoadRates()
         self._store = store
         self._holding = asyncio.create_task(self._hold())
         self._reporting = asyncio.create_task(self._report())
@@ -135,12 +137,7 @@ class GpuWorker:
         """What the autoscaling policy decides on (`cluster/autoscaling.py`)."""
         if self._store is None:
             return {}  # it still opens
-        stats = self._service.load()
-        return {
-            "moetier_running_sequences": stats.running_sequences,
-            "moetier_waiting_sequences": stats.waiting_sequences,
-            "moetier_waiting_tokens": stats.waiting_tokens,
-        }
+        return self._rates.gauges(self._service.load(), time.monotonic())
 
     async def __del__(self) -> None:
         if hasattr(self, "_reporting"):

@@ -117,7 +117,8 @@ class WorkerStats:
     ended (a finish reason or a failure kind), `degraded_requests` those answered to their end with
     less than the store promises. `version` is the store's. `governed_tokens` were computed with
     less than full quality to keep a latency target; `knobs` are what the governor has set now, by
-    name. `expert_uses` are what it asked most of the memory tier since they were told last.
+    name. `busy_s` is the time spent in steps. `expert_uses` are what it asked most of the memory
+    tier since they were told last.
     """
 
     replica: str
@@ -134,3 +135,4 @@ class WorkerStats:
     degraded_requests: int = 0
     version: str | None = None
     expert_uses: tuple[ExpertUses, ...] = ()
+    busy_s: float = 0.0

@@ -41,7 +41,7 @@ MAX_STEP_S = 300.0
 class EngineService:
     """One engine, many concurrent requests. Owns and closes the engine.
 
-    `clock` gives seconds: to tell a hung step, and how long compensators were gone.
+    `clock` gives seconds: how long steps take, whether one hangs, how long compensators were gone.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class EngineService:
         self._steps = self._computed_tokens = self._output_tokens = self._governed_tokens = 0
         self._crash: BaseException | None = None
         self._busy_since: float | None = None
+        self._busy_s = 0.0
         self._stats = self._snapshot()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -203,7 +204,10 @@ class EngineService:
             if (event := self._engine.cancel(request_id)) is not None:
                 self._deliver(event)
         if self._engine.has_work:
-            self._update(self._engine.step())
+            started_s = self._clock()
+            output = self._engine.step()
+            self._busy_s += self._clock() - started_s
+            self._update(output)
         if not self._engine.has_work:
             self._engine.check_integrity()
         self._busy_since = None
@@ -279,4 +283,5 @@ class EngineService:
             knobs={} if governor is None else governor.knobs,
             degraded_requests=self._degraded_requests,
             version=self._description.version,
+            busy_s=self._busy_s,
         )

@@ -31,6 +31,7 @@ ONLY_IN = {  # third-party name -> the modules that may import it
         "cluster/ingress.py",
         "cluster/orchestrator.py",
         "cluster/rollout.py",
+        "cluster/tune/serve_decision.py",  # Serve's decisions, in simulated time; starts no Ray
     ),
     "grpc": ("*/rpc.py",),
     "triton": ("kernels/triton_*.py",),

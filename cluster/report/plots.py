@@ -194,3 +194,24 @@ def curves(
         if len(lines) <= len(COLOURS):
             axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         return _svg(figure)
+
+
+def timelines(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], *, x_label: str
+) -> str:
+    """A panel for each label of a y axis, one over another over the same time; in each a stepped
+    line for each name, of the same colour in all of them."""
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    with _drawing(8.2, 1.6 + 1.5 * len(panels)) as (figure, axes):
+        axes.remove()
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for panel, (label, lines) in zip(grid, panels.items(), strict=True):
+            for name, points in lines.items():
+                colour = COLOURS[names.index(name) % len(COLOURS)]
+                xs, ys = [x for x, _ in points], [y for _, y in points]
+                panel.step(xs, ys, where="post", color=colour, lw=0.9, label=name)
+            panel.set_ylabel(label)
+            panel.set_ylim(bottom=0)
+        grid[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+        grid[-1].set_xlabel(x_label)
+        return _svg(figure)

@@ -70,13 +70,18 @@ def test_policy_drives_serve_up_and_down(local_ray) -> None:
         autoscaling_config={
             "min_replicas": 1,
             "max_replicas": 2,
-            "upscale_delay_s": 0.5,
-            "downscale_delay_s": 0.5,
+            "upscale_delay_s": 0,
+            "downscale_delay_s": 0,
             "look_back_period_s": 1.5,
             "metrics_interval_s": 0.5,
             "policy": {
                 "policy_function": POLICY_IMPORT_PATH,
-                "policy_kwargs": {"sequences_per_replica": 4, "waiting_tokens_per_replica": 100},
+                "policy_kwargs": {
+                    "sequences_per_replica": 4,
+                    "waiting_tokens_per_replica": 100,
+                    "upscale_delay_s": 0.5,
+                    "downscale_delay_s": 0.5,
+                },
             },
         },
     )

@@ -55,6 +55,14 @@ BAD = {
         "replicas: {autoscaling: {min_replicas: 3, max_replicas: 2}}",
         ["replicas.autoscaling.max_replicas", "3 to 1000"],
     ),
+    "range: window": (
+        "replicas: {autoscaling: {look_back_s: 1, metrics_interval_s: 1}}",
+        ["replicas.autoscaling.look_back_s", "more than metrics_interval_s"],
+    ),
+    "targets without times": (
+        "replicas: {autoscaling: {targets: {ttft_s: 2}}}",
+        ["replicas.autoscaling.service", "moetier tune"],
+    ),
     "range: targets": (
         "replicas: {autoscaling: {targets: {sequences_per_replica: 0}}}",
         ["replicas.autoscaling.targets.sequences_per_replica", "positive"],

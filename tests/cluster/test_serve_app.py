@@ -7,6 +7,7 @@ the ingress' adapters run over handles of this process that fail as Serve's do.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +24,13 @@ import cluster.app
 from cluster import autoscaling
 from cluster.app import build, num_gpus
 from cluster.attempts import Attempts, Count
+from cluster.autoscaling_rules import Targets, Worker
 from cluster.config import ClusterConfig, config_from_mapping
 from cluster.ingress import QUEUE_FULL, RemoteTiers, RoutedWorker
 from cluster.openai_errors import ApiError
 from cluster.snapshot import IngressStats
 from gpu_worker.actor import GpuWorker
+from gpu_worker.load_rates import LoadRates
 from gpu_worker.messages import (
     Event,
     Failed,
@@ -125,20 +128,30 @@ def test_autoscaling_is_our_policy_with_its_targets() -> None:
     args = {**ARGS, "replicas": {"autoscaling": scaled}}
     config = deployments(args)["GpuWorker"]._deployment_config.autoscaling_config
     assert (config.min_replicas, config.max_replicas) == (1, 3)
-    assert config.policy.policy_kwargs == {
-        "sequences_per_replica": 4,
-        "waiting_tokens_per_replica": autoscaling.WAITING_TOKENS_PER_REPLICA,
-    }
+    policy = autoscaling.GpuWorkerPolicy(**config.policy.policy_kwargs)
+    assert policy.settings.targets == Targets(sequences_per_replica=4)
+    assert policy.settings.worker == Worker(slots=3, prefill_chunk=256)
+    # The policy has delays of its own; Serve's would come on top.
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (0, 0)
 
 
 def test_a_worker_reports_under_the_names_that_the_policy_reads() -> None:
-    service = SimpleNamespace(load=lambda: WorkerStats("r", 1, 2, 3))
-    worker: Any = SimpleNamespace(_service=service, _store="/s")
-    assert GpuWorker.record_autoscaling_stats(worker) == {
+    snapshots = [WorkerStats("r", 1, 2, 3), WorkerStats("r", 1, 2, 3, steps=4, busy_s=1.0)]
+    worker: Any = SimpleNamespace(
+        _service=SimpleNamespace(load=lambda: snapshots.pop(0)), _rates=LoadRates(), _store="/s"
+    )
+    first = GpuWorker.record_autoscaling_stats(worker)
+    assert first == {
         autoscaling.RUNNING_SEQUENCES: 1,
         autoscaling.WAITING_SEQUENCES: 2,
         autoscaling.WAITING_TOKENS: 3,
     }
+    names = {
+        getattr(autoscaling, name)
+        for name in ("ARRIVALS", "PROMPT_TOKENS", "ANSWER_TOKENS", "STEPS", "BUSY_SHARE")
+    }
+    later = worker._rates.gauges(snapshots[0], time.monotonic() + 10)
+    assert set(later) == {*first, *names, autoscaling.WAIT_SHARE}
 
 
 def test_what_is_bound_can_be_sent_to_a_replica() -> None:

@@ -67,3 +67,9 @@ def test_health_follows_a_worker_that_was_killed_within_three_reports() -> None:
     assert caught.value.status == 503
     reports.add("w2", WorkerStats("w2", 0, 0, 0))
     assert asyncio.run(routes.health()).status_code == 200
+
+
+def test_no_worker_is_healthy_where_autoscaling_may_end_the_last_one() -> None:
+    tiers = TiersOf(Reports[WorkerStats](WORKER_EXPIRY_S, Clock()))
+    routes = Routes(tiers, tiers, HttpSettings(), "i", needs_worker=False)  # type: ignore[arg-type]
+    assert asyncio.run(routes.health()).status_code == 200
