@@ -13,6 +13,7 @@ import os
 import secrets
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 
 import httpx2
 
+from benchmarks.deploy_parts.asking import PROMPTS, Asked, answer_of
 from benchmarks.deploy_parts.pods import (
     HEAD,
     Pod,
@@ -51,18 +53,6 @@ NO_NODE_S = 10.0
 """How long the worker pods stay away once the config is put: a node may come up late."""
 CALL_S = 120.0
 CLIENTS = 4
-MAX_TOKENS = 8
-PROMPTS = ("The return statement", "A list is a mutable sequence", "To be, or not to be")
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One request: whether it was streamed, and its text or what went wrong."""
-
-    prompt: str
-    is_stream: bool
-    text: str = ""
-    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +89,9 @@ class Trial:
         self._overlay, self._documents = overlay, documents
         self._cluster = self._service["spec"]["rayClusterConfig"]
         self.pods = overlay_pods(documents, self._service)
+        self._workers = [p for p in self.pods if p.group is not None and p.name != HEAD]
+        self.config = serve_config(self._service)
+        self._changes = tuple(fit_this_machine(self.config))
         self._addresses = {
             pod.name: f"{SUBNET}.{number}" for number, pod in enumerate(self.pods, start=1)
         }
@@ -134,24 +127,68 @@ class Trial:
 
     def run(self, requests: int) -> Report:
         """Start all, ask, and tell. Raises RuntimeError when it does not come up."""
-        workers = [pod for pod in self.pods if pod.group is not None and pod.name != HEAD]
+        started_s = self.start()
+        asked = tuple(self.ask(requests))
+        return Report(self._overlay, self.pods, self._changes, started_s, self._replicas(), asked)
+
+    def start(self) -> float:
+        """Seconds from the worker pods' start until Serve said RUNNING. Raises as `run`."""
         for pod in self.pods:
-            if pod not in workers:
+            if pod not in self._workers:
                 self._boot(pod)
         self._until(lambda: self._applications() is not None, "the dashboard")
-        config = serve_config(self._service)
-        changes = tuple(fit_this_machine(config))
-        self._call("PUT", config)
+        self.put(self.config)
         time.sleep(NO_NODE_S)
         self._check_waiting()
         begun_s = time.monotonic()
-        for pod in workers:
+        for pod in self._workers:
             self._boot(pod)
         self._until(self._runs, "the application")
-        started_s = time.monotonic() - begun_s
-        doors = self._until(lambda: self._doors(workers), "a ready pod")
-        asked = self._ask(doors, requests)
-        return Report(self._overlay, self.pods, changes, started_s, self._replicas(), tuple(asked))
+        return time.monotonic() - begun_s
+
+    def put(self, config: Mapping[str, Any]) -> None:
+        """Have Serve apply a config, as the operator does when serveConfigV2 changes."""
+        self._call("PUT", config)
+
+    def ask(self, requests: int) -> list[Asked]:
+        """So many, a few at once, of the pods that are ready; returns when all have ended."""
+        doors: list[str] = self._until(self._doors, "a ready pod")
+        model = self.model()["id"]
+
+        def one(number: int) -> Asked:
+            asked = Asked(PROMPTS[number % len(PROMPTS)], bool(number % 2))
+            try:
+                with self._client() as http:
+                    return answer_of(http, doors[number % len(doors)], model, asked)
+            except (httpx2.HTTPError, ValueError, KeyError) as error:
+                return Asked(asked.prompt, asked.is_stream, problem=repr(error))
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            return list(pool.map(one, range(requests)))
+
+    def model(self) -> dict[str, Any]:
+        """What a pod that is ready tells of the model that is served."""
+        doors: list[str] = self._until(self._doors, "a ready pod")
+        with self._client() as http:
+            (told,) = http.get(f"{doors[0]}/v1/models").raise_for_status().json()["data"]
+        found: dict[str, Any] = told
+        return found
+
+    def execute(self, name: str, *words: str) -> str:
+        """What a command prints on a Ray pod, as by `kubectl exec`. Raises RuntimeError."""
+        (pod,) = [each for each in self.pods if each.name == name]
+        pid = min(process.pid for process in self.network[name].processes("raylet/raylet"))
+        done = subprocess.run(
+            ["nsenter", "-t", str(pid), "-m", "-n", "-p", "-i", "-u", "--", *words],
+            env={**os.environ, **self._variables(pod)},
+            capture_output=True,
+            text=True,
+            timeout=CALL_S,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(words)} on {name}: {done.stderr[-2000:]}")
+        return done.stdout
 
     def _boot(self, pod: Pod) -> None:
         if pod.group is None:
@@ -160,7 +197,11 @@ class Trial:
             command = ray_command(pod, self._cluster, self._addresses[pod.name])
         path = self._volumes.folder / f"{pod.name}.sh"
         path.write_text(script(pod, self._volumes, command))
-        variables = {
+        self.network[pod.name].start(["bash", str(path)], self._variables(pod))
+        logger.info("%s: %s is up", self._overlay, pod.name)
+
+    def _variables(self, pod: Pod) -> dict[str, str]:
+        return {
             # What the image brings along.
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
@@ -169,8 +210,6 @@ class Trial:
             "OMP_NUM_THREADS": "1",  # hosts share the cores
             **environment(pod, self._cluster, self._volumes, self._token),
         }
-        self.network[pod.name].start(["bash", str(path)], variables)
-        logger.info("%s: %s is up", self._overlay, pod.name)
 
     def _check_waiting(self) -> None:
         """Before there is a worker node, nothing may have failed: Serve tries only three times."""
@@ -184,11 +223,11 @@ class Trial:
             raise RuntimeError(f"Serve gave up: {json.dumps(told)[:3000]}")
         return told.get("status") == "RUNNING"
 
-    def _doors(self, workers: Sequence[Pod]) -> list[str]:
+    def _doors(self) -> list[str]:
         """URLs of the pods that their readiness probe calls ready."""
         return [
             f"http://{self._addresses[pod.name]}:{HTTP_PORT}"
-            for pod in workers
+            for pod in self._workers
             if self._is_ready(pod)
         ]
 
@@ -198,21 +237,6 @@ class Trial:
         with self._client() as http, contextlib.suppress(httpx2.HTTPError):
             return http.get(url).status_code == 200
         return False
-
-    def _ask(self, doors: Sequence[str], requests: int) -> list[Asked]:
-        with self._client() as http:
-            (model,) = http.get(f"{doors[0]}/v1/models").json()["data"]
-
-        def one(number: int) -> Asked:
-            asked = Asked(PROMPTS[number % len(PROMPTS)], bool(number % 2))
-            try:
-                with self._client() as http:
-                    return _answer(http, doors[number % len(doors)], model["id"], asked)
-            except (httpx2.HTTPError, ValueError, KeyError) as error:
-                return Asked(asked.prompt, asked.is_stream, problem=repr(error))
-
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            return list(pool.map(one, range(requests)))
 
     def _replicas(self) -> dict[str, tuple[str, ...]]:
         pods = {address: name for name, address in self._addresses.items()}
@@ -258,21 +282,3 @@ class Trial:
                 return value
             time.sleep(1)
         raise RuntimeError(f"{what}: not there within {START_S:g} s; logs: {self._volumes.folder}")
-
-
-def _answer(http: httpx2.Client, door: str, model: str, asked: Asked) -> Asked:
-    body = {"model": model, "prompt": asked.prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
-    body |= {"ignore_eos": True, "stream": asked.is_stream}
-    answer = http.post(f"{door}/v1/completions", json=body)
-    if answer.status_code != 200:
-        problem = f"status {answer.status_code}: {answer.text[:300]}"
-        return Asked(asked.prompt, asked.is_stream, problem=problem)
-    if not asked.is_stream:
-        text = answer.json()["choices"][0]["text"]
-        return Asked(asked.prompt, asked.is_stream, text)
-    events = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
-    if events[-1] != "[DONE]":
-        problem = f"the stream ended with {events[-1][:300]}"
-        return Asked(asked.prompt, asked.is_stream, problem=problem)
-    text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
-    return Asked(asked.prompt, asked.is_stream, text)

@@ -7,11 +7,16 @@ the manifest's `ray start` parameters, labels, volumes, init containers, Secrets
 
 from __future__ import annotations
 
+import copy
+import shutil
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from benchmarks.deploy_parts.asking import Asked
 from benchmarks.deploy_parts.pods import (
     Pod,
     Volumes,
@@ -22,12 +27,17 @@ from benchmarks.deploy_parts.pods import (
     script,
     service_names,
 )
-from benchmarks.deploy_parts.trial import Asked, Report
-from benchmarks.deploy_try import OVERLAYS, attempt, check_tools, page
+from benchmarks.deploy_parts.trial import Report, Trial
+from benchmarks.deploy_try import OVERLAYS, WORK_ROOT, attempt, check_tools, page
 from benchmarks.offload_parts.hosts import HostsUnavailable
 from cluster.manifests import serve_config
+from cluster.stores import bundled_store, compressed_store
+from expert_store.config import CompressionConfig
+from expert_store.format import load_manifest
+from models import MIXTRAL_MINI
 
 HA = "deploy/overlays/gpu-ha"
+ROLL_S = 240
 SECRETS = {"moetier-redis": {"password": "a-password"}}
 
 
@@ -145,6 +155,13 @@ def test_a_report_tells_what_is_not_as_promised(changed, problem: str | None) ->
     assert "| head | headGroupSpec: volumes |" in page([made])
 
 
+def skip_where_there_are_no_hosts() -> None:
+    try:
+        check_tools()
+    except HostsUnavailable as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
@@ -152,10 +169,7 @@ def test_a_report_tells_what_is_not_as_promised(changed, problem: str | None) ->
 def test_the_manifest_runs_and_answers(
     overlay: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    try:
-        check_tools()
-    except HostsUnavailable as error:
-        pytest.skip(str(error))
+    skip_where_there_are_no_hosts()
     monkeypatch.setenv("MOETIER_CACHE", str(cache))
     tried = attempt(overlay, requests=12)
     assert tried.problems == ()
@@ -164,3 +178,46 @@ def test_the_manifest_runs_and_answers(
     assert set(tried.replicas) == {"TierManager", "GpuWorker", "Ingress"}
     group = "memory" if overlay == "cpu-local" else "gpu"
     assert all(name.startswith(group) for name in tried.replicas["GpuWorker"])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_what_rollout_prints_rolls_a_store_in_and_fails_no_request(
+    rendered, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As deploy/OPERATING.md tells: ask a memory pod, add what it prints, apply; take it out."""
+    skip_where_there_are_no_hosts()
+    monkeypatch.setenv("MOETIER_CACHE", str(cache))
+    documents = rendered["deploy/overlays/gpu-small"]
+    with (
+        tempfile.TemporaryDirectory(prefix="moetier-deploy-", dir=WORK_ROOT) as folder,
+        Trial("gpu-small", documents, bundled_store(), Path(folder)) as trial,
+    ):
+        trial.start()
+        before = trial.model()["version"]
+        newer = compressed_store(MIXTRAL_MINI, CompressionConfig("fast"))
+        shutil.copytree(newer, Path(folder) / "claim" / "model-2")
+        store = "/var/lib/moetier/stores/model-2"
+        printed = yaml.safe_load(trial.execute("memory-1", "moetier", "rollout", "--print", store))
+        changed = copy.deepcopy(trial.config)
+        (application,) = changed["applications"]
+        parts = {part["name"]: part for part in application["deployments"]}
+        for part in printed["deployments"]:
+            parts[part["name"]] = {**parts.get(part["name"], {}), **part}
+        application["deployments"] = list(parts.values())
+
+        trial.put(changed)
+        after = load_manifest(newer).version
+        ask_until_it_serves(trial, after)
+        trial.put(trial.config)
+        ask_until_it_serves(trial, before)
+
+
+def ask_until_it_serves(trial: Trial, version: str) -> None:
+    """Requests one batch after another, each answered, until that version has answered some."""
+    end = time.monotonic() + ROLL_S
+    while trial.model()["version"] != version:
+        assert time.monotonic() < end, trial.model()
+        assert [each.problem for each in trial.ask(4) if each.problem] == []
+    assert [each.problem for each in trial.ask(4) if each.problem] == []
