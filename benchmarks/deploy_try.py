@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -65,7 +66,8 @@ def page(reports: Sequence[Report]) -> str:
         "# Overlays that ran",
         "",
         f"Written by `python -m benchmarks.deploy_try` on {today}: each pod is a host of its own",
-        "(namespaces of network, processes and mounts) of one machine with two cores.",
+        "(namespaces of network, processes and mounts) of one machine with "
+        f"{os.cpu_count()} cores.",
         "",
         "| overlay | pods | until it ran, s | requests | answered | not as promised |",
         "|---|---|---|---|---|---|",
@@ -105,7 +107,7 @@ def _overlay(report: Report) -> Iterator[str]:
 
 
 def main() -> int:
-    """0 when every overlay did as its manifest promises, 1 when not, 2 when it cannot run here."""
+    """0 when every overlay did as its manifest promises, 1 when not, 2 when none can run here."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -125,6 +127,9 @@ def main() -> int:
     except (HostsUnavailable, ValueError) as error:
         sys.stderr.write(f"deploy_try: {error}\n")
         return 2
+    except RuntimeError as error:
+        sys.stderr.write(f"deploy_try: {error}\n")
+        return 1
     text = page(reports)
     print(text)
     output = args.output or (None if args.overlays else PAGE)

@@ -19,7 +19,7 @@ from cluster.settings import OUTLAST_S, split_label
 Mapped = Mapping[str, Any]
 
 TOKEN_S = 0.05
-"""What one token of an answer is taken to need, at the slow end of what people read with."""
+"""What one token of an answer is taken to need: 20 a second, a guess on the slow side."""
 ANSWER_TOKENS = 4096
 """The longest answer to expect where worker.max_context does not bound it."""
 DRAIN_SECONDS = re.compile(r"^\d+$")

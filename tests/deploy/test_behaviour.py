@@ -78,7 +78,7 @@ def test_a_groups_parameters_labels_and_limits_go_to_ray(ha) -> None:
     assert "--min-worker-port=10002" in words
     head = ray_command(pods["head"], cluster, "10.0.0.1")
     assert "--num-cpus=0" in head
-    assert head.endswith('--redis-password="$REDIS_PASSWORD"'), "and not in the command line's text"
+    assert head.endswith('--redis-password="$REDIS_PASSWORD"'), "from its environment"
 
 
 def test_the_operators_variables_are_set(ha, volumes) -> None:
