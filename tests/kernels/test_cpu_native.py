@@ -32,7 +32,7 @@ from kernel_matrices import (
 )
 
 from kernels import cpu_native, reference
-from kernels.cpu_native import Isa
+from kernels.cpu_native import Isa, Numbers
 from kernels.packing import pack, pack_symmetric
 from kernels.types import Activation, GatedMLP, Grid, LowRank, MlpCall, QuantizedMatrix
 
@@ -137,13 +137,18 @@ def test_gated_mlp(isa: Isa, grid: Grid, bits: int, biases: bool) -> None:
 
 
 @every_isa
+@pytest.mark.parametrize(
+    ("numbers", "tolerance"), [("int8", INT8_MLP_TOLERANCE), ("fp32", FP32_TOLERANCE)]
+)
 @pytest.mark.parametrize("activation", get_args(Activation))
-def test_every_activation(isa: Isa, activation: Activation) -> None:
+def test_every_activation(
+    isa: Isa, activation: Activation, numbers: Numbers, tolerance: float
+) -> None:
     """Inputs large enough that sigmoids saturate and the clamped form clamps."""
     mlp = random_mlp(128, 128, 4, activation=activation, biases=True)
     x = random_inputs(9, 128) * 8
-    (got,) = cpu_native.gated_mlp_many([MlpCall(x, mlp)], isa=isa)
-    assert relative_rms(got, reference.gated_mlp(x, mlp)) < INT8_MLP_TOLERANCE
+    (got,) = cpu_native.gated_mlp_many([MlpCall(x, mlp)], numbers=numbers, isa=isa)
+    assert relative_rms(got, reference.gated_mlp(x, mlp)) < tolerance
 
 
 @every_isa
