@@ -15,22 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.keeper import Keeper, TierLost
-from cluster.placement import MAX_NODES_TOLD, Node, Placed, tier_needs
+from cluster.placement import MAX_NODES_TOLD, Node, Placed
 from cluster.segments import expert_sizes
-from cluster.settings import DirectorySettings, NdpSettings, StoreSettings
+from cluster.settings import DirectorySettings, NdpSettings, StoreSettings, split_label
+from cluster.sized_keeper import SizedKeeper
 from cluster.snapshot import ClusterSnapshot, IngressStats, Reports
 from cluster.spread import SpreadRules, wants_spread
 from cluster.spread_keeper import SpreadKeeper
+from cluster.tier_actors import (
+    TierLost,
+)
 from cluster.tier_link import Endpoints, open_directory
 from cluster.tier_sets import TierKeeper, TierSets
 from expert_store.actor import StoreActor, StoreHandle
 from expert_store.errors import StoreError
 from expert_store.format import load_manifest
 from expert_store.holder import HolderStatus
+from expert_store.listing import HolderLoad
 from gpu_worker.actor import REPORT_INTERVAL_S
 from gpu_worker.messages import ModelDescription, WorkerStats
 from ndp_worker.actor import NdpActor
@@ -173,19 +178,27 @@ class TierManager:
     async def _keeper(self, store: str) -> TierKeeper:
         settings, launcher = self._settings, RayLauncher(self._settings, store)
         options: Any = {
-            "start_timeout_s": settings.store.start_timeout_s,
             "clock": time.monotonic,
             # No two sets of tiers count alike, those of a manager that was restarted included: a
             # worker would take the new one's endpoints for those that it knows.
             "first_generation": time.time_ns(),
         }
+        nodes = await launcher.nodes()
         if settings.store.placement != "full":
             manifest = await asyncio.to_thread(load_manifest, Path(store))
             sizes = expert_sizes(manifest, together=True)
-            if wants_spread(settings.store, sizes, await launcher.nodes()):
+            if wants_spread(settings.store, sizes, nodes):
                 rules = SpreadRules(sizes, settings.store, settings.ndp)
-                return SpreadKeeper(launcher, rules, **options)
-        return Keeper(launcher, tier_needs(settings.store, settings.ndp), **options)
+                timeout_s = settings.store.start_timeout_s
+                return SpreadKeeper(launcher, rules, start_timeout_s=timeout_s, **options)
+        return SizedKeeper(
+            launcher,
+            settings.store,
+            settings.ndp,
+            nodes,
+            workers=self._workers.current,
+            **options,
+        )
 
 
 class RayLauncher:
@@ -232,6 +245,22 @@ class RayLauncher:
             raise TierLost(_first_lines(error), is_final=final) from error
         except RayTaskError as error:
             raise TierLost(f"its describe failed: {error.cause!r}", is_final=False) from error
+
+    async def load(self, handle: Any) -> HolderLoad:
+        try:
+            load: HolderLoad = await handle.load.remote()
+            return load
+        except RayError as error:
+            raise TierLost(_first_lines(error), is_final=False) from error
+
+    async def request_nodes(self, label: str | None, num: int) -> None:
+        selector = split_label(label)
+        await asyncio.to_thread(
+            request_resources,
+            # An actor of ours sets no CPU aside; a node is asked for by one.
+            bundles=[{"CPU": 1}] * num,
+            bundle_label_selectors=[selector] * num,
+        )
 
     async def stop(self, handle: Any) -> None:
         try:
