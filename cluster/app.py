@@ -32,9 +32,9 @@ from cluster.door import (
     wait_healthy,
 )
 from cluster.environment import config_path, prepare_for_ray
-from cluster.orchestrator import live_nodes
 from cluster.placement import place, sole_node_cpus, sole_node_labels, tier_needs, worker_need
 from cluster.processes import Process, descendants, end, named, uninterrupted
+from cluster.ray_launcher import live_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +156,9 @@ def _init_ray(**options: Any) -> None:
 
 def _deploy(config: ClusterConfig) -> str:
     """Run the application until it is healthy; the model's name."""
-    needs = tier_needs(config.store, config.ndp)
-    place([*needs, worker_need(config.replicas, num_gpus(config))], live_nodes())
+    nodes = live_nodes()
+    needs = tier_needs(config.store, config.ndp, nodes)
+    place([*needs, worker_need(config.replicas, num_gpus(config))], nodes)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly", http_options={"host": config.http.host, "port": config.http.port}

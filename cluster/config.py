@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from cluster.autoscaling_settings import AutoscalingSettings
 from cluster.environment import default_store
 from cluster.settings import (
     DirectorySettings,
@@ -132,7 +131,8 @@ def _documented(config: Any, *, indent: int) -> list[str]:
             continue
         lines.append(f"{margin}{item.name}: {_scalar(value)}")
         if item.name == "autoscaling":
-            inner = _documented(AutoscalingSettings(), indent=indent + 1)
+            section: Any = get_args(hints[item.name])[0]  # of "Settings | None"
+            inner = _documented(section(), indent=indent + 1)
             lines.append(f"{margin}# autoscaling:")
             lines += [f"{margin}#{line.removeprefix(margin)}" for line in inner]
     return lines

@@ -23,7 +23,8 @@ from cluster.config import ClusterConfig
 from cluster.deployed import Deployed, DeployedBy
 from cluster.door import check_worker_if_readable
 from cluster.ingress import Ingress
-from cluster.orchestrator import TierManager, TierSettings
+from cluster.orchestrator import TierManager
+from cluster.ray_launcher import TierSettings
 from cluster.settings import OUTLAST_S, split_label
 from cluster.tier_link import connect, open_directory
 from gpu_worker.actor import GpuWorker, WorkerSettings

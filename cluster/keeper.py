@@ -9,55 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
 
 from cluster.placement import Need, Node, Placed, PlacementError, place
 from cluster.snapshot import Role, TierStatus
-from expert_store.errors import StoreError
+from cluster.tier_actors import Launcher, Running, TierLost, TierStartError
 from expert_store.holder import HolderStatus
 from gpu_worker.messages import ExpertUses
 
 logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 5.0
+LEAVE_S = 10.0
+"""An actor that is one too many serves on for so long: by then the workers know, and are done."""
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
-
-
-class TierStartError(StoreError):
-    """A tier actor did not come up; the message names it, its node and the cause."""
-
-
-class TierLost(Exception):
-    """An actor did not answer. `is_final` says that it never will again."""
-
-    def __init__(self, message: str, *, is_final: bool) -> None:
-        super().__init__(message)
-        self.is_final = is_final
-
-
-class Launcher(Protocol):
-    """Whoever can start actors. `start` returns a handle that only the launcher reads."""
-
-    async def nodes(self) -> Sequence[Node]: ...
-
-    async def start(self, placed: Placed) -> Any: ...
-
-    async def ask(self, handle: Any) -> HolderStatus:
-        """How the actor is. Raises TierLost; may wait for one that is starting."""
-        ...
-
-    async def stop(self, handle: Any) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """An actor that answers: its handle, and what it last said of itself."""
-
-    role: Role
-    handle: Any
-    status: HolderStatus
 
 
 @dataclass(slots=True)
@@ -98,7 +66,8 @@ class Keeper:
         first_generation: int = 0,
     ) -> None:
         self._launcher = launcher
-        self._kept = tuple(_Kept(need) for need in needs)
+        self._kept = [_Kept(need) for need in needs]
+        self._leaving: list[tuple[float, Any]] = []  # when to stop an actor that is one too many
         self._start_timeout_s = start_timeout_s
         self._clock = clock
         self._draining: set[str] = set()
@@ -136,6 +105,32 @@ class Keeper:
         """Whether no actor runs on a node that is to leave."""
         return all(kept.node is None or kept.node.node_id != node_id for kept in self._kept)
 
+    def num_of(self, section: str) -> int:
+        """How many actors of a section should run."""
+        return sum(kept.need.section == section for kept in self._kept)
+
+    def resize(self, section: str, num: int) -> None:
+        """From now on `num` actors of a section that has some; the next rounds see to it.
+
+        Of those too many the ones that do not answer go first, then the last.
+        """
+        kept = [each for each in self._kept if each.need.section == section]
+        if not kept or num < 1:
+            raise ValueError(f"resize: got {num} of {section}, which has {len(kept)}")
+        names = {each.need.name for each in kept}
+        free = (name for i in count() if (name := f"{section}-{i}") not in names)
+        for _ in range(num - len(kept)):
+            self._kept.append(_Kept(replace(kept[0].need, name=next(free))))
+        kept.sort(key=lambda each: (each.problem is not None, each.need.name), reverse=True)
+        for each in kept[: max(0, len(kept) - num)]:
+            self._kept.remove(each)
+            self.generation += 1
+            logger.info("%s is one too many", each.need.name)
+            successor = None if each.successor is None else each.successor.handle
+            for handle in (each.handle, successor):
+                if handle is not None:
+                    self._leaving.append((self._clock() + LEAVE_S, handle))
+
     async def start(self) -> None:
         """Place and start all, and wait until each answers.
 
@@ -153,12 +148,18 @@ class Keeper:
     async def tend(self) -> None:
         """One round over all actors."""
         await asyncio.gather(*(self._tend(kept) for kept in self._kept))
+        now = self._clock()
+        done = [handle for at, handle in self._leaving if at <= now]
+        self._leaving = [each for each in self._leaving if each[0] > now]
+        await asyncio.gather(*(self._launcher.stop(handle) for handle in done))
 
     async def close(self) -> None:
         """Stop all."""
         successors = [kept.successor for kept in self._kept if kept.successor is not None]
         all_kept = (*self._kept, *successors)
         handles = [kept.handle for kept in all_kept if kept.handle is not None]
+        handles += [handle for _, handle in self._leaving]
+        self._leaving = []
         for kept in self._kept:
             kept.handle, kept.successor, kept.problem = None, None, "stopped"
         await asyncio.gather(*(self._launcher.stop(handle) for handle in handles))
@@ -193,14 +194,22 @@ class Keeper:
 
     async def _replace(self, kept: _Kept) -> None:
         try:
-            (where,) = place([kept.need], await self._open_nodes())
+            where = await self._place(kept)
         except PlacementError as error:
             self._failed(kept, str(error))
             return
         await self._launch(kept, where)
 
-    async def _open_nodes(self) -> Sequence[Node]:
-        return [n for n in await self._launcher.nodes() if n.node_id not in self._draining]
+    async def _place(self, kept: _Kept) -> Placed:
+        """A node for one, away from the others of its section. Raises PlacementError."""
+        nodes = [n for n in await self._launcher.nodes() if n.node_id not in self._draining]
+        beside = [
+            (other.need.section, other.node.node_id)
+            for other in self._kept
+            if other is not kept and other.node is not None and other.handle is not None
+        ]
+        (where,) = place([kept.need], nodes, beside)
+        return where
 
     async def _move(self, kept: _Kept) -> None:
         """Off a node that is drained: the one elsewhere answers before this one is stopped."""
@@ -208,7 +217,7 @@ class Keeper:
             if self._clock() < kept.retry_at:
                 return
             try:
-                (where,) = place([kept.need], await self._open_nodes())
+                where = await self._place(kept)
             except PlacementError as error:
                 self._cannot_move(kept, str(error))
                 return

@@ -1,7 +1,8 @@
 """The tier manager: a small Serve deployment that starts, heals and hands out the tier actors.
 
-The one place that creates StoreActors and NdpActors. What to do when is `cluster/keeper.py`, where
-they go is `cluster/placement.py`, which stores are served is `cluster/tier_sets.py`.
+What to do when is `cluster/keeper.py`, how many there are `cluster/sized_keeper.py`, where they go
+`cluster/placement.py`, which stores are served `cluster/tier_sets.py`, how it is done with Ray
+`cluster/ray_launcher.py`.
 """
 
 from __future__ import annotations
@@ -9,38 +10,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnschedulableError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from cluster.keeper import Keeper, TierLost
-from cluster.placement import MAX_NODES_TOLD, Node, Placed, tier_needs
+from cluster.placement import MAX_NODES_TOLD
+from cluster.ray_launcher import RayLauncher, TierSettings, live_nodes
 from cluster.segments import expert_sizes
-from cluster.settings import DirectorySettings, NdpSettings, StoreSettings
+from cluster.sized_keeper import SizedKeeper
 from cluster.snapshot import ClusterSnapshot, IngressStats, Reports
 from cluster.spread import SpreadRules, wants_spread
 from cluster.spread_keeper import SpreadKeeper
-from cluster.tier_link import Endpoints, open_directory
+from cluster.tier_link import Endpoints
 from cluster.tier_sets import TierKeeper, TierSets
-from expert_store.actor import StoreActor, StoreHandle
+from expert_store.actor import StoreHandle
 from expert_store.errors import StoreError
 from expert_store.format import load_manifest
-from expert_store.holder import HolderStatus
 from gpu_worker.actor import REPORT_INTERVAL_S
 from gpu_worker.messages import ModelDescription, WorkerStats
-from ndp_worker.actor import NdpActor
-from ndp_worker.config import NdpConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +37,6 @@ WORKER_EXPIRY_S = 3 * REPORT_INTERVAL_S
 """A GPU worker that has not reported for so long is not counted as running: /health follows it."""
 INGRESS_EXPIRY_S = 10.0
 """An ingress shares its counts every 3 s."""
-STOP_TIMEOUT_S = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class TierSettings:
-    """The sections of the config that the tiers are made of.
-
-    Which store it is does not belong to it (`store.path` is not read): that comes with
-    `TierManager.reconfigure`, so that a new one does not restart the manager and every tier.
-    """
-
-    store: StoreSettings
-    ndp: NdpSettings
-    directory: DirectorySettings
 
 
 class TierDrainError(StoreError):
@@ -179,74 +153,27 @@ class TierManager:
     async def _keeper(self, store: str) -> TierKeeper:
         settings, launcher = self._settings, RayLauncher(self._settings, store)
         options: Any = {
-            "start_timeout_s": settings.store.start_timeout_s,
             "clock": time.monotonic,
             # No two sets of tiers count alike, those of a manager that was restarted included: a
             # worker would take the new one's endpoints for those that it knows.
             "first_generation": time.time_ns(),
         }
+        nodes = await launcher.nodes()
         if settings.store.placement != "full":
             manifest = await asyncio.to_thread(load_manifest, Path(store))
             sizes = expert_sizes(manifest, together=True)
-            if wants_spread(settings.store, sizes, await launcher.nodes()):
+            if wants_spread(settings.store, sizes, nodes):
                 rules = SpreadRules(sizes, settings.store, settings.ndp)
-                return SpreadKeeper(launcher, rules, **options)
-        return Keeper(launcher, tier_needs(settings.store, settings.ndp), **options)
-
-
-class RayLauncher:
-    """Starts tier actors with Ray. They are owned, so they end with the tier manager's process."""
-
-    def __init__(self, settings: TierSettings, store: str) -> None:
-        self._settings = settings
-        self._store = store
-        self._directory = open_directory(settings.directory)
-
-    async def nodes(self) -> Sequence[Node]:
-        return await asyncio.to_thread(live_nodes)
-
-    async def start(self, placed: Placed) -> Any:
-        options: dict[str, Any] = {
-            "num_cpus": 0,
-            # Ray restarts a process that died, behind the same handle and on the same node.
-            "max_restarts": -1,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(placed.node.node_id, soft=False),
-        }
-        store_actor: Any = StoreActor  # what ray.remote makes of the class, mypy does not know
-        ndp_actor: Any = NdpActor
-        if placed.need.section == "store":
-            return store_actor.options(**options).remote(
-                self._store,
-                placed.keys,
-                ports=self._settings.store.port_range,
-                directory=self._directory,
-            )
-        config = NdpConfig(
-            num_threads=self._settings.ndp.num_threads or "auto",
-            ports=self._settings.ndp.port_range,
+                timeout_s = settings.store.start_timeout_s
+                return SpreadKeeper(launcher, rules, start_timeout_s=timeout_s, **options)
+        return SizedKeeper(
+            launcher,
+            settings.store,
+            settings.ndp,
+            nodes,
+            workers=self._workers.current,
+            **options,
         )
-        return ndp_actor.options(**options).remote(
-            self._store, placed.keys, config=config, directory=self._directory
-        )
-
-    async def ask(self, handle: Any) -> HolderStatus:
-        try:
-            status: HolderStatus = await handle.describe.remote()
-            return status
-        except (RayActorError, ActorUnschedulableError) as error:
-            # Its node has died and it may run nowhere else; or it has died for good.
-            final = isinstance(error, (ActorDiedError, ActorUnschedulableError))
-            raise TierLost(_first_lines(error), is_final=final) from error
-        except RayTaskError as error:
-            raise TierLost(f"its describe failed: {error.cause!r}", is_final=False) from error
-
-    async def stop(self, handle: Any) -> None:
-        try:
-            async with asyncio.timeout(STOP_TIMEOUT_S):
-                await handle.stop.remote()
-        except (RayError, TimeoutError) as error:
-            logger.info("an actor did not stop by itself: %s", _first_lines(error))
-        ray.kill(handle)
 
 
 def _endpoints(keeper: TierKeeper) -> Endpoints:
@@ -256,22 +183,3 @@ def _endpoints(keeper: TierKeeper) -> Endpoints:
         tuple(StoreHandle(r.handle, r.status.listing) for r in running if r.role == "store"),
         tuple(r.status.listing for r in running if r.role == "ndp"),
     )
-
-
-def live_nodes() -> tuple[Node, ...]:
-    """The live nodes of the cluster that this process is connected to."""
-    return tuple(
-        Node(n["NodeID"], n["NodeManagerAddress"], n.get("Labels", {}), n.get("Resources", {}))
-        for n in ray.nodes()
-        if n["Alive"]
-    )
-
-
-def _first_lines(error: BaseException) -> str:
-    """What an actor died of, without the frames of Ray's own traceback."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, Exception):
-        return str(cause)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith(("File ", "^", "Traceback"))]
-    return " ".join(told[:1] + told[-1:]) if told else type(error).__name__

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.settings import NdpSettings, ReplicaSettings, StoreSettings, split_label
@@ -50,13 +50,28 @@ class PlacementError(ValueError):
     """No node can take an actor; the message names the label, the nodes and what to do."""
 
 
-def tier_needs(store: StoreSettings, ndp: NdpSettings) -> tuple[Need, ...]:
-    """The store actors, then the near-data workers. They set no CPU aside for themselves."""
-    stores = [Need(f"store-{i}", "store", store.label) for i in range(store.replicas)]
-    workers = [
-        Need(f"ndp-{i}", "ndp", ndp.label) for i in range(ndp.replicas if ndp.enabled else 0)
-    ]
+def tier_needs(
+    store: StoreSettings, ndp: NdpSettings, nodes: Sequence[Node] = ()
+) -> tuple[Need, ...]:
+    """The store actors, then the near-data workers. They set no CPU aside for themselves.
+
+    Where a number of replicas is not given it is `usual_replicas` of these nodes.
+    """
+    num_stores = store.replicas or usual_replicas(store.label, nodes)
+    num_workers = (ndp.replicas or usual_replicas(ndp.label, nodes)) if ndp.enabled else 0
+    stores = [Need(f"store-{i}", "store", store.label) for i in range(num_stores)]
+    workers = [Need(f"ndp-{i}", "ndp", ndp.label) for i in range(num_workers)]
     return (*stores, *workers)
+
+
+def labelled(label: str | None, nodes: Sequence[Node]) -> int:
+    """How many nodes carry a label ("key=value"; None is any)."""
+    return sum(split_label(label).items() <= node.labels.items() for node in nodes)
+
+
+def usual_replicas(label: str | None, nodes: Sequence[Node]) -> int:
+    """Two where two nodes carry the label, so that one may be lost; else one."""
+    return max(1, min(2, labelled(label, nodes)))
 
 
 def worker_need(replicas: ReplicaSettings, num_gpus: float) -> Need:
@@ -94,12 +109,15 @@ def sole_node_labels(
     return labels
 
 
-def place(needs: Sequence[Need], nodes: Sequence[Node]) -> tuple[Placed, ...]:
-    """A node for every need, actors of one section spread evenly, whatever the order of the nodes.
+def place(
+    needs: Sequence[Need], nodes: Sequence[Node], beside: Iterable[tuple[str, str]] = ()
+) -> tuple[Placed, ...]:
+    """A node for every need, actors of one section spread evenly, whatever the order of the nodes;
+    `beside` are the (section, node id) of those that run already.
 
     Raises PlacementError that tells of every need without a node.
     """
-    load: Counter[tuple[str, str]] = Counter()
+    load: Counter[tuple[str, str]] = Counter(beside)
     placed: list[Placed] = []
     missing: dict[str, Need] = {}
     for need in needs:

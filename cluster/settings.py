@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.autoscaling_settings import AutoscalingSettings
+from cluster.memory_scaling import MemoryScalingSettings
 from cluster.strict import within
 from expert_store.redis_url import RedisAddress, parse_redis_url
 
@@ -30,7 +31,10 @@ class StoreSettings:
     - placement: full (every actor holds all), spread (every node with the label holds a part, so
       that copies of each expert lie on several and hot ones on more), or auto: spread where some
       node has no room for all but all together have room for the copies, else full.
-    - replicas: with full, copies, one actor each, spread over the nodes that carry the label.
+    - replicas: with full, copies, one actor each, spread over the nodes that carry the label; null
+      is two where two nodes carry it, else one.
+    - autoscaling: with full, replicas and near-data workers by use of links; null is as many as
+      replicas says.
     - copies: with spread, of every expert, on different nodes; fewer where there are fewer nodes.
     - node_bytes: with spread or auto, bytes of records that a node may hold; null is 60 % of the
       memory that Ray knows of it.
@@ -46,7 +50,8 @@ class StoreSettings:
 
     path: str = "auto"
     placement: Placement = "auto"
-    replicas: int = 1
+    replicas: int | None = None
+    autoscaling: MemoryScalingSettings | None = None
     copies: int = 2
     node_bytes: int | None = None
     transport: Transport = "object_store"
@@ -64,6 +69,11 @@ class StoreSettings:
                 "compresses: set transport grpc, or compression none"
             )
         within("replicas", self.replicas, 1, 64)
+        if self.autoscaling is not None and (self.replicas or self.placement != "full"):
+            raise ValueError(
+                "autoscaling: given together with replicas, or with a placement that is not full; "
+                "set placement full and leave replicas out, or set autoscaling to null"
+            )
         within("copies", self.copies, 1, 16)
         within("node_bytes", self.node_bytes, 1 << 20, 1 << 50)
         _check_label(self.label)
@@ -76,15 +86,15 @@ class NdpSettings:
     """Near-data workers: they run experts beside the store, so only activations travel.
 
     - enabled: whether they are started; worker.near_data then becomes low_bit if it is off.
-    - replicas: number of workers, spread over the nodes that carry the label; where the store is
-      spread, one on every node of it that carries the label.
+    - replicas: number of workers, spread over the nodes that carry the label; null is two where two
+      nodes carry it, else one. Where the store is spread, one on every node of it with the label.
     - num_threads: compute threads of each; null is the cores of its node.
     - label: Ray node label, "key=value", that a node must carry; null is any node.
     - port_range: TCP ports, "first-last", as store.port_range; null is any free port.
     """
 
     enabled: bool = False
-    replicas: int = 1
+    replicas: int | None = None
     num_threads: int | None = None
     label: str | None = "moetier.io/ndp=true"
     port_range: str | None = None

@@ -18,15 +18,17 @@ from cluster.keeper import (
     FIRST_BACKOFF_S,
     MAX_BACKOFF_S,
     Keeper,
-    Launcher,
-    Running,
-    TierStartError,
 )
 from cluster.placement import Node, Placed, PlacementError
 from cluster.segment_placement import place_segments
 from cluster.segments import MemoryNode, NodeSegment, Segments
 from cluster.snapshot import TierStatus
 from cluster.spread import SpreadRules
+from cluster.tier_actors import (
+    Launcher,
+    Running,
+    TierStartError,
+)
 from expert_store.holder import HolderStatus
 from gpu_worker.messages import ExpertUses
 

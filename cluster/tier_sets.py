@@ -13,8 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Protocol
 
-from cluster.keeper import FIRST_BACKOFF_S, MAX_BACKOFF_S, Running
+from cluster.keeper import (
+    FIRST_BACKOFF_S,
+    MAX_BACKOFF_S,
+)
 from cluster.snapshot import TierStatus
+from cluster.tier_actors import (
+    Running,
+)
 from expert_store.errors import StoreError
 from gpu_worker.messages import ExpertUses
 

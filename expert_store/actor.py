@@ -25,7 +25,7 @@ from expert_store.failover import Attempts, Copy, check_deadline
 from expert_store.fetching import Call, Fetch, lost
 from expert_store.health import CopyHealth, ReadingStatistics
 from expert_store.holder import Holder, HolderStatus, OpenDirectory
-from expert_store.listing import Listing
+from expert_store.listing import HolderLoad, Listing
 from expert_store.rpc import RecordServer
 from expert_store.segment import Segment, locate, readonly_tensor
 from expert_store.types import ExpertKey, Manifest, RecordRequest
@@ -74,6 +74,10 @@ class StoreActor:
     def describe(self) -> HolderStatus:
         """Its listing (name, node, version, gRPC addresses, keys), sizes and process."""
         return self._holder.status
+
+    def load(self) -> HolderLoad:
+        """What it gave away since it began."""
+        return HolderLoad(served_bytes=self._segment.served_bytes)
 
     def refs(self, version: str, requests: Sequence[RecordRequest]) -> list[ray.ObjectRef]:
         """Objects of records, numpy uint8, in request order; put once, owned by this actor.

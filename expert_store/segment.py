@@ -57,6 +57,7 @@ class Segment:
         self._damaged: dict[tuple[ExpertKey, RecordKind], str] = {}
         self._repaired: dict[tuple[ExpertKey, RecordKind], torch.Tensor] = {}
         self._lock = threading.Lock()
+        self._served_bytes = 0
 
     @property
     def store(self) -> Path:
@@ -85,7 +86,16 @@ class Segment:
         request that no store could answer, ExpertUnavailableError for a record that is not here,
         CorruptRecordError for one whose bytes do not match their checksum.
         """
-        return [self._view(request) for request in requests]
+        views = [self._view(request) for request in requests]
+        with self._lock:
+            self._served_bytes += sum(view.numel() for view in views)
+        return views
+
+    @property
+    def served_bytes(self) -> int:
+        """Bytes of all records that were fetched since the start."""
+        with self._lock:
+            return self._served_bytes
 
     @property
     def quarantined(self) -> frozenset[tuple[ExpertKey, RecordKind]]:

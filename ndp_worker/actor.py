@@ -13,6 +13,7 @@ from pathlib import Path
 import ray
 
 from expert_store.holder import Holder, HolderStatus, OpenDirectory
+from expert_store.listing import HolderLoad
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey
 from kernels.ops import pin_threads
@@ -46,14 +47,14 @@ class NdpActor:
                 "pin_threads: not to be had here, threads stay where the system puts them"
             )
         segment = Segment(Path(store), keys)
-        executor = Executor(segment, num_threads=config.num_threads, backend=config.backend)
+        self._executor = Executor(segment, num_threads=config.num_threads, backend=config.backend)
         context = ray.get_runtime_context()
         self._holder = Holder(
             segment,
             "near_data",
             partial(
                 NdpServer,
-                executor,
+                self._executor,
                 max_connections=config.max_connections,
                 max_message_bytes=config.max_message_bytes,
             ),
@@ -67,6 +68,10 @@ class NdpActor:
     def describe(self) -> HolderStatus:
         """Its listing (name, node, version, gRPC addresses, keys), sizes and process."""
         return self._holder.status
+
+    def load(self) -> HolderLoad:
+        """How long it computed since it began."""
+        return HolderLoad(busy_s=self._executor.busy_s)
 
     def stop(self) -> None:
         """Withdraw from the directory and stop serving; the actor can be killed afterwards."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -52,6 +54,7 @@ class Executor:
         # Of each expert the prefix that was asked for last: which one it is seldom changes.
         self._repairs: dict[ExpertKey, tuple[int | None, GatedRepair]] = {}
         self._lock = threading.Lock()
+        self.busy_s = 0.0  # time spent in calls, since the start
 
     @property
     def manifest(self) -> Manifest:
@@ -67,7 +70,7 @@ class Executor:
         exist, a StoreError when codes cannot be read.
         """
         check_work(hidden_TH, work, self.manifest.model.expert.hidden)
-        with self._lock:
+        with self._lock, self._busy():
             experts = self._parsed([item.key for item in work])
             repairs = [self._repair(item) for item in work]
             calls = [
@@ -85,6 +88,14 @@ class Executor:
             if item.restored and repair is None
         ]
         return ExpertOutputs(output_PH, tuple(degraded))
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.busy_s += time.monotonic() - began_s
 
     def _parsed(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, GatedMLP]:
         """The experts, views that are kept; what had to be decoded (sz3) is not, it would fill the

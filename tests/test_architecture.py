@@ -29,7 +29,7 @@ ONLY_IN = {  # third-party name -> the modules that may import it
         "cluster/deploy/serve_schema.py",
         "cluster/deployments.py",
         "cluster/ingress.py",
-        "cluster/orchestrator.py",
+        "cluster/ray_launcher.py",
         "cluster/rollout.py",
         "cluster/tune/serve_decision.py",  # Serve's decisions, in simulated time; starts no Ray
     ),

@@ -118,7 +118,7 @@ def placement_problems(cluster: Mapped, config: ClusterConfig) -> Iterator[str]:
         yield "headGroupSpec: labels: expected none; a label would draw actors to the head"
     on_gpu = config.worker.device == "cuda"
     needs = [
-        ("store", config.store.label, 0.0, 0.0, config.store.replicas),
+        ("store", config.store.label, 0.0, 0.0, config.store.replicas or 1),
         (
             "worker",
             config.replicas.label,
@@ -129,7 +129,7 @@ def placement_problems(cluster: Mapped, config: ClusterConfig) -> Iterator[str]:
     ]
     if config.ndp.enabled:
         threads = float(config.ndp.num_threads or 1)
-        needs.append(("ndp", config.ndp.label, threads, 0.0, config.ndp.replicas))
+        needs.append(("ndp", config.ndp.label, threads, 0.0, config.ndp.replicas or 1))
     for actor, label, num_cpus, num_gpus, copies in needs:
         homes = [
             group

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.keeper import TierLost
 from cluster.placement import Need, Node, Placed
+from cluster.tier_actors import (
+    TierLost,
+)
 from expert_store.holder import HolderStatus
-from expert_store.listing import Listing
+from expert_store.listing import HolderLoad, Listing
 
 NODES = (Node("a", "10.0.0.1", {"tier": "x"}), Node("b", "10.0.0.2", {"tier": "x"}))
 STORE = Need("store-0", "store", "tier=x")
@@ -35,6 +37,8 @@ class FakeLauncher:
         self.sick: dict[int, TierLost] = {}
         self.pids: dict[int, int] = {}
         self.bad_nodes: set[str] = set()  # where nothing starts
+        self.loads: dict[int, HolderLoad] = {}
+        self.requested: list[tuple[str | None, int]] = []
 
     async def nodes(self) -> Sequence[Node]:
         return self.live
@@ -53,6 +57,12 @@ class FakeLauncher:
         name, where = f"actor-{handle}", placed.node.node_id
         listing = Listing(name, "records", "v", where, ("127.0.0.1:1",), placed.keys)
         return HolderStatus(listing, 1, 1, self.pids.get(handle, handle))
+
+    async def load(self, handle: int) -> HolderLoad:
+        return self.loads.get(handle, HolderLoad())
+
+    async def request_nodes(self, label: str | None, num: int) -> None:
+        self.requested.append((label, num))
 
     async def stop(self, handle: int) -> None:
         self.stopped.append(handle)

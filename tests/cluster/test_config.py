@@ -7,6 +7,7 @@ what the code renders, and every field of every section is in it.
 from __future__ import annotations
 
 import dataclasses
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -186,12 +187,16 @@ def test_the_example_documents_every_field() -> None:
     check(ClusterConfig())
 
 
-def test_the_commented_section_of_the_example_is_valid_too(tmp_path: Path) -> None:
+def test_the_commented_sections_of_the_example_are_valid_too(tmp_path: Path) -> None:
     lines = EXAMPLE.read_text().splitlines()
-    start = lines.index("  # autoscaling:")
-    section = lines[start : lines.index("", start)]
-    path = tmp_path / "cluster.yaml"
-    path.write_text("replicas:\n" + "\n".join(line.replace("#", " ", 1) for line in section))
-    autoscaling = load_config(path).replicas.autoscaling
-    assert autoscaling is not None
-    assert autoscaling == type(autoscaling)()
+    starts = [at for at, line in enumerate(lines) if line == "  # autoscaling:"]
+    assert len(starts) == 2
+    for start, given in zip(starts, ("store:\n    placement: full", "replicas:"), strict=True):
+        after = takewhile(lambda line: line.startswith("  #  "), lines[start + 1 :])
+        section = [line.replace("#", " ", 1) for line in (lines[start], *after)]
+        path = tmp_path / "cluster.yaml"
+        path.write_text("\n".join([given, *section]))
+        config = load_config(path)
+        found = config.store.autoscaling or config.replicas.autoscaling
+        assert found is not None
+        assert found == type(found)()

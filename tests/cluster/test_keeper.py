@@ -13,8 +13,14 @@ from typing import Any
 
 import pytest
 
-from cluster.keeper import Keeper, TierLost, TierStartError
+from cluster.keeper import (
+    Keeper,
+)
 from cluster.placement import Need, Node, PlacementError
+from cluster.tier_actors import (
+    TierLost,
+    TierStartError,
+)
 from tests.cluster.fake_tiers import NDP, NODES, STORE, Clock, FakeLauncher
 
 

@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 
 from cluster.expert_heat import HALF_LIFE_S, TELL_INTERVAL_S, ExpertHeat, UseCounter
-from cluster.keeper import TierLost, TierStartError
 from cluster.placement import Node, PlacementError
 from cluster.segments import ExpertSize, SegmentError
 from cluster.settings import NdpSettings, StoreSettings
 from cluster.spread import SpreadRules, room_bytes, wants_spread
 from cluster.spread_keeper import LINGER_S, REPLACE_INTERVAL_S, SHUN_S, SpreadKeeper
+from cluster.tier_actors import (
+    TierLost,
+    TierStartError,
+)
 from expert_store.types import ExpertKey
 from gpu_worker.messages import ExpertUses
 from tests.cluster.fake_tiers import Clock, FakeLauncher

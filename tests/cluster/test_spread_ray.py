@@ -18,7 +18,7 @@ import ray
 import torch
 
 from cluster import spread_keeper
-from cluster.orchestrator import RayLauncher, TierSettings
+from cluster.ray_launcher import RayLauncher, TierSettings
 from cluster.segments import expert_sizes
 from cluster.settings import DirectorySettings, NdpSettings, StoreSettings
 from cluster.spread import SpreadRules

@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 
-from cluster.keeper import Keeper, TierLost, TierStartError
+from cluster.keeper import (
+    Keeper,
+)
+from cluster.tier_actors import (
+    TierLost,
+    TierStartError,
+)
 from cluster.tier_sets import LOADING_S, MAX_STORES, UNUSED_S, TierSets, TooManyStoresError
 from tests.cluster.fake_tiers import NDP, STORE, Clock, FakeLauncher
 

@@ -21,7 +21,7 @@ from typing import Any
 import ray as real_ray
 from ray import serve as real_serve
 
-import cluster.orchestrator as orchestrator
+import cluster.ray_launcher as ray_launcher
 import cluster.tier_link as tier_link
 import expert_store.holder as holder
 import expert_store.rpc as records_rpc
@@ -29,7 +29,8 @@ import gpu_worker.actor as worker_actor
 import gpu_worker.build as build
 from cluster.ingress import RemoteTiers, RoutedWorker
 from cluster.openai_errors import ApiError
-from cluster.orchestrator import TierManager, TierSettings
+from cluster.orchestrator import TierManager
+from cluster.ray_launcher import TierSettings
 from cluster.routes import create_app
 from cluster.settings import DirectorySettings, HttpSettings, NdpSettings, StoreSettings
 from cluster.snapshot import IngressStats
@@ -162,9 +163,9 @@ class Simulation:
         return {
             id(real_ray): sim_ray,
             id(real_serve): sim_serve,
-            id(orchestrator.StoreActor): self.ray.actor_class("store"),
-            id(orchestrator.NdpActor): self.ray.actor_class("ndp"),
-            id(orchestrator.live_nodes): self.ray.live_nodes,
+            id(ray_launcher.StoreActor): self.ray.actor_class("store"),
+            id(ray_launcher.NdpActor): self.ray.actor_class("ndp"),
+            id(ray_launcher.live_nodes): self.ray.live_nodes,
             id(tier_link.RedisDirectory): self.redis.client,
             id(holder.SocketFolder): self.network.socket_folder,
             id(records_rpc.start_server): self.network.start_server,
