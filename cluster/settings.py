@@ -96,6 +96,11 @@ class NdpSettings:
         split_ports(self.port_range)
 
 
+OUTLAST_S = 5.0
+"""The ingress and the tiers stand so much longer than a worker may drain: they still tell of a
+worker that had to be ended, and its last requests still find their experts."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
     """The GPU workers as a Serve deployment: how many, where, and how much each may have waiting.
