@@ -191,12 +191,8 @@ def gated_mlp_many(
     records = (GatedMlpRecord * len(alive))(
         *(gated_mlp_record(call, x, y, keep) for call, x, y in zip(calls, alive, ys, strict=True))
     )
-    library = loaded()
-    run = (
-        library.moetier_gated_mlp_many_fp32
-        if numbers == "fp32"
-        else (library.moetier_gated_mlp_many)
-    )
+    name = "gated_mlp_many_fp32" if numbers == "fp32" else "gated_mlp_many"
+    run = getattr(loaded(), f"moetier_{name}")
     _check(run(ctypes.addressof(records), len(alive), _threads(num_threads), isa_index(isa)))
     return ys
 

@@ -1,8 +1,9 @@
 """What the native kernels are told: ctypes mirrors of `native/moetier_kernels.h`, checked.
 
 Where and how each tensor lies in memory is checked here; that a call's shapes fit each other, by
-`kernels/ops.py` before. Owns no memory: who makes a record keeps what it points to alive until the
-call is over. Used by `kernels/cpu_native.py`.
+`kernels/ops.py` before. Owns no tensor: who makes a record keeps what it points to alive until the
+call is over. What is made of an MLP or its repair is kept as long as that lives. Used by
+`kernels/cpu_native.py`.
 
 Legend: T tokens, H hidden.
 """

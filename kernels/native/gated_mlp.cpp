@@ -46,8 +46,8 @@ enum Which { kGate = 0, kUp = 1, kDown = 2 };  // in the order of MoetierGatedMl
 template <class Form>
 struct Work {
   const MoetierGatedMlp* mlp;
-  typename Form::Kept inputs;   // of x, by place
-  typename Form::Kept middle;   // of act(gate x) * (up x), by place
+  typename Form::Kept inputs;  // of x, by place
+  typename Form::Kept middle;  // of act(gate x) * (up x), by place
   std::vector<int64_t> token;  // at each place
   int64_t restored;            // how many places
   std::vector<float> ranks[3];  // right x of gate, up and down: [block][restored place][16]
@@ -80,7 +80,8 @@ struct Work {
 
 // Calls body(work, place) for every item of every work; `count(work)` says how many it has.
 template <class Form, class Count, class Body>
-void for_items(std::vector<Work<Form>>& works, int num_threads, const Count& count, const Body& body) {
+void for_items(std::vector<Work<Form>>& works, int num_threads, const Count& count,
+               const Body& body) {
   int64_t items = 0;
   for (Work<Form>& work : works) {
     work.first_item = items;
@@ -88,8 +89,9 @@ void for_items(std::vector<Work<Form>>& works, int num_threads, const Count& cou
   }
   parallel_for(items, num_threads, [&](int64_t item) {
     // A work without items shares its first with the next one, which this search prefers.
-    auto after = std::upper_bound(works.begin(), works.end(), item,
-                                  [](int64_t i, const Work<Form>& work) { return i < work.first_item; });
+    auto after = std::upper_bound(
+        works.begin(), works.end(), item,
+        [](int64_t i, const Work<Form>& work) { return i < work.first_item; });
     Work<Form>& work = *(after - 1);
     body(work, item - work.first_item);
   });
@@ -109,7 +111,8 @@ void set_inputs(Work<Form>& work, int isa) {
 }
 
 template <class Form>
-void make_ranks(Work<Form>& work, Which which, int64_t block, const typename Form::Seen& inputs, typename Form::Product multiply) {
+void make_ranks(Work<Form>& work, Which which, int64_t block, const typename Form::Seen& inputs,
+                typename Form::Product multiply) {
   multiply(row_blocks(right_factor(work.mlp->repair[which].low_rank, block)), inputs,
            work.restored, work.ranks[which].data() + block * work.block_stride(), kTileRows);
 }
@@ -117,7 +120,8 @@ void make_ranks(Work<Form>& work, Which which, int64_t block, const typename For
 // values [n][64] += what the repair of one matrix makes of n restored places from `first` on.
 template <class Form>
 void add_repair(const Work<Form>& work, Which which, int64_t group, int64_t first, int64_t n,
-                const typename Form::Seen& inputs, float (*values)[kTileCols], typename Form::Product multiply, int isa) {
+                const typename Form::Seen& inputs, float (*values)[kTileCols],
+                typename Form::Product multiply, int isa) {
   const MoetierRepair& repair = work.mlp->repair[which];
   alignas(64) float part[kTokensAtOnce][kTileCols];
   auto add_part = [&] {
@@ -139,8 +143,8 @@ void add_repair(const Work<Form>& work, Which which, int64_t group, int64_t firs
 // values [n][64]: a group of rows of one matrix, its repair and its bias, for n places.
 template <class Form>
 void multiply_group(const Work<Form>& work, Which which, int64_t group, int64_t first, int64_t n,
-                    const typename Form::Seen& inputs, float (*values)[kTileCols], typename Form::Product multiply,
-                    int isa) {
+                    const typename Form::Seen& inputs, float (*values)[kTileCols],
+                    typename Form::Product multiply, int isa) {
   const MoetierGatedMlp& mlp = *work.mlp;
   const MoetierMatrix& matrix = which == kGate ? mlp.gate : which == kUp ? mlp.up : mlp.down;
   const float* bias =
@@ -197,7 +201,9 @@ void run(std::vector<Work<Form>>& works, int num_threads, int isa) {
       [&](Work<Form>& work, int64_t) { set_inputs(work, isa); });
   for_items(
       works, num_threads,
-      [](const Work<Form>& work) { return work.num_rank_blocks(kGate) + work.num_rank_blocks(kUp); },
+      [](const Work<Form>& work) {
+        return work.num_rank_blocks(kGate) + work.num_rank_blocks(kUp);
+      },
       [&](Work<Form>& work, int64_t place) {
         const int64_t of_gate = work.num_rank_blocks(kGate);
         const bool is_gate = place < of_gate;
