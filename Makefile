@@ -52,6 +52,7 @@ lm-eval: $(READY_TEST)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.families
+	$(BIN)/python -m benchmarks.placement
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.cpu_kernels

@@ -34,13 +34,13 @@ PROMISE = Promise(ttft_s=2.0, per_token_s=0.15, limit=0.02)
 SECONDS, RATE_PER_S, START_S, MAX_REPLICAS = 900.0, 1.5, 30.0, 16
 INITIAL = 4
 """Enough for the load that each trace begins with; so no policy owes its size to a cold start."""
-TUNED_ON, HELD_OUT = range(2), range(1000, 1004)
+TUNED_ON, HELD_OUT = range(10, 18), range(2000, 2016)
 REAL = "real"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=20, help="settings tried of each policy")
+    parser.add_argument("--runs", type=int, default=150, help="settings tried of each policy")
     parser.add_argument("--keep", type=Path, help="folder of parts that are not done again")
     parser.add_argument("--part", choices=(*KINDS, REAL), help="do this part alone")
     args = parser.parse_args()
@@ -98,6 +98,10 @@ def _write(parts: dict[str, Any], runs: int) -> None:
             "Serve's default is Ray's own code, its metrics and delays in simulated time; 'all "
             "tuned' has its look-back, report interval and both delays searched as well, 'target "
             "tuned' only target_ongoing_requests. The chosen configs of ours are tune/*.yaml.",
+            "Of every policy's settings the cheapest is chosen that keeps the promise on each "
+            "trace tuned on. An earlier set-up chose by the mean over two, and all three policies "
+            "then broke the promise on traces held out; after that was seen the rule was changed, "
+            "and tuned and judged on seeds that had not been used.",
         ),
     )
     shown = [intro]

@@ -23,8 +23,9 @@ from ray import serve
 
 from cluster.app import APP_NAME, start_local_cluster
 from cluster.autoscaling_rules import ServiceTimes, Targets, Worker
+from cluster.autoscaling_settings import AutoscalingSettings
 from cluster.config import ClusterConfig
-from cluster.settings import AutoscalingSettings, HttpSettings, ReplicaSettings
+from cluster.settings import HttpSettings, ReplicaSettings
 from cluster.stores import bundled_store
 from cluster.tune.fit import Fit
 from cluster.tune.replica import Served

@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from cluster.autoscaling_settings import AutoscalingSettings
 from cluster.environment import default_store
 from cluster.settings import (
-    AutoscalingSettings,
     DirectorySettings,
     HttpSettings,
     NdpSettings,

@@ -24,7 +24,7 @@ from cluster.deployed import Deployed, DeployedBy
 from cluster.door import check_worker_if_readable
 from cluster.ingress import Ingress
 from cluster.orchestrator import TierManager, TierSettings
-from cluster.settings import split_label
+from cluster.settings import OUTLAST_S, split_label
 from cluster.tier_link import connect, open_directory
 from gpu_worker.actor import GpuWorker, WorkerSettings
 
@@ -35,9 +35,6 @@ MAX_TIER_CALLS = 1024
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 10.0
 """Serve replaces a replica that did not answer three times in a row."""
-OUTLAST_S = 5.0
-"""The ingress and the tiers stand so much longer than a worker may drain: they still tell of a
-worker that had to be ended, and its last requests still find their experts."""
 
 
 def compose(

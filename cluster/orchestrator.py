@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnschedulableError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.keeper import Keeper, TierLost
@@ -227,8 +233,9 @@ class RayLauncher:
         try:
             status: HolderStatus = await handle.describe.remote()
             return status
-        except RayActorError as error:
-            final = isinstance(error, ActorDiedError)
+        except (RayActorError, ActorUnschedulableError) as error:
+            # Its node has died and it may run nowhere else; or it has died for good.
+            final = isinstance(error, (ActorDiedError, ActorUnschedulableError))
             raise TierLost(_first_lines(error), is_final=final) from error
         except RayTaskError as error:
             raise TierLost(f"its describe failed: {error.cause!r}", is_final=False) from error

@@ -6,13 +6,12 @@ docstring is its documentation in `deploy/cluster.example.yaml`, field by field.
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from cluster.autoscaling import POLICY_IMPORT_PATH
-from cluster.autoscaling_rules import ServiceTimes, Targets
+from cluster.autoscaling_settings import AutoscalingSettings
+from cluster.strict import within
 from expert_store.redis_url import RedisAddress, parse_redis_url
 
 Transport = Literal["object_store", "grpc"]
@@ -64,11 +63,11 @@ class StoreSettings:
                 f"compression: got {self.compression} with transport {self.transport}; only grpc "
                 "compresses: set transport grpc, or compression none"
             )
-        _within("replicas", self.replicas, 1, 64)
-        _within("copies", self.copies, 1, 16)
-        _within("node_bytes", self.node_bytes, 1 << 20, 1 << 50)
+        within("replicas", self.replicas, 1, 64)
+        within("copies", self.copies, 1, 16)
+        within("node_bytes", self.node_bytes, 1 << 20, 1 << 50)
         _check_label(self.label)
-        _within("start_timeout_s", self.start_timeout_s, 1, 3600)
+        within("start_timeout_s", self.start_timeout_s, 1, 3600)
         split_ports(self.port_range)
 
 
@@ -91,84 +90,15 @@ class NdpSettings:
     port_range: str | None = None
 
     def __post_init__(self) -> None:
-        _within("replicas", self.replicas, 1, 64)
-        _within("num_threads", self.num_threads, 1, 1024)
+        within("replicas", self.replicas, 1, 64)
+        within("num_threads", self.num_threads, 1, 1024)
         _check_label(self.label)
         split_ports(self.port_range)
 
 
-@dataclass(frozen=True, slots=True)
-class AutoscalingSettings:
-    """How many GPU workers run, decided from what they have to do. `moetier tune` finds values.
-
-    - min_replicas, max_replicas: bounds of the number of workers. With a minimum of 0 the last one
-      ends when nothing was asked for downscale_to_zero_delay_s; the next request starts one.
-    - upscale_delay_s: seconds that more workers must be needed before they are started.
-    - downscale_delay_s, downscale_to_zero_delay_s: seconds in which fewer, or none, must have been
-      enough all the time.
-    - look_back_s: seconds over which the load is averaged.
-    - metrics_interval_s: how often workers report their load.
-    - targets: the load at which one worker is full, or the waiting that is still good.
-    - service: what a step costs and what requests are like, for targets in seconds: step_s,
-      sequence_s, prompt_token_s, prompt_tokens and answer_tokens, as `moetier tune` prints them.
-    """
-
-    min_replicas: int = 1
-    max_replicas: int = 4
-    upscale_delay_s: float = 10.0
-    downscale_delay_s: float = 300.0
-    downscale_to_zero_delay_s: float = 600.0
-    look_back_s: float = 10.0
-    metrics_interval_s: float = 1.0
-    targets: Targets = field(default_factory=Targets)
-    service: ServiceTimes | None = None
-
-    def __post_init__(self) -> None:
-        _within("min_replicas", self.min_replicas, 0, 1000)
-        _within("max_replicas", self.max_replicas, max(self.min_replicas, 1), 1000)
-        _within("upscale_delay_s", self.upscale_delay_s, 0, 86400)
-        _within("downscale_delay_s", self.downscale_delay_s, 0, 86400)
-        _within("downscale_to_zero_delay_s", self.downscale_to_zero_delay_s, 0, 86400)
-        _within("look_back_s", self.look_back_s, 0.5, 3600)
-        _within("metrics_interval_s", self.metrics_interval_s, 0.1, 600)
-        if self.look_back_s <= self.metrics_interval_s:
-            raise ValueError(
-                f"look_back_s: got {self.look_back_s}, expected more than metrics_interval_s, "
-                f"{self.metrics_interval_s}"
-            )
-        if self.targets.predicts and self.service is None:
-            raise ValueError(
-                "service: got null, but targets.ttft_s and targets.per_token_s are predicted from "
-                "it; paste what moetier tune prints, or leave both targets out"
-            )
-
-    def policy_kwargs(self, *, slots: int, prefill_chunk: int) -> dict[str, Any]:
-        """What the policy is built from, as plain values; both arguments as the worker's config."""
-        return {
-            **asdict(self.targets),
-            **({} if self.service is None else asdict(self.service)),
-            "upscale_delay_s": self.upscale_delay_s,
-            "downscale_delay_s": self.downscale_delay_s,
-            "downscale_to_zero_delay_s": self.downscale_to_zero_delay_s,
-            "slots": slots,
-            "prefill_chunk": prefill_chunk,
-        }
-
-    def serve_config(self, *, slots: int, prefill_chunk: int) -> dict[str, Any]:
-        """Serve's `autoscaling_config` for it, as plain values."""
-        kwargs = self.policy_kwargs(slots=slots, prefill_chunk=prefill_chunk)
-        return {
-            "min_replicas": self.min_replicas,
-            # One to begin with: until one has run nobody knows the model, nor whether it can run.
-            "initial_replicas": max(self.min_replicas, 1),
-            "max_replicas": self.max_replicas,
-            # The policy has delays of its own; Serve's would come on top.
-            "upscale_delay_s": 0.0,
-            "downscale_delay_s": 0.0,
-            "look_back_period_s": self.look_back_s,
-            "metrics_interval_s": self.metrics_interval_s,
-            "policy": {"policy_function": POLICY_IMPORT_PATH, "policy_kwargs": kwargs},
-        }
+OUTLAST_S = 5.0
+"""The ingress and the tiers stand so much longer than a worker may drain: they still tell of a
+worker that had to be ended, and its last requests still find their experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +129,13 @@ class ReplicaSettings:
     autoscaling: AutoscalingSettings | None = None
 
     def __post_init__(self) -> None:
-        _within("num_replicas", self.num_replicas, 1, 1000)
+        within("num_replicas", self.num_replicas, 1, 1000)
         _check_label(self.label)
-        _within("num_cpus", self.num_cpus, 0, 1024)
-        _within("num_gpus", self.num_gpus, 0, 64)
-        _within("max_waiting", self.max_waiting, 0, 100_000)
-        _within("drain_s", self.drain_s, 1, 3600)
-        _within("max_surge_percent", self.max_surge_percent, 0, 100)
+        within("num_cpus", self.num_cpus, 0, 1024)
+        within("num_gpus", self.num_gpus, 0, 64)
+        within("max_waiting", self.max_waiting, 0, 100_000)
+        within("drain_s", self.drain_s, 1, 3600)
+        within("max_surge_percent", self.max_surge_percent, 0, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,12 +166,12 @@ class HttpSettings:
     def __post_init__(self) -> None:
         if not self.host:
             raise ValueError("host: got an empty text, expected an address such as 127.0.0.1")
-        _within("port", self.port, 0, 65535)
-        _within("replicas", self.replicas, 1, 1000)
-        _within("max_body_bytes", self.max_body_bytes, 1024, 1 << 30)
-        _within("request_timeout_s", self.request_timeout_s, 0.1, 86400)
-        _within("max_queued", self.max_queued, 1, 100_000)
-        _within("retry_after_s", self.retry_after_s, 1, 3600)
+        within("port", self.port, 0, 65535)
+        within("replicas", self.replicas, 1, 1000)
+        within("max_body_bytes", self.max_body_bytes, 1024, 1 << 30)
+        within("request_timeout_s", self.request_timeout_s, 0.1, 86400)
+        within("max_queued", self.max_queued, 1, 100_000)
+        within("retry_after_s", self.retry_after_s, 1, 3600)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,11 +246,6 @@ def split_ports(ports: str | None) -> tuple[int, int] | None:
             "20000-20031"
         )
     return int(match[1]), int(match[2])
-
-
-def _within(name: str, value: float | None, least: float, most: float) -> None:
-    if value is not None and not (least <= value <= most and math.isfinite(value)):
-        raise ValueError(f"{name}: got {value}, expected {least:g} to {most:g}")
 
 
 def _check_label(label: str | None) -> None:

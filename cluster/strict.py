@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 from collections.abc import Hashable, Mapping
@@ -55,6 +56,12 @@ def build(cls: type[T], data: object, *, file: str, where: str = "") -> T:
         return cls(**values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {_join(where, str(error))}") from error
+
+
+def within(name: str, value: float | None, least: float, most: float) -> None:
+    """Raises ValueError naming the field, unless value is from `least` to `most`, or None."""
+    if value is not None and not (least <= value <= most and math.isfinite(value)):
+        raise ValueError(f"{name}: got {value}, expected {least:g} to {most:g}")
 
 
 def field_texts(cls: type[Any]) -> dict[str, str]:

@@ -17,6 +17,16 @@ Role = Literal["records", "near_data"]
 
 
 @dataclass(frozen=True, slots=True)
+class HolderLoad:
+    """What a holder has done since its process began: bytes of records that it gave away, and
+    seconds that it ran experts for callers.
+    """
+
+    served_bytes: int = 0
+    busy_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Listing:
     """One holder of a segment. Two copies of a segment are two listings.
 

@@ -83,10 +83,16 @@ class LocalRun:
         `ahead` are records that the plan counts as being there; they may still be on their way.
         `on_landed` is called once all copies are here, before the last experts are computed.
         """
-        self._count(dispatch)
+        for copy in dispatch.copies:
+            self._count_copy(copy)
         device = self._device
         try:
             from_ahead, records = self._find(dispatch.hits, ahead)
+            if not from_ahead and not dispatch.copies:
+                # Nothing to wait for: no stream is made and no arrival counted.
+                on_landed()
+                self._compute([_gather(work, records, num_due=0) for work in dispatch.resident])
+                return
             due = Counter(request.key for request in from_ahead)
             due.update(copy.request.key for copy in dispatch.copies)
             gatherings = {
@@ -171,8 +177,7 @@ class LocalRun:
             for arrived in stream.batches():
                 for landed in arrived:
                     request = landed.copy.request
-                    gathering = gatherings[request.key]
-                    self._take(landed, gathering, stream.release, wanted.get(request))
+                    self._take(landed, gatherings[request.key], stream.release, wanted.get(request))
                 if stream.is_whole:
                     on_landed()
                 self._run_ready(gatherings)
@@ -257,11 +262,12 @@ class LocalRun:
     def count_pairs(self, work: ExpertWork, *, has_factors: bool) -> None:
         """Count the pairs of an expert that was run; its restored ones are degraded if its factors
         could not be had."""
-        self._tally.low_bit_pairs += len(work.token_rows) - work.num_restored
-        if has_factors:
-            self._tally.restored_pairs += work.num_restored
+        num_restored = work.num_restored
+        self._tally.low_bit_pairs += len(work.token_rows) - num_restored
+        if has_factors or not num_restored:
+            self._tally.restored_pairs += num_restored
             return
-        self._tally.degraded_pairs += work.num_restored
+        self._tally.degraded_pairs += num_restored
         pairs = zip(work.token_rows, work.restored, strict=True)
         self.degraded_rows.update(row for row, restored in pairs if restored)
 
@@ -269,10 +275,6 @@ class LocalRun:
         record = self._device.cache.pin(request)
         self._pinned.append(request)
         return _cut(record, request) if isinstance(record, Compensator) else record
-
-    def _count(self, dispatch: DispatchPlan) -> None:
-        for copy in dispatch.copies:
-            self._count_copy(copy)
 
     def _count_copy(self, copy: PlannedCopy) -> None:
         self._tally.planned_bytes[copy.request.kind] += copy.num_bytes
@@ -290,8 +292,7 @@ _Records = dict[tuple[ExpertKey, RecordKind], Record]
 
 def _gather(work: ExpertWork, records: _Records, *, num_due: int) -> _Gathering:
     gathering = _Gathering(work, num_due)
-    codes = records.get((work.key, "codes"))
-    factors = records.get((work.key, "factors"))
+    codes, factors = records.get((work.key, "codes")), records.get((work.key, "factors"))
     if isinstance(codes, ExpertCodes):
         gathering.codes = codes
     if isinstance(factors, Compensator):

@@ -6,6 +6,7 @@ All of a plan is in rising order of expert, whatever the router's or the cache's
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -160,8 +161,10 @@ def group_by_expert(layer: int, routing: Routing, sizes: RecordSizes) -> list[Ex
 _Held = Mapping[tuple[ExpertKey, RecordKind], RecordRequest]
 
 
+@functools.lru_cache(maxsize=128)
 def _by_record(on_device: frozenset[RecordRequest]) -> _Held:
-    """What is there of each record."""
+    """What is there of each record. A cache that did not change tells the same set in every step,
+    and a set's hash is computed once."""
     return {(request.key, request.kind): request for request in on_device}
 
 
@@ -225,9 +228,13 @@ def _part(work: ExpertWork, *, restored: bool) -> ExpertWork | None:
 def _place(work: ExpertWork, held: _Held, sizes: RecordSizes, draft: _Draft) -> None:
     needed = _needed(work, sizes)
     missing = [request for request in needed if not _is_held(request, held)]
+    if not missing:
+        draft.hits.extend(needed)
+        draft.resident.append(work)
+        return
     draft.hits.extend(request for request in needed if request not in missing)
     draft.copies.extend(sizes.copy_of(request) for request in missing)
-    (draft.streamed if missing else draft.resident).append(work)
+    draft.streamed.append(work)
 
 
 def _needed(work: ExpertWork, sizes: RecordSizes) -> list[RecordRequest]:

@@ -68,8 +68,9 @@ def route(
         active_T = torch.ones(ids_TK.shape[0], dtype=torch.bool)
     skip_TK = skip_mask(weights_TK, policy.skip_below)
     restore_TK = _restore(layer, ids_TK, weights_TK, policy, token_tags_T)
-    active_T = active_T.to("cpu", torch.bool)
-    return Routing(ids_TK, weights_TK, restore_TK & ~skip_TK, skip_TK, active_T)
+    if policy.skip_below > 0:
+        restore_TK = restore_TK & ~skip_TK
+    return Routing(ids_TK, weights_TK, restore_TK, skip_TK, active_T.to("cpu", torch.bool))
 
 
 def _restore(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from gpu_worker.sequence import SamplingParams, Sequence
@@ -34,9 +35,7 @@ class Sampled:
 def sample(logits_BV: torch.Tensor, sequences: tuple[Sequence, ...]) -> list[Sampled]:
     """The next token of each sequence, in order. Greedy ties go to the lowest id."""
     assert logits_BV.shape[0] == len(sequences), (logits_BV.shape, len(sequences))
-    best_B = logits_BV.argmax(dim=-1).tolist()
-    # The largest logit is NaN if any is, and must be finite: a row of -inf forbids every token.
-    usable_B = torch.isfinite(logits_BV.max(dim=-1).values).tolist()
+    best_B, usable_B = _largest(logits_BV)
     chosen = []
     for row, (sequence, best, usable) in enumerate(zip(sequences, best_B, usable_B, strict=True)):
         if not usable:
@@ -47,6 +46,21 @@ def sample(logits_BV: torch.Tensor, sequences: tuple[Sequence, ...]) -> list[Sam
             uniform = uniform_draw(sequence.seed, len(sequence.output_ids))
             chosen.append(Sampled(draw(logits_BV[row], sequence.params, uniform)))
     return chosen
+
+
+def _largest(logits_BV: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """Of each row the first of its largest logits, and whether that is finite.
+
+    The largest logit is NaN if any is, and must be finite: a row of -inf forbids every token.
+    """
+    if logits_BV.device.type == "cpu":
+        # In numpy: torch's argmax and max of 8 rows of 32000 took 516 us here, numpy's 29 us, in
+        # bfloat16 1343 and 47 us (AMD EPYC, one thread, 2026-11-23).
+        logits = logits_BV.detach().float().numpy()
+        best_B = logits.argmax(axis=1)
+        return best_B.tolist(), np.isfinite(logits[np.arange(len(best_B)), best_B]).tolist()
+    best = logits_BV.argmax(dim=-1)
+    return best.tolist(), torch.isfinite(logits_BV.max(dim=-1).values).tolist()
 
 
 def _bad_logits(sequence: Sequence) -> BadLogitsError:

@@ -27,9 +27,11 @@ from kernels.cpu_records import (
 )
 from kernels.types import LowRank, MlpCall, QuantizedMatrix
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 Isa = Literal["scalar", "avx2", "avx512vnni"]
 """Instruction sets in the order of MoetierIsa; the later, the faster."""
+Numbers = Literal["int8", "fp32"]
+"""What meets the codes: inputs rounded to int8 per token and group of 64, or as they are."""
 
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
@@ -53,7 +55,10 @@ def _library() -> ctypes.CDLL | None:
     for name in ("matmul", "low_rank_matmul", "matmul_fp32", "low_rank_matmul_fp32"):
         getattr(library, f"moetier_{name}").argtypes = product
     library.moetier_pin_helpers.argtypes = (_POINTER, _INT64)
-    library.moetier_gated_mlp_many.argtypes = (_POINTER, _INT64, _INT32, _INT32)
+    for name in ("gated_mlp_many", "gated_mlp_many_fp32"):
+        getattr(library, f"moetier_{name}").argtypes = (_POINTER, _INT64, _INT32, _INT32)
+    sizes = (_INT64, _INT64, _INT64)
+    library.moetier_weighted_sum.argtypes = (_POINTER, _POINTER, _POINTER, *sizes, _POINTER)
     library.moetier_decode_block_code.argtypes = (_POINTER, _POINTER, _INT32, _INT32)
     return library
 
@@ -174,6 +179,7 @@ def _product(
 def gated_mlp_many(
     calls: Sequence[MlpCall],
     *,
+    numbers: Numbers = "int8",
     num_threads: int = 1,
     isa: Isa | None = None,
     outs: Sequence[torch.Tensor] | None = None,
@@ -185,11 +191,31 @@ def gated_mlp_many(
     records = (GatedMlpRecord * len(alive))(
         *(gated_mlp_record(call, x, y, keep) for call, x, y in zip(calls, alive, ys, strict=True))
     )
-    status = loaded().moetier_gated_mlp_many(
-        ctypes.addressof(records), len(alive), _threads(num_threads), isa_index(isa)
+    library = loaded()
+    run = (
+        library.moetier_gated_mlp_many_fp32
+        if numbers == "fp32"
+        else (library.moetier_gated_mlp_many)
     )
-    _check(status)
+    _check(run(ctypes.addressof(records), len(alive), _threads(num_threads), isa_index(isa)))
     return ys
+
+
+def weighted_sum(
+    outputs_PH: torch.Tensor, rows_P: torch.Tensor, weights_P: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """[num_rows, H]: each pair's output times its weight, added to its row in the pairs' order.
+
+    Outputs and weights float32, rows int64, all contiguous on the CPU; rows are below num_rows.
+    """
+    num_pairs, hidden = outputs_PH.shape
+    y_SH = torch.empty(num_rows, hidden)
+    status = loaded().moetier_weighted_sum(
+        outputs_PH.data_ptr(), rows_P.data_ptr(), weights_P.data_ptr(),
+        num_pairs, hidden, num_rows, y_SH.data_ptr(),
+    )  # fmt: skip
+    _check(status)
+    return y_SH
 
 
 def loaded() -> ctypes.CDLL:

@@ -10,12 +10,27 @@ Legend: T tokens, H hidden.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, get_args
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar, get_args
 
 import torch
 
-from kernels.types import Activation, GatedRepair, Grid, LowRank, Matrix, MlpCall, QuantizedMatrix
+from kernels.types import (
+    Activation,
+    GatedMLP,
+    GatedRepair,
+    Grid,
+    LowRank,
+    Matrix,
+    MlpCall,
+    QuantizedMatrix,
+)
 
+Owner = TypeVar("Owner")
+Record = TypeVar("Record")
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -69,24 +84,12 @@ def gated_mlp_record(
 
     Raises ValueError for what has no native form.
     """
-    mlp = call.mlp
-    hidden, ffn = mlp.gate.cols, mlp.gate.rows
-    record = GatedMlpRecord(
-        gate=matrix_record("gate", mlp.gate),
-        up=matrix_record("up", mlp.up),
-        down=matrix_record("down", mlp.down),
-        gate_bias=_bias_pointer("gate_bias", mlp.gate_bias, ffn),
-        up_bias=_bias_pointer("up_bias", mlp.up_bias, ffn),
-        down_bias=_bias_pointer("down_bias", mlp.down_bias, hidden),
-        x=x_TH.data_ptr(),
-        y=y_TH.data_ptr(),
-        tokens=x_TH.shape[0],
-        activation=_ACTIVATION[mlp.activation],
-    )
+    record = GatedMlpRecord.from_buffer_copy(_MLPS.get(call.mlp))
+    record.x, record.y, record.tokens = x_TH.data_ptr(), y_TH.data_ptr(), x_TH.shape[0]
     if call.repair is not None and not call.repair.is_empty:
-        repairs = _repair_records(call.repair, keep)
+        repairs = _REPAIRS.get(call.repair)
         keep.append(repairs)
-        record.repair = ctypes.addressof(repairs)
+        record.repair = ctypes.addressof(repairs.records)
         if call.restored_T is not None:
             restored = call.restored_T.to("cpu", torch.uint8).contiguous()
             keep.append(restored)
@@ -94,20 +97,70 @@ def gated_mlp_record(
     return record
 
 
-def _repair_records(repair: GatedRepair, keep: list[Any]) -> ctypes.Array[RepairRecord]:
-    """Those of gate, up and down, in this order."""
-    records = (RepairRecord * 3)()
+class _Made(Generic[Owner, Record]):
+    """What was made for each weight, as long as the weight lives: a step asks for it anew for every
+    expert, and making it takes longer than a small product. Weights never change or move."""
+
+    def __init__(self, make: Callable[[Owner], Record]) -> None:
+        self._make = make
+        self._made: dict[int, tuple[weakref.ref[Owner], Record]] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def get(self, owner: Owner) -> Record:
+        found = self._made.get(id(owner))
+        # Another object at the address of one that died is never taken for it.
+        if found is not None and found[0]() is owner:
+            return found[1]
+        made, name = self._make(owner), id(owner)
+        self._made[name] = weakref.ref(owner, partial(self._forget, name)), made
+        return made
+
+    def _forget(self, name: int, died: weakref.ref[Owner]) -> None:
+        found = self._made.get(name)
+        if found is not None and found[0] is died:
+            del self._made[name]
+
+
+def _mlp_record(mlp: GatedMLP) -> GatedMlpRecord:
+    """All but the tokens."""
+    hidden, ffn = mlp.gate.cols, mlp.gate.rows
+    return GatedMlpRecord(
+        gate=matrix_record("gate", mlp.gate),
+        up=matrix_record("up", mlp.up),
+        down=matrix_record("down", mlp.down),
+        gate_bias=_bias_pointer("gate_bias", mlp.gate_bias, ffn),
+        up_bias=_bias_pointer("up_bias", mlp.up_bias, ffn),
+        down_bias=_bias_pointer("down_bias", mlp.down_bias, hidden),
+        activation=_ACTIVATION[mlp.activation],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Repairs:
+    """The records of gate, up and down, in this order, and what they point to."""
+
+    records: ctypes.Array[RepairRecord]
+    keep: list[Any]
+
+
+def _repair_records(repair: GatedRepair) -> _Repairs:
+    made = _Repairs((RepairRecord * 3)(), [])
     parts = (
         (repair.gate, repair.gate_planes),
         (repair.up, repair.up_planes),
         (repair.down, repair.down_planes),
     )
-    for record, (low_rank, matrices) in zip(records, parts, strict=True):
+    for record, (low_rank, matrices) in zip(made.records, parts, strict=True):
         planes = (MatrixRecord * len(matrices))(*(matrix_record("plane", m) for m in matrices))
-        keep.append(planes)
-        record.low_rank = low_rank_record(low_rank, keep)
+        made.keep.append(planes)
+        record.low_rank = low_rank_record(low_rank, made.keep)
         record.planes, record.num_planes = ctypes.addressof(planes), len(matrices)
-    return records
+    return made
+
+
+_MLPS, _REPAIRS = _Made(_mlp_record), _Made(_repair_records)
 
 
 def low_rank_record(factors: LowRank, keep: list[Any]) -> LowRankRecord:

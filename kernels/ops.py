@@ -98,12 +98,10 @@ def gated_mlp(
         return reference.gated_mlp(x_TH, mlp, factors, restored_T)
     if backend == "triton":
         return _triton().gated_mlp_many([MlpCall(x_TH, mlp, factors, restored_T)])[0]
-    if backend == "cpu_int8":
-        native = _native_or_warn()
-        if native and _is_packed(mlp):
-            threads = torch.get_num_threads()
-            call = MlpCall(x_TH, mlp, factors, restored_T)
-            return native.gated_mlp_many([call], num_threads=threads)[0]
+    call = MlpCall(x_TH, mlp, factors, restored_T)
+    native = _native_for(backend)
+    if native and _is_fused(call, backend):
+        return _fused(native, [call], backend, torch.get_num_threads())[0]
     return compose_gated_mlp(
         x_TH, mlp, factors, restored_T,
         matmul=_matmul_fp32, low_rank_matmul=_low_rank_matmul_fp32,
@@ -118,11 +116,11 @@ def gated_mlp_many(
 ) -> list[torch.Tensor]:
     """Several MLPs, each on its own tokens: [T_i, H] float32 per call, in order.
 
-    With cpu_int8 those with packed matrices are one native call on at most num_threads threads (the
-    GIL is released), repairs included; a token's result is the same to the bit alone and in any
-    batch. triton runs those of few tokens each together in a handful of launches, on the device
-    alone. The other backends run one MLP after another. Raises ValueError as `gated_mlp` does and
-    for num_threads below 1.
+    On a CPU those with packed matrices are one native call on at most num_threads threads (the GIL
+    is released), repairs included, with cpu_fp32 those of up to TILEWISE_TOKENS tokens; a token's
+    result is the same to the bit alone and in any such batch. triton runs those of few tokens each
+    together in a handful of launches, on the device alone. Anything else runs one MLP after
+    another. Raises ValueError as `gated_mlp` does and for num_threads below 1.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads: got {num_threads}, expected at least 1")
@@ -130,15 +128,52 @@ def gated_mlp_many(
         _check_gated_mlp(call.x_TH, call.mlp, call.repair, call.restored_T, backend)
     if backend == "triton":
         return _triton().gated_mlp_many(calls)
-    native = _native_or_warn() if backend == "cpu_int8" else None
-    packed = [call for call in calls if _is_packed(call.mlp)] if native else []
-    fast = iter(native.gated_mlp_many(packed, num_threads=num_threads) if native else ())
+    native = _native_for(backend)
+    is_fused = [native is not None and _is_fused(call, backend) for call in calls]
+    fused = [call for call, flag in zip(calls, is_fused, strict=True) if flag]
+    fast = iter(_fused(native, fused, backend, num_threads) if native else ())
     return [
         next(fast)
-        if native and _is_packed(call.mlp)
+        if flag
         else gated_mlp(call.x_TH, call.mlp, call.repair, call.restored_T, backend=backend)
-        for call in calls
+        for call, flag in zip(calls, is_fused, strict=True)
     ]
+
+
+def weighted_sum(
+    outputs_PH: torch.Tensor, rows_P: torch.Tensor, weights_P: torch.Tensor, num_rows: int
+) -> torch.Tensor | None:
+    """[num_rows, H] float32 on the CPU: each pair's output times its weight, added to its row in
+    the order of the pairs; None where there is no native library to do it in one call.
+
+    Raises ValueError for a row outside num_rows and for what is not contiguous on the CPU.
+    """
+    _check_pairs(outputs_PH, rows_P, weights_P, num_rows)
+    native = _native()
+    return None if native is None else native.weighted_sum(outputs_PH, rows_P, weights_P, num_rows)
+
+
+def _native_for(backend: Backend) -> ModuleType | None:
+    """The module that runs a CPU backend's whole MLPs, if there is one."""
+    if backend == "cpu_int8":
+        return _native_or_warn()
+    return _native() if backend == "cpu_fp32" else None
+
+
+def _is_fused(call: MlpCall, backend: Backend) -> bool:
+    """Whether one native call makes this MLP; in float32 many tokens are BLAS' part."""
+    few = backend == "cpu_int8" or call.x_TH.shape[0] <= TILEWISE_TOKENS
+    return few and _is_packed(call.mlp)
+
+
+def _fused(
+    native: ModuleType, calls: Sequence[MlpCall], backend: Backend, num_threads: int
+) -> list[torch.Tensor]:
+    numbers = "fp32" if backend == "cpu_fp32" else "int8"
+    outputs: list[torch.Tensor] = native.gated_mlp_many(
+        calls, numbers=numbers, num_threads=num_threads
+    )
+    return outputs
 
 
 def _decode(matrix: BlockCodedMatrix) -> torch.Tensor:
@@ -197,6 +232,27 @@ def _native_or_warn() -> ModuleType | None:
 @functools.cache
 def _triton() -> ModuleType:
     return importlib.import_module("kernels.triton_grouped")
+
+
+def _check_pairs(
+    outputs_PH: torch.Tensor, rows_P: torch.Tensor, weights_P: torch.Tensor, num_rows: int
+) -> None:
+    num_pairs = outputs_PH.shape[0]
+    wanted = (
+        ("outputs", outputs_PH, torch.float32, (num_pairs, outputs_PH.shape[-1])),
+        ("rows", rows_P, torch.int64, (num_pairs,)),
+        ("weights", weights_P, torch.float32, (num_pairs,)),
+    )
+    for name, got, dtype, shape in wanted:
+        is_plain = got.device.type == "cpu" and got.is_contiguous()
+        if got.dtype != dtype or tuple(got.shape) != shape or not is_plain:
+            raise ValueError(
+                f"{name}: expected contiguous {dtype} {list(shape)} on the cpu, got {got.dtype} "
+                f"{tuple(got.shape)} on {got.device}"
+            )
+    rows = rows_P.numpy()
+    if num_pairs and not 0 <= rows.min() <= rows.max() < num_rows:
+        raise ValueError(f"rows: got {rows.min()} to {rows.max()}, expected 0 to {num_rows - 1}")
 
 
 def _check_gated_mlp(

@@ -224,7 +224,7 @@ Matrix = QuantizedMatrix | BlockCodedMatrix
 """A weight in any form that `kernels/ops.py` multiplies by."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class GatedMLP:
     """down(act(gate x + gate_bias) * (up x + up_bias)) + down_bias.
 
@@ -253,7 +253,7 @@ class GatedMLP:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class GatedRepair:
     """What a compensator adds to the three matrices of a GatedMLP: W ~ codes + planes + left@right.
 

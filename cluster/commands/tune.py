@@ -42,6 +42,8 @@ What a step costs is fitted to real steps of an engine of this machine, or read 
 Prints settings to paste into a cluster config. A prediction, not a measurement:
 benchmarks/results/tune.md says how far off it was where it could be checked."""
 
+MADE_UP = 4
+"""Traces made up to tune on, and as many that judge: what suits one or two burst is luck."""
 HELD_OUT_SEED = 1000
 """Added to the seeds of made-up traces that judge."""
 
@@ -60,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is promised")
     _number(group, "--ttft-s", promise.ttft_s, "seconds until the first token")
     _number(group, "--per-token-s", promise.per_token_s, "mean seconds for each further token")
-    _number(group, "--limit", promise.limit, "share of requests that may miss either")
+    _number(
+        group,
+        "--limit",
+        promise.limit,
+        "share of requests that may miss either, on any trace that is tuned on",
+    )
     _number(group, "--settle-s", promise.settle_s, "first seconds of a trace that do not count")
     group = parser.add_argument_group("the cluster")
     group.add_argument("--config", type=Path, metavar="FILE", help="a cluster config, for the "
@@ -135,7 +142,7 @@ def _traces(args: argparse.Namespace) -> tuple[list[Trace], list[Trace]]:
     made = Made(
         args.kind, args.seconds, args.rate_per_s, args.prompt_tokens, args.answer_tokens, args.seed
     )
-    seeds = (args.seed, args.seed + 1)
+    seeds = range(args.seed, args.seed + MADE_UP)
     return (
         [generate(replace(made, seed=seed)) for seed in seeds],
         [generate(replace(made, seed=seed + HELD_OUT_SEED)) for seed in seeds],

@@ -14,12 +14,14 @@ from cluster.config import ClusterConfig
 from cluster.deploy.network_rules import pod_labels
 from cluster.operator_rules import groups, template
 from cluster.pod_rules import pods, quantity
-from cluster.settings import split_label
+from cluster.settings import OUTLAST_S, split_label
 
 Mapped = Mapping[str, Any]
 
-GRACEFUL_SHUTDOWN_S = 20.0
-"""What Serve gives a replica to end by itself, the longest of cluster/app.py."""
+TOKEN_S = 0.05
+"""What one token of an answer is taken to need: 20 a second, a guess on the slow side."""
+ANSWER_TOKENS = 4096
+"""The longest answer to expect where worker.max_context does not bound it."""
 DRAIN_SECONDS = re.compile(r"^\d+$")
 METRIC = re.compile(r"\bmoetier_[a-z_]+")
 SECRET_KEYS = ("secretKeyRef", "secretName")
@@ -35,7 +37,8 @@ def whole_problems(
     """Every breach, as "place: what is wrong"."""
     cluster = rayservice["spec"].get("rayClusterConfig") or {}
     yield from budget_problems(documents, cluster)
-    yield from drain_problems(cluster)
+    yield from drain_problems(cluster, config)
+    yield from answer_problems(config)
     yield from placement_problems(cluster, config)
     yield from secret_problems(documents)
     yield from dashboard_problems(documents, metrics)
@@ -63,8 +66,12 @@ def budget_problems(documents: Sequence[Mapped], cluster: Mapped) -> Iterator[st
             yield f"PodDisruptionBudget/{name}: no pod may ever be moved, so no node be drained"
 
 
-def drain_problems(cluster: Mapped) -> Iterator[str]:
-    """A pod has to have the time that its preStop and Serve take together."""
+def drain_problems(cluster: Mapped, config: ClusterConfig) -> Iterator[str]:
+    """A pod has to have the time that its preStop and Serve take together.
+
+    Ray ends a node that drains when preStop's seconds are up, so those have to be enough for Serve.
+    """
+    serve_s = config.replicas.drain_s + OUTLAST_S
     for group in cluster.get("workerGroupSpecs") or []:
         place, pod = f"workerGroupSpecs[{group.get('groupName')}]", template(group)
         hook = ((pod.get("containers") or [{}])[0].get("lifecycle") or {}).get("preStop") or {}
@@ -76,13 +83,30 @@ def drain_problems(cluster: Mapped) -> Iterator[str]:
         if not given or not DRAIN_SECONDS.match(given[0]):
             yield f"{place}: lifecycle.preStop: expected --seconds N"
             continue
-        needed_s = int(given[0]) + GRACEFUL_SHUTDOWN_S
+        if int(given[0]) < serve_s:
+            yield (
+                f"{place}: lifecycle.preStop: --seconds: got {given[0]}, expected {serve_s:g} or "
+                f"more, replicas.drain_s and {OUTLAST_S:g}: answers would be cut before"
+            )
+        needed_s = int(given[0]) + serve_s
         grace_s = pod.get("terminationGracePeriodSeconds", 30)
         if grace_s < needed_s:
             yield (
                 f"{place}: terminationGracePeriodSeconds: got {grace_s}, expected {needed_s:g} or "
-                f"more: {given[0]} of preStop and {GRACEFUL_SHUTDOWN_S:g} of Serve"
+                f"more: {given[0]} of preStop and {serve_s:g} of Serve"
             )
+
+
+def answer_problems(config: ClusterConfig) -> Iterator[str]:
+    """A worker that is stopped, by a scale-down or a rollout, has to end its longest answers."""
+    tokens = config.worker.max_context or ANSWER_TOKENS
+    longest_s = min(config.http.request_timeout_s, tokens * TOKEN_S)
+    if config.replicas.drain_s < longest_s:
+        yield (
+            f"args: replicas.drain_s: got {config.replicas.drain_s:g}, expected {longest_s:g} or "
+            f"more: an answer of {tokens} tokens at {TOKEN_S * 1000:g} ms each is cut when its "
+            "worker is stopped; raise it, or bound worker.max_context or http.request_timeout_s"
+        )
 
 
 def placement_problems(cluster: Mapped, config: ClusterConfig) -> Iterator[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.autoscaling_rules import ServiceTimes, Targets
-from cluster.settings import AutoscalingSettings
+from cluster.autoscaling_settings import AutoscalingSettings
 from cluster.tune.replica import Served
 from cluster.tune.search import Knob, Score, Values
 from cluster.tune.simulate import Outcome, Site
@@ -161,11 +161,13 @@ def missed(served: Sequence[Served], promise: Promise) -> int:
 
 
 def score(outcomes: Sequence[Outcome], promise: Promise) -> Score:
-    """Over all of them: share that missed, and hours of workers for each run."""
+    """Over all of them: share that missed, hours of workers for each run, the worst run's share."""
     counting = [counted(outcome, promise) for outcome in outcomes]
+    misses = [missed(served, promise) for served in counting]
     return Score(
-        sum(missed(served, promise) for served in counting) / sum(map(len, counting)),
+        sum(misses) / sum(map(len, counting)),
         statistics.fmean(outcome.replica_s for outcome in outcomes) / 3600,
+        max(num / len(served) for num, served in zip(misses, counting, strict=True)),
     )
 
 

@@ -44,8 +44,8 @@ def verdict(tuning: Tuning) -> str:
         lines.append(
             f"No setting kept {1 - limit:.1%} of requests within {tuning.promise.ttft_s:g} s to "
             f"the first token and {tuning.promise.per_token_s:g} s for each further one; the best "
-            f"missed {ours.chosen.score.violations:.1%}. Allow more replicas, faster starts or "
-            "more seconds; what follows is the best that was found."
+            f"missed {ours.chosen.score.worst:.1%} on its worst trace. Allow more replicas, faster "
+            "starts or more seconds; what follows is the best that was found."
         )
     for other in tuning.results[1:]:
         lines.append(_compared(ours.held_out, other))
@@ -82,8 +82,10 @@ def cells(tuning: Tuning) -> list[Mapping[str, str | None]]:
             {
                 "policy": result.name,
                 "missed, tuned on": f"{result.chosen.score.violations:.2%}",
+                "worst trace": f"{result.chosen.score.worst:.2%}",
                 "hours, tuned on": f"{result.chosen.score.hours:.2f}",
                 "missed, held out": f"{result.held_out.violations:.2%}",
+                "worst trace, held out": f"{result.held_out.worst:.2%}",
                 "hours, held out": f"{result.held_out.hours:.2f}",
                 "settings": _settings(result.chosen.values),
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.settings import AutoscalingSettings
+from cluster.autoscaling_settings import AutoscalingSettings
 from cluster.tune.contest import Contestant, Promise, contestants, score, settings_for, typical
 from cluster.tune.search import Score, Trial, Values, best_for, choose, pareto, search
 from cluster.tune.serve_decision import ServeDecider

@@ -3,7 +3,7 @@
 #include "multiply.h"
 #include "target.h"
 
-int32_t moetier_abi_version() { return 6; }
+int32_t moetier_abi_version() { return 7; }
 
 int32_t moetier_best_isa() {
 #if MOETIER_X86

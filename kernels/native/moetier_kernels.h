@@ -94,6 +94,14 @@ MOETIER_EXPORT int32_t moetier_low_rank_matmul_fp32(const MoetierLowRank* factor
 // All of `mlps` at once, sharing at most num_threads threads.
 MOETIER_EXPORT int32_t moetier_gated_mlp_many(const MoetierGatedMlp* mlps, int64_t num_mlps,
                                               int32_t num_threads, int32_t isa);
+// The same in float32: what moetier_matmul_fp32 and moetier_low_rank_matmul_fp32 make, to the bit.
+MOETIER_EXPORT int32_t moetier_gated_mlp_many_fp32(const MoetierGatedMlp* mlps, int64_t num_mlps,
+                                                   int32_t num_threads, int32_t isa);
+// y [num_rows, hidden]: of each row its pairs' outputs [num_pairs, hidden] times their weights,
+// product and sum rounded one by one, added in the order of the pairs. rows [num_pairs] say whose.
+MOETIER_EXPORT int32_t moetier_weighted_sum(const float* outputs, const int64_t* rows,
+                                            const float* weights, int64_t num_pairs,
+                                            int64_t hidden, int64_t num_rows, float* y);
 // Helper threads stay on these cores from now on, round robin from the second: the first is the
 // caller's. Only Linux heeds it.
 MOETIER_EXPORT int32_t moetier_pin_helpers(const int32_t* cores, int64_t num_cores);

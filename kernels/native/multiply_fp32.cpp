@@ -14,18 +14,39 @@
 namespace moetier {
 namespace {
 
+float sum_of(const float* x, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n; i++) total += x[i];
+  return static_cast<float>(total);
+}
+
 // The sum of the inputs of each of `tiles` tiles, [tokens, tiles].
 std::vector<float> tile_sums(const float* x, int64_t tokens, int64_t cols, int64_t tiles) {
   std::vector<float> sums(static_cast<size_t>(tokens * tiles));
   for (float& sum : sums) {
-    double total = 0;
-    for (int64_t i = 0; i < cols / tiles; i++) total += *x++;
-    sum = static_cast<float>(total);
+    sum = sum_of(x, cols / tiles);
+    x += cols / tiles;
   }
   return sums;
 }
 
 }  // namespace
+
+KeptFloats::KeptFloats(int64_t tokens, int64_t cols, bool with_half_sums)
+    : cols_(cols),
+      x_(static_cast<size_t>(tokens * cols)),
+      sums_(static_cast<size_t>(tokens * (cols / kTileCols))),
+      half_sums_(with_half_sums ? 2 * sums_.size() : 0) {}
+
+void KeptFloats::set_group(int64_t token, int64_t group, const float* x, int) {
+  const int64_t at = token * (cols_ / kTileCols) + group;
+  std::copy_n(x, kTileCols, x_.data() + at * kTileCols);
+  sums_[at] = sum_of(x, kTileCols);
+  constexpr int kHalf = kTileCols / 2;
+  if (half_sums_.empty()) return;
+  half_sums_[2 * at] = sum_of(x, kHalf);
+  half_sums_[2 * at + 1] = sum_of(x + kHalf, kHalf);
+}
 
 void multiply_fp32_portable(const RowBlocks& rows, const FloatInputs& inputs, int64_t tokens,
                             float* y, int64_t row_stride) {

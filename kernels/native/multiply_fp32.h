@@ -9,6 +9,7 @@
 // token count, so a token's result does not depend on its batch.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "tile.h"
 
@@ -23,6 +24,38 @@ struct FloatInputs {
   FloatInputs from_token(int64_t token) const {
     return {x + token * cols, sums + token * tiles, cols, tiles};
   }
+};
+
+// Inputs of matrices in tiles of 64 and of 32: what of them a product reads, its tiles say.
+struct SeenFloats {
+  const float* x;          // [tokens, cols]
+  const float* sums;       // of each 64 of them
+  const float* half_sums;  // of each 32 of them; may be null
+  int64_t cols;
+
+  SeenFloats from_token(int64_t token) const {
+    return {x + token * cols, sums + token * (cols / kTileCols),
+            half_sums ? half_sums + token * 2 * (cols / kTileCols) : nullptr, cols};
+  }
+  FloatInputs for_tiles(const RowBlocks& rows) const {
+    return {x, rows.layout == kHalfTiles ? half_sums : sums, cols, rows.tiles};
+  }
+};
+
+// Owns inputs of [tokens, cols]. Throws std::bad_alloc.
+class KeptFloats {
+ public:
+  // Matrices in half tiles need the half sums.
+  KeptFloats(int64_t tokens, int64_t cols, bool with_half_sums);
+  SeenFloats view() const {
+    return {x_.data(), sums_.data(), half_sums_.empty() ? nullptr : half_sums_.data(), cols_};
+  }
+  // Keeps the 64 inputs at x as group `group` of token `token`. Any two calls may run at once.
+  void set_group(int64_t token, int64_t group, const float* x, int isa);
+
+ private:
+  int64_t cols_;
+  std::vector<float> x_, sums_, half_sums_;
 };
 
 // y[t * row_stride + n] for tokens [0, tokens) and rows [0, 16 * num_blocks).

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.autoscaling_settings import AutoscalingSettings
 from cluster.placement import (
     Need,
     Node,
@@ -21,7 +22,7 @@ from cluster.placement import (
     tier_needs,
     worker_need,
 )
-from cluster.settings import AutoscalingSettings, NdpSettings, ReplicaSettings, StoreSettings
+from cluster.settings import NdpSettings, ReplicaSettings, StoreSettings
 
 STORE = {"moetier.io/store": "true"}
 BOTH = {**STORE, "moetier.io/ndp": "true", "ray.io/node-id": "x"}

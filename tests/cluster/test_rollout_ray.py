@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -172,3 +173,40 @@ def test_a_store_rolls_in_and_back_and_no_request_fails(
     assert load.problems == []
     assert set(load.texts) == {old, new}, "both have answered"
     assert all(len(texts) == 1 for texts in load.texts.values()), "and never half of each"
+
+
+def test_a_store_that_is_lost_meanwhile_is_left_again(
+    command: Command, mini_cache: Path, stores: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Its checksums were right; then its volume is gone, before a worker has opened it."""
+    name, served = model_of(command)
+    lost = tmp_path / "lost"
+    shutil.copytree(stores[1], lost)
+    with (
+        Load(command.url, name) as load,
+        subprocess.Popen(
+            [moetier_path(), "rollout", "--address", command.ray_address, str(lost)],
+            env=environment(mini_cache),
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as rolling,
+    ):
+        watchdog = threading.Timer(ROLLOUT_S, rolling.kill)
+        watchdog.start()
+        told = []
+        assert rolling.stderr is not None
+        for line in rolling.stderr:
+            told.append(line)
+            if line.startswith("from "):
+                lost.rename(tmp_path / "elsewhere")
+        watchdog.cancel()
+        assert rolling.wait(30) == 1, told
+    assert f"{served_store(stores, served)} is served again" in told[-1], told
+    assert load.problems == []
+    assert model_of(command) == (name, served)
+    wait_until(lambda: len(workers(command)) == 2, "two workers again", 90)
+
+
+def served_store(stores: tuple[Path, Path], version: str) -> Path:
+    (found,) = [store for store in stores if load_manifest(store).version == version]
+    return found

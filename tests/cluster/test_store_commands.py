@@ -153,7 +153,7 @@ def test_verify_of_a_whole_and_of_a_damaged_store(
     [
         (["--bits", "1"], "bits: got 1, expected one of (2, 3, 4)"),
         (["--bits", "8"], "bits: got 8"),
-        (["--group-size", "48"], "group_size: got 48, expected 64"),
+        (["--group-size", "48"], "group_size: got 48, expected a multiple of 32 up to 4096"),
         (["--recipe", "finest"], "recipe: got 'finest', expected one of paper, static, mixed"),
         (
             ["--recipe", "paper", "--avg-rank", "1000"],

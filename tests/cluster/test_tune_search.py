@@ -27,10 +27,8 @@ KNOBS = (Knob("more", 1, 100, is_log=True), Knob("other", -1, 1))
 
 def made_up(values: Values) -> Score:
     """More costs more and misses less; `other` should be 0.3."""
-    return Score(
-        1 / values["more"] + 0.05 * abs(values["other"] - 0.3),
-        values["more"] + values["other"] ** 2,
-    )
+    violations = 1 / values["more"] + 0.05 * abs(values["other"] - 0.3)
+    return Score(violations, values["more"] + values["other"] ** 2, violations)
 
 
 def test_the_cheapest_within_the_limit_is_found() -> None:
@@ -52,6 +50,13 @@ def test_what_cannot_be_reached_is_said_and_the_best_given() -> None:
     assert chosen.score.violations == min(trial.score.violations for trial in trials)
     with pytest.raises(ValueError, match="runs: got 1"):
         search(KNOBS, made_up, runs=1, limit=0.0, seed=1)
+
+
+def test_a_mean_within_the_limit_is_not_enough() -> None:
+    lucky = Trial({}, Score(violations=0.01, hours=1, worst=0.04))
+    even = Trial({}, Score(violations=0.015, hours=2, worst=0.02))
+    assert choose([lucky, even], 0.02) == (even, True)
+    assert choose([lucky, even], 0.015) == (even, False)
 
 
 def test_places_are_spread() -> None:
@@ -76,7 +81,7 @@ def test_knobs_stay_in_their_range() -> None:
 
 def test_front_and_equal_cost() -> None:
     trials = [
-        Trial({}, Score(violations, hours))
+        Trial({}, Score(violations, hours, violations))
         for violations, hours in ((0.5, 1), (0.2, 2), (0.3, 3), (0.2, 4), (0.1, 5))
     ]
     assert [(t.score.violations, t.score.hours) for t in pareto(trials)] == [

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.autoscaling_rules import ServiceTimes, Targets, Worker
-from cluster.settings import AutoscalingSettings
+from cluster.autoscaling_settings import AutoscalingSettings
 from cluster.tune.generate import Made, generate
 from cluster.tune.serve_decision import ServeDecider
 from cluster.tune.simulate import Outcome, Site, View, simulate

@@ -1,185 +1,223 @@
 """Goal: the rendered RayService, run as the operator would run it, answers over HTTP.
 
-Method: no Kubernetes, so its pods are Ray nodes of one local cluster with the manifest's own
-labels, CPUs and number of pods: the head first, then serveConfigV2 put to the dashboard, and only
-then the worker groups, because that is the order in which pods come up. Changed are ports and
-paths; a GPU worker runs on the CPU; object stores are small, and a near-data worker has one thread.
-A real Redis stands in for the one beside the cluster, as directory (not for Ray's GCS).
+Method: no Kubernetes, so each of its pods is a host of its own on this machine (namespaces), with
+the manifest's `ray start` parameters, labels, volumes, init containers, Secrets and Serve config;
+`python -m benchmarks.deploy_try` does the same for a reader. Changed are the device and threads.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import shutil
-import socket
-import subprocess
+import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks.deploy_parts.asking import Asked
+from benchmarks.deploy_parts.pods import (
+    Pod,
+    Volumes,
+    environment,
+    fit_this_machine,
+    overlay_pods,
+    ray_command,
+    script,
+    service_names,
+)
+from benchmarks.deploy_parts.trial import Report, Trial
+from benchmarks.deploy_try import OVERLAYS, WORK_ROOT, attempt, check_tools, page
+from benchmarks.offload_parts.hosts import HostsUnavailable
 from cluster.manifests import serve_config
-from cluster.operator_rules import template
-from cluster.pod_rules import quantity
-from expert_store.compress import compress
+from cluster.stores import bundled_store, compressed_store
 from expert_store.config import CompressionConfig
+from expert_store.format import load_manifest
 from models import MIXTRAL_MINI
 
-ROOT = Path(__file__).resolve().parents[2]
-OVERLAYS = ("cpu-local", "gpu-small", "gpu-ha")
-MAX_STORE_BYTES = 200_000_000
-DEADLINE_S = 180
-NO_NODE_S = 20
-"""How long the memory node stays away; a tier manager on the head would fail meanwhile."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def call(url: str, body: object = None, *, method: str | None = None) -> Any:
-    """The JSON answer, or the HTTP status when it is an error."""
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url, data, headers, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code
-    return json.loads(text) if text else None
+HA = "deploy/overlays/gpu-ha"
+ROLL_S = 240
+SECRETS = {"moetier-redis": {"password": "a-password"}}
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("stores") / "model"
-    compress(MIXTRAL_MINI, folder, CompressionConfig(recipe="paper"), jobs=2)
-    return folder
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the bundled model's store is made once."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
-def redis(tmp_path) -> Iterator[tuple[int, Path]]:
-    """(port of a Redis of this machine, the file with its password)."""
-    server = shutil.which("redis-server")
-    if server is None:
-        pytest.skip("redis-server is not installed, and this overlay keeps its directory there")
-    port, password = free_port(), tmp_path / "password"
-    password.write_text("a-test-password")
-    words = [server, "--port", str(port), "--requirepass", password.read_text(), "--save", ""]
-    process = subprocess.Popen([*words, "--dir", str(tmp_path)], stdout=subprocess.DEVNULL)
-    yield port, password
-    process.terminate()
-    process.wait(30)
+def ha(rendered):
+    """(documents of gpu-ha, its RayService, its pods by name)."""
+    documents = rendered[HA]
+    (service,) = [each for each in documents if each["kind"] == "RayService"]
+    return documents, service, {pod.name: pod for pod in overlay_pods(documents, service)}
 
 
-@pytest.fixture(params=OVERLAYS)
-def head(request, rendered, monkeypatch):
-    """(cluster of the manifest's head alone, the RayService, the dashboard's URL)."""
-    documents = rendered[f"deploy/overlays/{request.param}"]
-    (rayservice,) = [each for each in documents if each["kind"] == "RayService"]
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the image has moetier installed
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the operator's token is not there
-    from ray.cluster_utils import Cluster
-
-    params = rayservice["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]
-    port = free_port()
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": int(params["num-cpus"]),
-            "object_store_memory": min(MAX_STORE_BYTES, int(params["object-store-memory"])),
-            "include_dashboard": True,
-            "dashboard_port": port,
-        },
-    )
-    url = f"http://127.0.0.1:{port}"
-    yield cluster, rayservice, url
-    call(f"{url}/api/serve/applications/", method="DELETE")
-    cluster.shutdown()
+@pytest.fixture
+def volumes(tmp_path: Path) -> Volumes:
+    return Volumes(tmp_path, {"moetier-store": tmp_path / "claim"}, SECRETS)
 
 
-def add_worker_groups(cluster: Any, rayservice: dict[str, Any]) -> None:
-    """Every group with as many nodes as it has pods at least."""
-    for group in rayservice["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
-        limits = template(group)["containers"][0]["resources"]["limits"]
-        for _ in range(group["minReplicas"]):
-            cluster.add_node(
-                num_cpus=int(quantity(limits["cpu"])),
-                object_store_memory=min(
-                    MAX_STORE_BYTES, int(group["rayStartParams"]["object-store-memory"])
-                ),
-                labels=group["labels"],
-            )
+def test_there_are_as_many_pods_as_there_are_at_least(ha) -> None:
+    _, _, pods = ha
+    assert list(pods) == ["moetier-redis", "head", "memory-1", "memory-2", "gpu-1", "gpu-2"]
 
 
-def fit_this_machine(args: dict[str, Any], store: Path, redis: tuple[int, Path] | None) -> None:
-    """What of the config a machine without GPU, volume and Kubernetes' names cannot have."""
-    args["store"]["path"] = str(store)
-    args["ndp"]["num_threads"] = 1
-    args["worker"]["device"], args["replicas"]["num_gpus"] = "cpu", 0
-    if redis is not None:
-        port, password = redis
-        args["directory"]["redis_url"] = f"redis://127.0.0.1:{port}/1"
-        args["directory"]["password_file"] = str(password)
+def test_a_groups_parameters_labels_and_limits_go_to_ray(ha) -> None:
+    _, service, pods = ha
+    cluster = service["spec"]["rayClusterConfig"]
+    words = ray_command(pods["gpu-1"], cluster, "10.0.0.9").split()
+    assert words[:2] == ["ray", "start"]
+    assert "--address=head:6379" in words
+    assert "--num-gpus=1" in words
+    assert "--num-cpus=8" in words
+    assert f"--memory={48 << 30}" in words
+    assert "--labels=moetier.io/worker=true" in words
+    assert "--min-worker-port=10002" in words
+    head = ray_command(pods["head"], cluster, "10.0.0.1")
+    assert "--num-cpus=0" in head
+    assert head.endswith('--redis-password="$REDIS_PASSWORD"'), "from its environment"
 
 
-def until(condition, what: str) -> Any:
-    """The first true value of condition(), asked every second."""
-    end, seen = time.monotonic() + DEADLINE_S, None
-    while time.monotonic() < end:
-        seen = condition()
-        if seen:
-            return seen
-        time.sleep(1)
-    raise AssertionError(f"{what}: not within {DEADLINE_S} s, last seen {seen!r}")
+def test_the_operators_variables_are_set(ha, volumes) -> None:
+    _, service, pods = ha
+    cluster = service["spec"]["rayClusterConfig"]
+    head = environment(pods["head"], cluster, volumes, "a-token")
+    assert head["RAY_REDIS_ADDRESS"] == "moetier-redis:6379"
+    assert (head["REDIS_PASSWORD"], head["RAY_AUTH_TOKEN"]) == ("a-password", "a-token")
+    assert "RAY_REDIS_ADDRESS" not in environment(pods["gpu-1"], cluster, volumes, "a-token")
+    assert environment(pods["moetier-redis"], cluster, volumes, "a-token") == {}
+
+
+def test_volumes_are_mounted_before_init_containers_run(ha, volumes) -> None:
+    _, _, pods = ha
+    lines = script(pods["memory-2"], volumes, "ray start").splitlines()
+    shared = lines.index(f"mount --bind {volumes.folder}/claim /var/lib/moetier/shared")
+    own = lines.index(f"mount --bind {volumes.folder}/disks/memory-2/store /var/lib/moetier/stores")
+    copied = next(i for i, line in enumerate(lines) if line.startswith("bash -c"))
+    closed = lines.index("mount -o remount,bind,ro /var/lib/moetier/stores")
+    assert max(shared, own) < copied < closed
+    assert lines[-1] == "exec ray start"
+    assert f"mount --bind {volumes.folder}/secrets/moetier-redis /run/secrets/redis" in lines
+
+
+def test_services_lead_to_their_pods(ha) -> None:
+    documents, _, pods = ha
+    addresses = {name: f"10.0.0.{number}" for number, name in enumerate(pods)}
+    names = service_names(documents, tuple(pods.values()), addresses)
+    assert names["moetier-redis"] == addresses["moetier-redis"]
+    assert names["memory-2"] == addresses["memory-2"]
+
+
+def test_only_what_the_machine_lacks_is_changed(ha) -> None:
+    _, service, _ = ha
+    config = serve_config(service)
+    before = yaml.safe_dump(config)
+    changes = list(fit_this_machine(config))
+    assert changes == ['`args.worker.device` "cuda" to "cpu"', "`args.ndp.num_threads` 6 to 1"]
+    config["applications"][0]["args"]["worker"]["device"] = "cuda"
+    config["applications"][0]["args"]["ndp"]["num_threads"] = 6
+    assert yaml.safe_dump(config) == before
+
+
+def report(**changed: object) -> Report:
+    pod = Pod("head", {}, {"containers": [{}]}, ("headGroupSpec: volumes",))
+    whole = {
+        "overlay": "cpu-local",
+        "pods": (pod,),
+        "changes": (),
+        "started_s": 12.3,
+        "replicas": {"Ingress": ("memory-1",)},
+        "asked": (Asked("To be", False, " or"),),
+    }
+    return Report(**(whole | changed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({}, None),
+        ({"asked": (Asked("To be", True, problem="status 503"),)}, "status 503"),
+        ({"replicas": {"Ingress": ("head",)}}, "a workload on the head"),
+        (
+            {"asked": (Asked("The return statement", False, "a"),
+                       Asked("The return statement", True, "b"))},
+            "answered in 2 ways",
+        ),
+    ],
+)  # fmt: skip
+def test_a_report_tells_what_is_not_as_promised(changed, problem: str | None) -> None:
+    made = report(**changed)
+    assert len(made.problems) == (0 if problem is None else 1)
+    assert (problem or "| nothing |") in page([made])
+    assert "| head | headGroupSpec: volumes |" in page([made])
+
+
+def skip_where_there_are_no_hosts() -> None:
+    try:
+        check_tools()
+    except HostsUnavailable as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_the_manifest_runs_and_answers(head, store, request) -> None:
-    cluster, rayservice, dashboard = head
-    config = serve_config(rayservice)
-    config["http_options"] = {**config["http_options"], "host": "127.0.0.1", "port": free_port()}
-    (application,) = config["applications"]
-    uses_redis = application["args"].get("directory", {}).get("kind") == "redis"
-    redis = request.getfixturevalue("redis") if uses_redis else None
-    fit_this_machine(application["args"], store, redis)
-    application["args"]["http"]["port"] = config["http_options"]["port"]
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_manifest_runs_and_answers(
+    overlay: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_where_there_are_no_hosts()
+    monkeypatch.setenv("MOETIER_CACHE", str(cache))
+    tried = attempt(overlay, requests=12)
+    assert tried.problems == ()
+    assert len(tried.asked) == 12
+    assert all(each.text for each in tried.asked)
+    assert set(tried.replicas) == {"TierManager", "GpuWorker", "Ingress"}
+    group = "memory" if overlay == "cpu-local" else "gpu"
+    assert all(name.startswith(group) for name in tried.replicas["GpuWorker"])
 
-    def status() -> dict[str, Any]:
-        return call(f"{dashboard}/api/serve/applications/")["applications"].get("moetier", {})
 
-    until(lambda: call(f"{dashboard}/api/serve/applications/") not in (404, 503), "dashboard")
-    call(f"{dashboard}/api/serve/applications/", config, method="PUT")
-    until(lambda: status().get("status") == "DEPLOYING", "deploying without a worker node")
-    time.sleep(NO_NODE_S)
-    early = status()
-    placed = [r for each in early["deployments"].values() for r in each["replicas"]]
-    assert early["status"] == "DEPLOYING", early["message"]
-    assert not [r for r in placed if r["node_id"]], "a tier manager without a node can only fail"
-    add_worker_groups(cluster, rayservice)
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_what_rollout_prints_rolls_a_store_in_and_fails_no_request(
+    rendered, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As deploy/OPERATING.md tells: ask a memory pod, add what it prints, apply; take it out."""
+    skip_where_there_are_no_hosts()
+    monkeypatch.setenv("MOETIER_CACHE", str(cache))
+    documents = rendered["deploy/overlays/gpu-small"]
+    with (
+        tempfile.TemporaryDirectory(prefix="moetier-deploy-", dir=WORK_ROOT) as folder,
+        Trial("gpu-small", documents, bundled_store(), Path(folder)) as trial,
+    ):
+        trial.start()
+        before = trial.model()["version"]
+        newer = compressed_store(MIXTRAL_MINI, CompressionConfig("fast"))
+        shutil.copytree(newer, Path(folder) / "claim" / "model-2")
+        store = "/var/lib/moetier/stores/model-2"
+        printed = yaml.safe_load(trial.execute("memory-1", "moetier", "rollout", "--print", store))
+        changed = copy.deepcopy(trial.config)
+        (application,) = changed["applications"]
+        parts = {part["name"]: part for part in application["deployments"]}
+        for part in printed["deployments"]:
+            parts[part["name"]] = {**parts.get(part["name"], {}), **part}
+        application["deployments"] = list(parts.values())
 
-    def running() -> bool:
-        now = status()
-        assert now.get("status") != "DEPLOY_FAILED", yaml.safe_dump(now)
-        return now.get("status") == "RUNNING"
+        trial.put(changed)
+        after = load_manifest(newer).version
+        ask_until_it_serves(trial, after)
+        trial.put(trial.config)
+        ask_until_it_serves(trial, before)
 
-    until(running, "the application")
-    deployments = status()["deployments"]
-    assert set(deployments) == {"TierManager", "GpuWorker", "Ingress"}
-    nodes = {r["node_id"] for each in deployments.values() for r in each["replicas"]}
-    assert nodes <= {node.node_id for node in cluster.worker_nodes}, "a workload on the head"
 
-    address = f"http://127.0.0.1:{config['http_options']['port']}"
-    (model,) = call(f"{address}/v1/models")["data"]
-    body = {"model": model["id"], "prompt": "The if statement", "max_tokens": 8, "temperature": 0}
-    answer = call(f"{address}/v1/completions", body)
-    assert answer["usage"]["completion_tokens"] == 8
-    assert answer["choices"][0]["text"].strip()
+def ask_until_it_serves(trial: Trial, version: str) -> None:
+    """Requests one batch after another, each answered, until that version has answered some."""
+    end = time.monotonic() + ROLL_S
+    while trial.model()["version"] != version:
+        assert time.monotonic() < end, trial.model()
+        assert [each.problem for each in trial.ask(4) if each.problem] == []
+    assert [each.problem for each in trial.ask(4) if each.problem] == []

@@ -6,6 +6,8 @@ CRD stands for KubeRay's where only its rules in CEL matter.
 
 from __future__ import annotations
 
+import copy
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ from cluster.deploy.cel_rules import can_evaluate, cel_problems, rules
 from cluster.deploy.credentials import write_secrets
 from cluster.deploy.sizes import GIBIBYTE, HEADROOM_BYTES, node_memory
 from cluster.deploy.values import KEYS, with_settings
-from cluster.manifests import parse_documents, serve_config
+from cluster.manifests import parse_documents, raw_crds, serve_config
 from cluster.plan.inputs import Recipe
 from tests.hand_store import build_store
 
+ROOT = Path(__file__).resolve().parents[2]
 CLUSTER_KEYS = {
     "namespace": "prod",
     "image": "reg.example.com:5000/ai/moetier",
@@ -217,6 +220,21 @@ def test_cel_rules_are_found_where_they_apply() -> None:
         pytest.skip("cel-python is not installed, so that the rules were only found")
     assert list(cel_problems(document, CEL)) == ["spec.by: a or b", "spec.items[1]: self < 5"]
     assert list(cel_problems({"spec": {"by": "a"}}, CEL)) == []
+
+
+def test_kuberays_own_rule_catches_its_breach(rendered, crds) -> None:
+    """`crds` skips where they are not; their rules are read raw."""
+    if not can_evaluate():
+        pytest.skip("cel-python is not installed; it is in the extra test")
+    folder = Path(os.environ.get("MOETIER_CRDS", ROOT.parent / "shared" / "kuberay"))
+    schema = raw_crds(folder)["ray.io/v1", "RayService"]
+    documents = copy.deepcopy(rendered["deploy/overlays/gpu-small"])
+    (service,) = [each for each in documents if each["kind"] == "RayService"]
+    service["spec"]["managedBy"] = "ray.io/kuberay-operator"
+    assert list(cel_problems(service, schema)) == []
+    service["spec"]["managedBy"] = "somebody"
+    (problem,) = cel_problems(service, schema)
+    assert problem.startswith("spec.managedBy: the managedBy field value must be either")
 
 
 def test_rendered_text_stays_readable(rendered, tmp_path: Path, capsys) -> None:

@@ -16,8 +16,10 @@ import yaml
 from cluster.app import build
 from cluster.deploy.checks import all_checks, metric_names, service_checks
 from cluster.deploy.network_rules import Flow, Pod, passes
-from cluster.deploy.whole_rules import GRACEFUL_SHUTDOWN_S, needed_secrets
+from cluster.deploy.serve_schema import args_config
+from cluster.deploy.whole_rules import needed_secrets
 from cluster.manifests import serve_config
+from cluster.settings import OUTLAST_S
 
 OVERLAY = "deploy/overlays/gpu-ha"
 Documents = list[dict[str, Any]]
@@ -121,7 +123,7 @@ BREACHES: dict[str, tuple[Callable[[Documents], object], str]] = {
     ),
     "grace": (
         lambda d: memory_pod(d).update(terminationGracePeriodSeconds=100),
-        "terminationGracePeriodSeconds: got 100, expected 110 or more",
+        "terminationGracePeriodSeconds: got 100, expected 495 or more",
     ),
     "no grace": (
         lambda d: memory_pod(d).pop("terminationGracePeriodSeconds"),
@@ -130,6 +132,14 @@ BREACHES: dict[str, tuple[Callable[[Documents], object], str]] = {
     "no hook": (
         lambda d: memory_pod(d)["containers"][0].pop("lifecycle"),
         "workerGroupSpecs[memory]: lifecycle.preStop",
+    ),
+    "short hook": (
+        lambda d: command(d).__setitem__(-1, "90"),
+        "lifecycle.preStop: --seconds: got 90, expected 245 or more",
+    ),
+    "cut answers": (
+        args(lambda a: a["replicas"].update(drain_s=15)),
+        "replicas.drain_s: got 15, expected 204.8 or more",
     ),
     "no seconds": (lambda d: command(d).pop(), "expected --seconds N"),
     "head works": (
@@ -248,7 +258,7 @@ def test_shutdown_time_is_the_apps(whole) -> None:
     config = serve_config(named(whole, "RayService", "moetier"))
     built = build_app(build(config["applications"][0]["args"]), name="test").deployments
     longest = max(each._deployment_config.graceful_shutdown_timeout_s for each in built)
-    assert longest == GRACEFUL_SHUTDOWN_S
+    assert longest == args_config(config).replicas.drain_s + OUTLAST_S
 
 
 def test_metric_names_are_there() -> None:

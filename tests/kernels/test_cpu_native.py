@@ -4,6 +4,7 @@ token counts, output memory full of NaN, packed bytes at odd addresses, refused 
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -31,8 +32,8 @@ from kernel_matrices import (
     rounded_to_int8,
 )
 
-from kernels import cpu_native, reference
-from kernels.cpu_native import Isa
+from kernels import cpu_native, cpu_records, reference
+from kernels.cpu_native import Isa, Numbers
 from kernels.packing import pack, pack_symmetric
 from kernels.types import Activation, GatedMLP, Grid, LowRank, MlpCall, QuantizedMatrix
 
@@ -137,13 +138,18 @@ def test_gated_mlp(isa: Isa, grid: Grid, bits: int, biases: bool) -> None:
 
 
 @every_isa
+@pytest.mark.parametrize(
+    ("numbers", "tolerance"), [("int8", INT8_MLP_TOLERANCE), ("fp32", FP32_TOLERANCE)]
+)
 @pytest.mark.parametrize("activation", get_args(Activation))
-def test_every_activation(isa: Isa, activation: Activation) -> None:
+def test_every_activation(
+    isa: Isa, activation: Activation, numbers: Numbers, tolerance: float
+) -> None:
     """Inputs large enough that sigmoids saturate and the clamped form clamps."""
     mlp = random_mlp(128, 128, 4, activation=activation, biases=True)
     x = random_inputs(9, 128) * 8
-    (got,) = cpu_native.gated_mlp_many([MlpCall(x, mlp)], isa=isa)
-    assert relative_rms(got, reference.gated_mlp(x, mlp)) < INT8_MLP_TOLERANCE
+    (got,) = cpu_native.gated_mlp_many([MlpCall(x, mlp)], numbers=numbers, isa=isa)
+    assert relative_rms(got, reference.gated_mlp(x, mlp)) < tolerance
 
 
 @every_isa
@@ -359,3 +365,18 @@ def test_offsets_outside_the_data_are_refused_by_the_type() -> None:
     factors = random_low_rank(64, 64, 2, 1)
     with pytest.raises(ValueError, match="reaches past"):
         LowRank(factors.data, (8,), 64, 64, 2)
+
+
+def test_what_is_made_of_a_weight_lives_as_long_as_the_weight() -> None:
+    """Weights that come and go, often at the address of one that died, are never mixed up."""
+    before = len(cpu_records._MLPS)
+    x = random_inputs(2, 64)
+    for seed in range(30):
+        mlp = random_mlp(64, 128, 2 + seed % 3, biases=seed % 2 == 0)
+        for _ in range(2):
+            (got,) = cpu_native.gated_mlp_many([MlpCall(x, mlp)], numbers="fp32")
+            assert relative_rms(got, reference.gated_mlp(x, mlp)) < FP32_TOLERANCE
+        assert len(cpu_records._MLPS) <= before + 2
+    del mlp
+    gc.collect()
+    assert len(cpu_records._MLPS) <= before
