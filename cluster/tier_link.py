@@ -6,8 +6,11 @@ Follows what the tier manager says of who runs where. Knows no Ray calls: handle
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -116,8 +119,13 @@ class TierLink:
 
     def _open_source(self, endpoints: Endpoints) -> ExpertSource:
         if self._transport == "grpc":
-            return GrpcSource(self._manifest, self._listings, compression=self._compression)
-        return ObjectStoreSource(self._manifest, endpoints.stores)
+            return GrpcSource(
+                self._manifest,
+                self._listings,
+                compression=self._compression,
+                client=client_number(),
+            )
+        return ObjectStoreSource(self._manifest, endpoints.stores, client=client_number())
 
     def _listings(self) -> Sequence[Listing]:
         if self._directory is not None:
@@ -219,7 +227,13 @@ class FollowingNearData:
             each: self._clients.get(each) or NdpClient(each.addresses, version=self._version)
             for each in listings
         }
-        return NearDataGroup([Member(client, e.keys) for e, client in self._clients.items()])
+        members = [Member(client, e.keys) for e, client in self._clients.items()]
+        return NearDataGroup(members, client=client_number())
+
+
+def client_number() -> int:
+    """The number by which this process picks among copies: the same for as long as it runs."""
+    return zlib.crc32(f"{socket.gethostname()}:{os.getpid()}".encode())
 
 
 def connect(

@@ -155,6 +155,7 @@ class ObjectStoreSource:
         *,
         deadline_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        client: int = 0,
     ) -> None:
         check_deadline(deadline_s)
         self._manifest = manifest
@@ -171,7 +172,7 @@ class ObjectStoreSource:
             )
             for s in stores
         )
-        self._health = CopyHealth(clock)
+        self._health = CopyHealth(clock, client)
         self._pool = ThreadPoolExecutor(MAX_CALLS_AT_ONCE, "moetier-ask")
         self._refs: OrderedDict[tuple[str, RecordRequest], ray.ObjectRef] = OrderedDict()
         self._lock = threading.Lock()

@@ -116,11 +116,13 @@ class Attempts:
             if not usable:
                 self._raise_if_damaged(index, holders)
                 continue
-            # Copies of this host first, unless they are slow; load spreads over them by expert.
+            # Copies of this host first, unless they are slow; load spreads over them by expert,
+            # and by client, or else every client read a hot expert of the same copy.
             good = set(self._health.best([copy.address for copy in usable], self._sizes[index]))
             candidates = [copy for copy in usable if copy.address in good]
             nearest = [copy for copy in candidates if copy.is_local] or candidates
-            chosen = nearest[(request.key.layer + request.key.expert) % len(nearest)]
+            turn = request.key.layer + request.key.expert + self._health.client
+            chosen = nearest[turn % len(nearest)]
             part = -1 - len(groups) if index in self._alone else 0
             while len(groups.get((chosen.address, part), ())) >= self._max_batch:
                 part += 1

@@ -36,9 +36,13 @@ class ReadingStatistics:
 
 
 class CopyHealth:
-    """Shared by all fetches of a source. Thread-safe."""
+    """Shared by all fetches of a source. Thread-safe.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    `client` is the number of who reads: clients that differ in it prefer different copies.
+    """
+
+    def __init__(self, clock: Callable[[], float], client: int = 0) -> None:
+        self.client = client
         self._latencies = Latencies(clock)
         self._extra = ExtraRequests()
         self._counts: Counter[str] = Counter()

@@ -111,17 +111,17 @@ class GrpcSource:
         compression: wire.Compression = "none",
         deadline_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        client: int = 0,
     ) -> None:
         check_deadline(deadline_s)
         self._manifest, self._compression = manifest, compression
         self._deadline_s, self._clock = deadline_s, clock
         self._copies = ListedCopies(find, manifest.version, clock=clock)
-        self._health = CopyHealth(clock)
+        self._health = CopyHealth(clock, client)
         self._pool = futures.ThreadPoolExecutor(MAX_CALLS_AT_ONCE, "moetier-ask")
         self._channels: dict[str, grpc.Channel] = {}
         self._bytes_sent = self._bytes_received = self._record_bytes = 0
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._lock, self._closed = threading.Lock(), threading.Event()
 
     @property
     def manifest(self) -> Manifest:

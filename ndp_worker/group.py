@@ -51,7 +51,8 @@ class Member:
 
 
 class NearDataGroup:
-    """Sends each expert of a batch to one of the workers that hold it; load spreads by expert.
+    """Sends each expert of a batch to one of the workers that hold it; load spreads by expert
+    and by `client`, the asker's number: not every client asks the same worker for a hot expert.
 
     A worker that failed or hung is left alone for a while, doubled each time, and one that has lost
     an expert's compensator is not asked to restore it for a while, if another can. Closing it
@@ -64,11 +65,12 @@ class NearDataGroup:
         *,
         clock: Callable[[], float] = time.monotonic,
         later: Later | None = None,
+        client: int = 0,
     ) -> None:
         if not members:
             raise ValueError("members: got none, expected at least one near-data worker")
         self._members = tuple(members)
-        self._health = WorkerHealth(clock)
+        self._health = WorkerHealth(clock, client)
         self._later = later or Timers()
 
     @property
@@ -179,7 +181,7 @@ class _GroupCall:
         if item.restored:
             alive = [i for i in alive if health.can_restore(i, key)] or alive
         alive = health.latencies.best(alive, len(item.token_rows))
-        return alive[(key.layer + key.expert) % len(alive)]
+        return alive[(key.layer + key.expert + health.client) % len(alive)]
 
     def _hedge(self, ask: _Ask) -> None:
         """The worker takes longer than usual: ask others too, if that is not done too often."""

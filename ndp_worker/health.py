@@ -42,9 +42,13 @@ class NearDataStatistics:
 
 
 class WorkerHealth:
-    """What is known of the workers, by their number, over all calls. Thread-safe."""
+    """What is known of the workers, by their number, over all calls. Thread-safe.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    `client` is the number of who asks: clients that differ in it prefer different workers.
+    """
+
+    def __init__(self, clock: Callable[[], float], client: int = 0) -> None:
+        self.client = client
         self.clock = clock
         self.latencies = Latencies(clock)
         self.extra = ExtraRequests()

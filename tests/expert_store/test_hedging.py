@@ -100,6 +100,19 @@ def test_a_late_batch_is_asked_of_another_holder_only() -> None:
     assert int(attempts.results[0].sum()) == 0  # the first answer stays
 
 
+def test_clients_read_a_hot_expert_of_different_copies() -> None:
+    hot = [RecordRequest(ExpertKey(3, 4), "codes")]
+    copies = [Copy("a:1", None, False, "a"), Copy("b:1", None, False, "b")]
+
+    def chosen(client: int) -> str:
+        health = CopyHealth(Time(), client)
+        (batch,) = Attempts(hot, sizes=[10], health=health, max_batch=8).plan(copies)
+        return batch.address
+
+    assert {chosen(0), chosen(1)} == {"a:1", "b:1"}
+    assert {chosen(7) for _ in range(5)} == {chosen(1)}  # the same one each time
+
+
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as opened:

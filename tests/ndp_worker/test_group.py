@@ -97,6 +97,15 @@ def test_copies_share_the_load() -> None:
     assert [len(worker.calls[0][0]) for worker in workers] == [2, 2]
 
 
+def test_clients_ask_different_workers_for_a_hot_expert() -> None:
+    workers = [FakeWorker(), FakeWorker()]
+    members = [Member(worker, None) for worker in workers]
+    groups = [NearDataGroup(members, client=client) for client in range(2)]
+    for near in groups * 3:
+        near.submit(HIDDEN_TH, [ExpertTokens(KEYS[0], (1,))]).result(0)
+    assert [len(worker.calls) for worker in workers] == [3, 3]
+
+
 def test_the_order_of_arrival_does_not_matter() -> None:
     first, second = FakeWorker(at_once=False), FakeWorker(at_once=False)
     future = group((first, KEYS[:2]), (second, KEYS[2:])).submit(HIDDEN_TH, WORK)
