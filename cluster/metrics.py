@@ -24,6 +24,7 @@ def render(snapshot: ClusterSnapshot) -> str:
         *_load(workers),
         *_work(workers),
         *_bytes_and_pairs(workers),
+        *_tier_calls(workers),
         *_costs(workers),
         *_requests(snapshot),
         *_tiers(snapshot),
@@ -142,6 +143,37 @@ def _ahead(workers: Sequence[WorkerStats]) -> Iterator[Metric]:
     yield "moetier_ahead_bytes_total", "counter", help_text, fetched
     help_text = "Pairs whose expert was guessed a layer ahead, right or wrong."
     yield "moetier_guessed_pairs_total", "counter", help_text, guessed
+
+
+def _tier_calls(workers: Sequence[WorkerStats]) -> Iterator[Metric]:
+    """How calls to copies of records and to near-data workers went; without copies zeros."""
+    for field, name, text in (
+        ("calls", "fetch_calls", "Calls to copies of records; one fetch may need several."),
+        ("hedged", "hedged_fetches", "Of these, second calls because the first one was late."),
+        ("hedges_won", "won_hedges", "Of those, the ones that answered before the first."),
+        (
+            "failed_over",
+            "failed_over_fetches",
+            "Calls whose copy was lost or refused: others took over.",
+        ),
+        ("corrupt", "corrupt_fetches", "Calls refused because the copy is damaged."),
+        ("hung", "hung_fetches", "Calls that hung until another copy was asked."),
+    ):
+        fetches: list[Sample] = [
+            ({"replica": w.replica}, w.tier_calls.fetches.get(field, 0)) for w in workers
+        ]
+        yield f"moetier_{name}_total", "counter", text, fetches
+    for field, name, text in (
+        ("calls", "near_data_calls", "Calls to near-data workers."),
+        ("hedged", "hedged_near_data_calls", "Second calls because the first worker was late."),
+        ("failed_over", "failed_over_near_data_calls", "Calls another worker had to take over."),
+        ("hung", "hung_near_data_calls", "Calls given up because the worker hung."),
+        ("degraded", "near_data_degraded_experts", "Experts run from codes, asked for restored."),
+    ):
+        near: list[Sample] = [
+            ({"replica": w.replica}, w.tier_calls.near_data.get(field, 0)) for w in workers
+        ]
+        yield f"moetier_{name}_total", "counter", text, near
 
 
 def _costs(workers: Iterable[WorkerStats]) -> Iterator[Metric]:

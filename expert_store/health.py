@@ -5,10 +5,11 @@ Pure: the clock is passed in. Knows no transport.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from expert_store.latency import ExtraRequests, Latencies
 
@@ -33,6 +34,9 @@ class ReadingStatistics:
     failed_over: int = 0
     corrupt: int = 0
     hung: int = 0
+
+    def __add__(self, other: ReadingStatistics) -> ReadingStatistics:
+        return ReadingStatistics(*map(operator.add, astuple(self), astuple(other)))
 
 
 class CopyHealth:

@@ -21,7 +21,7 @@ from ray import serve
 
 from gpu_worker.config import WorkerConfig
 from gpu_worker.load_rates import LoadRates
-from gpu_worker.messages import Event, ExpertUses, GenerateRequest, ModelDescription
+from gpu_worker.messages import Event, ExpertUses, GenerateRequest, ModelDescription, TierCalls
 from gpu_worker.protocols import ExpertSource, NearData
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ class Link(Protocol):
     def generation(self) -> int: ...
 
     def take_uses(self) -> tuple[ExpertUses, ...]: ...
+
+    @property
+    def calls(self) -> TierCalls: ...
 
     def follow(self, endpoints: Any) -> None: ...
 
@@ -160,7 +163,11 @@ class GpuWorker:
         while True:
             try:
                 async with asyncio.timeout(5 * REPORT_INTERVAL_S):
-                    stats = replace(self._service.load(), expert_uses=self._link.take_uses())
+                    stats = replace(
+                        self._service.load(),
+                        expert_uses=self._link.take_uses(),
+                        tier_calls=self._link.calls,
+                    )
                     endpoints = await self._tiers.report.remote(
                         stats, model, self._link.generation, self._store
                     )

@@ -110,6 +110,18 @@ class ExpertUses(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class TierCalls:
+    """How a worker's calls to the memory tier went since its start: counts by name.
+
+    `fetches` are those of `ReadingStatistics`, `near_data` those of the near-data workers' calls;
+    empty where there are no copies, or nobody near the data.
+    """
+
+    fetches: Mapping[str, int] = field(default_factory=dict)
+    near_data: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStats:
     """A worker's load now and what it did since its start.
 
@@ -118,7 +130,7 @@ class WorkerStats:
     less than the store promises. `version` is the store's. `governed_tokens` were computed with
     less than full quality to keep a latency target; `knobs` are what the governor has set now, by
     name. `busy_s` is the time spent in steps. `expert_uses` are what it asked most of the memory
-    tier since they were told last.
+    tier since they were told last; `tier_calls` say how that went.
     """
 
     replica: str
@@ -136,3 +148,4 @@ class WorkerStats:
     version: str | None = None
     expert_uses: tuple[ExpertUses, ...] = ()
     busy_s: float = 0.0
+    tier_calls: TierCalls = field(default_factory=TierCalls)

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from expert_store.health import ReadingStatistics
 from expert_store.types import ExpertOutputs, ExpertTokens, Manifest, RecordRequest
 
 
@@ -45,6 +46,14 @@ class WireCounted(Protocol):
     def bytes_moved(self) -> tuple[int, int]:
         """Bytes (sent, received) on the wire since the start; compressed ones as they were."""
         ...
+
+
+@runtime_checkable
+class CopiesCounted(Protocol):
+    """What a source can be besides: one that reads from several copies and counts how that goes."""
+
+    @property
+    def statistics(self) -> ReadingStatistics: ...
 
 
 class NearData(Protocol):

@@ -6,10 +6,11 @@ Pure: the clock is passed in. Knows no call and no transport; a worker is a numb
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from expert_store.latency import ExtraRequests, Latencies
 from expert_store.types import ExpertKey
@@ -39,6 +40,9 @@ class NearDataStatistics:
     failed_over: int = 0
     hung: int = 0
     degraded: int = 0
+
+    def __add__(self, other: NearDataStatistics) -> NearDataStatistics:
+        return NearDataStatistics(*map(operator.add, astuple(self), astuple(other)))
 
 
 class WorkerHealth:

@@ -200,6 +200,8 @@ def test_bytes_come_over_the_object_store_and_low_bit_pairs_run_near_data(
             found.get('moetier_moved_bytes_total{tier="object_store",kind="codes"}', 0) > 0
             and found['moetier_pairs_total{how="near_data"}'] > 0
             and found['moetier_near_data_bytes_total{direction="received"}'] > 0
+            and found["moetier_fetch_calls_total"] > 0
+            and found["moetier_near_data_calls_total"] > 0
             and found["moetier_running_sequences"] == 0
         )
 

@@ -6,8 +6,10 @@ object-store transport needs Ray and is in test_serve_ray.py.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import torch
 from hand_store import build_store
 
 from cluster.expert_heat import UseCounter
+from cluster.following import FollowingSource
 from cluster.settings import DirectorySettings
-from cluster.tier_link import Endpoints, FollowingSource, TierLink, connect, open_directory
+from cluster.tier_link import Endpoints, TierLink, connect, open_directory
 from expert_store.actor import StoreHandle
 from expert_store.directory import RedisDirectory
 from expert_store.errors import ExpertUnavailableError
@@ -150,6 +153,89 @@ def test_two_near_data_workers_share_and_one_is_enough(tiers: Tiers) -> None:
         assert torch.equal(after, before)
     finally:
         link.close()
+
+
+def test_calls_are_counted_over_a_change_of_source(tiers: Tiers) -> None:
+    """A server that is gone makes a failover, which counts on when its source is gone too."""
+    first, first_handle = tiers.record_server()
+    _, second_handle = tiers.record_server()
+    endpoints = Endpoints(1, (first_handle, second_handle), ())
+    link, other = link_to(tiers, endpoints), link_to(tiers, endpoints)
+    try:
+        assert set(link.calls.fetches.values()) == {0}
+        first.close(0)
+        # Of every expert, since of which server one is read depends on this process' number.
+        link.source.fetch([RecordRequest(key, "codes") for key in tiers.segment.manifest.experts])
+        before = link.calls.fetches
+        assert before["calls"] > before["failed_over"] > 0
+        for _ in range(3):
+            link.source.switch(Segment(tiers.folder))  # which counts no calls to copies
+            assert link.calls.fetches == before
+        link.source.switch(other.source)
+        link.source.fetch(CODES)
+        assert link.calls.fetches["calls"] > before["calls"]
+        assert link.calls.fetches["failed_over"] >= before["failed_over"]
+        assert link.calls.near_data == {}
+    finally:
+        link.close()
+        other.close()
+
+
+def test_near_data_calls_are_counted_over_a_change_of_workers(tiers: Tiers) -> None:
+    _, store = tiers.record_server()
+    first, first_listing = tiers.near_data_server()
+    _, second_listing = tiers.near_data_server()
+    hidden_TH = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    link = link_to(tiers, Endpoints(1, (store,), (first_listing, second_listing)))
+    try:
+        assert link.near_data is not None
+        first.close(0)
+        link.near_data.submit(hidden_TH, WORK).result(20)
+        before, moved = link.near_data.statistics, link.near_data.bytes_moved
+        assert before.calls > before.failed_over > 0 < min(moved)
+        for generation in (2, 3, 4):
+            link.follow(Endpoints(generation, (store,), (second_listing,)))
+            assert link.near_data.statistics == before
+            assert link.near_data.bytes_moved == moved
+        link.near_data.submit(hidden_TH, WORK).result(20)
+        assert link.near_data.statistics == replace(before, calls=before.calls + 1)
+        assert link.calls.near_data["failed_over"] == before.failed_over
+    finally:
+        link.close()
+
+
+def test_what_ends_after_an_exchange_still_counts(tiers: Tiers) -> None:
+    """Readers of the counts never see them fall while sources are exchanged under fetches."""
+    _, handle = tiers.record_server()
+    endpoints = Endpoints(1, (handle,), ())
+    links = [link_to(tiers, endpoints) for _ in range(6)]
+    followed, seen, is_over = links[0].source, [0], threading.Event()
+
+    def watch() -> None:
+        while not is_over.is_set():
+            seen.append(followed.statistics.calls)
+
+    def fetch() -> None:
+        while not is_over.is_set():
+            followed.fetch(CODES)
+
+    threads = [threading.Thread(target=each) for each in (watch, fetch, fetch)]
+    try:
+        for thread in threads:
+            thread.start()
+        for link in links[1:]:
+            followed.switch(link.source)
+            before = followed.statistics.calls
+            while followed.statistics.calls <= before + 2:
+                assert all(thread.is_alive() for thread in threads)
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join(30)
+        for link in links:
+            link.close()
+    assert seen == sorted(seen)
+    assert followed.statistics.calls >= 6
 
 
 def test_without_near_data_there_is_none(tiers: Tiers) -> None:
