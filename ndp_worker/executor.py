@@ -66,8 +66,11 @@ class Executor:
 
         hidden_TH is a CPU tensor, float32, bfloat16 or float16; the outputs are accumulated in
         float32. An expert whose factors cannot be read runs from codes alone and is named in
-        `degraded`. Raises ValueError for rows, shapes, dtypes, experts or blocks that do not
-        exist, a StoreError when codes cannot be read.
+        `degraded`. Raises ValueError for rows, shapes, dtypes, experts or blocks that do not exist,
+        a StoreError when codes cannot be read.
+
+        A pure function of its arguments and of the store: nothing of a call is kept but parsed
+        records, so that a call may be repeated and gives the same bits.
         """
         check_work(hidden_TH, work, self.manifest.model.expert.hidden)
         with self._lock, self._busy():

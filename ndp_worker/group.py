@@ -2,7 +2,8 @@
 one when that is lost or late.
 
 Owns the splitting and the joining of batches, and asks a second worker where the first is late.
-Calls are pure, so that asking two is safe. Knows no transport.
+Calls are idempotent (`Executor.run` is pure), so that asking two, or again, is safe: of each expert
+the first answer is taken and counted, others are dropped. Knows no transport.
 
 Legend: T tokens, P (expert, token) pairs, H hidden.
 """
@@ -262,7 +263,9 @@ class _GroupCall:
             for item, part in zip(ask.items, outputs.output_PH.split(counts), strict=True):
                 if self._parts[item] is None:  # else the other of two workers was first
                     self._parts[item] = part
-                    self._degraded.update({item} & degraded)
+                    if item in degraded:
+                        self._degraded.add(item)
+                        self._health.count("degraded")
             parts = [part for part in self._parts if part is not None]
             is_whole = len(parts) == len(self._parts) and not self._is_over
             self._is_over = self._is_over or is_whole

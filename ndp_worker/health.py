@@ -33,7 +33,8 @@ on two cores, so that slow is not called lost."""
 @dataclass(frozen=True, slots=True)
 class NearDataStatistics:
     """Calls to workers since the start: all of them, second ones to be quicker, those that went to
-    another worker because the first failed, those that hung, and answers that came degraded."""
+    another worker because the first failed, those that hung; and experts whose answer was taken
+    though it came degraded."""
 
     calls: int = 0
     hedged: int = 0
@@ -65,9 +66,10 @@ class WorkerHealth:
         with self._lock:
             return NearDataStatistics(**self._counts)
 
-    def count(self, what: str, more: int = 1) -> None:
+    def count(self, what: str) -> None:
+        """One more of a field of the statistics."""
         with self._lock:
-            self._counts[what] += more
+            self._counts[what] += 1
 
     def hedge_after_s(self, member: int, num_pairs: int) -> float:
         """After how long a second worker may be asked."""
@@ -79,10 +81,10 @@ class WorkerHealth:
         return HANG_S + HANG_PAIR_S * num_pairs
 
     def degraded(self, member: int, keys: Sequence[ExpertKey]) -> None:
-        """The worker ran these experts from codes alone, though asked to restore."""
+        """The worker ran these experts from codes alone, though asked to restore; whether that is
+        what the caller gets, and to be counted, is not said."""
         now = self.clock()
         with self._lock:
-            self._counts["degraded"] += len(keys)
             self._degrading = {name: t for name, t in self._degrading.items() if t > now}
             new = [key for key in keys if (member, key) not in self._degrading]
             self._degrading.update({(member, key): now + FORGET_S for key in new})

@@ -47,7 +47,9 @@ class NdpServer:
     """Runs calls on an executor, for every stream that callers open on `addresses`.
 
     A stream's calls are answered in order. A call that cannot be decoded or run is answered with a
-    typed error and the stream goes on. Raises StoreError when an address cannot be listened on.
+    typed error and the stream goes on. Calls are idempotent: one that comes again, on this or
+    another stream, is computed again to the same bits.
+    Raises StoreError when an address cannot be listened on.
     """
 
     def __init__(
@@ -103,7 +105,8 @@ class NdpClient:
 
     `addresses` all lead to that worker, best first ("unix:/path" on its own host); after a loss
     the next submit connects anew, to the next address that can be reached. A call that is not
-    answered within `deadline_s` counts as a loss too.
+    answered within `deadline_s` counts as a loss too; it may be submitted again, here or to another
+    worker, though the worker may have run it.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,19 @@ from hand_store import build_store
 
 from cluster.expert_heat import UseCounter
 from cluster.following import FollowingSource
+from cluster.metrics import render
 from cluster.settings import DirectorySettings
+from cluster.snapshot import ClusterSnapshot
 from cluster.tier_link import Endpoints, TierLink, connect, open_directory
 from expert_store.actor import StoreHandle
 from expert_store.directory import RedisDirectory
 from expert_store.errors import ExpertUnavailableError
+from expert_store.health import ReadingStatistics
 from expert_store.listing import Listing
 from expert_store.rpc import RecordServer
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey, ExpertTokens, RecordRequest
+from gpu_worker.messages import TierCalls, WorkerStats
 from ndp_worker.executor import Executor
 from ndp_worker.rpc import NdpServer
 
@@ -236,6 +240,25 @@ def test_what_ends_after_an_exchange_still_counts(tiers: Tiers) -> None:
             link.close()
     assert seen == sorted(seen)
     assert followed.statistics.calls >= 6
+
+
+def test_metrics_tell_the_calls_by_worker() -> None:
+    calls = TierCalls(asdict(ReadingStatistics(9, 8, 7, 6, 5, 4)), {"hung": 3})
+    workers = (WorkerStats("w", 0, 0, 0, tier_calls=calls), WorkerStats("v", 0, 0, 0))
+    lines = render(ClusterSnapshot((), workers, ())).splitlines()
+    told = {
+        "fetch_calls": 9,
+        "hedged_fetches": 8,
+        "won_hedges": 7,
+        "failed_over_fetches": 6,
+        "corrupt_fetches": 5,
+        "hung_fetches": 4,
+        "hung_near_data_calls": 3,
+        "near_data_calls": 0,
+    }
+    for name, count in told.items():
+        assert f'moetier_{name}_total{{replica="w"}} {count}' in lines
+        assert f'moetier_{name}_total{{replica="v"}} 0' in lines
 
 
 def test_without_near_data_there_is_none(tiers: Tiers) -> None:

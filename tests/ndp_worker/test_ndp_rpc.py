@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -23,10 +23,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreError
+from expert_store.latency import MIN_SAMPLES
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens, RecordRequest
 from ndp_worker import wire
 from ndp_worker.executor import Executor
+from ndp_worker.group import Member, NearDataGroup
 from ndp_worker.pending import PendingCall, PendingCalls
 from ndp_worker.rpc import NdpClient, NdpServer
 from ndp_worker.wire import Answer
@@ -200,6 +202,71 @@ def test_many_threads_and_clients_get_their_own_answers(stack: ExitStack, segmen
     for batch, outputs_PH in zip(batches, found, strict=True):
         assert outputs_PH is not None
         assert torch.equal(outputs_PH, executor.run(batch, MIXED).output_PH)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_repeated_call_gives_the_same_bits(
+    stack: ExitStack, segment: Segment, num_threads: int
+) -> None:
+    """Later, at the same time, over other streams, at another worker, whatever ran between."""
+    servers = [serve(stack, Executor(segment, num_threads=num_threads)) for _ in range(2)]
+    clients = [connect(stack, segment, *server.addresses) for server in servers for _ in range(2)]
+    hidden_TH = torch.randn(5, HIDDEN)
+    first = clients[0].submit(hidden_TH, RESTORED).result(WAIT_S)
+    other_prefix = [replace(RESTORED[0], num_blocks=1), RESTORED[1], RESTORED[2]]
+    between = [client.submit(torch.randn(5, HIDDEN), other_prefix) for client in clients]
+    again = [client.submit(hidden_TH, RESTORED) for client in clients for _ in range(5)]
+    for future in again:
+        outputs = future.result(WAIT_S)
+        assert torch.equal(outputs.output_PH, first.output_PH)
+        assert outputs.degraded == first.degraded == ()
+    assert not any(torch.equal(f.result(WAIT_S).output_PH, first.output_PH) for f in between)
+
+
+def test_two_answers_to_a_hedged_call_are_counted_once(stack: ExitStack, segment: Segment) -> None:
+    """The second worker is asked, both answer, both degraded: the caller and the counts see one."""
+    source = LossySource(segment, [RecordRequest(ExpertKey(1, 2), "factors")])
+    workers = [Gated(Executor(source)) for _ in range(2)]
+    clients = [connect(stack, segment, *serve(stack, each).addresses) for each in workers]
+    work = [RESTORED[0]]
+    hidden_TH = torch.randn(5, HIDDEN)
+    due: list[tuple[float, Callable[[], None]]] = []
+    near = NearDataGroup(
+        [Member(client) for client in clients], later=lambda *timer: due.append(timer)
+    )
+    for _ in range(4 * MIN_SAMPLES):
+        before, received = near.statistics, [client.bytes_moved[1] for client in clients]
+        future = near.submit(hidden_TH, work)
+        if len(due) == 2:  # one for its hedge: it is known how long the worker usually takes
+            break
+        set_gates(workers, is_open=True)
+        future.result(WAIT_S)
+        set_gates(workers, is_open=False)
+        due.clear()
+    due[0][1]()
+    assert near.statistics.hedged == before.hedged + 1
+    set_gates(workers, is_open=True)
+    outputs = future.result(WAIT_S)
+    wait_until(lambda: all(c.bytes_moved[1] > r for c, r in zip(clients, received, strict=True)))
+    for client in clients:  # a stream answers in order: what came is delivered
+        client.submit(hidden_TH, work).result(WAIT_S)
+    assert torch.equal(outputs.output_PH, workers[0].inner.run(hidden_TH, work).output_PH)
+    assert outputs.degraded == (0,)
+    assert near.statistics == replace(
+        before, calls=before.calls + 2, hedged=before.hedged + 1, degraded=before.degraded + 1
+    )
+
+
+def set_gates(workers: Sequence[Gated], *, is_open: bool) -> None:
+    for worker in workers:
+        worker.gate.set() if is_open else worker.gate.clear()
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_the_callers_mistakes(stack: ExitStack, segment: Segment) -> None:
