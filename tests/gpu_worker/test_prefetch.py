@@ -7,6 +7,7 @@ and sources that count, lose and hold records back.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from tests.gpu_worker.steps import NUM_EXPERTS, TOP_K, Step, running
 from tests.hand_store import build_store
 
 LAYERS = (0, 1)
+WAIT_S = 60.0
 Routing = Callable[[Step], torch.Tensor]
 
 
@@ -72,6 +74,11 @@ def told(second: Step, say: Routing) -> RouterGuess:
     return cast(RouterGuess, Oracle(second, say))
 
 
+def asked_bytes(source: CountingSource, sizes: RecordSizes) -> int:
+    """Of the records that were asked of a source, here or not yet."""
+    return sum(sizes.copy_of(request).num_bytes for call in source.calls for request in call)
+
+
 def run(
     experts: StoreExperts, first: Step, second: Step
 ) -> tuple[list[torch.Tensor], StepCounters]:
@@ -100,9 +107,14 @@ def test_no_guess_changes_a_result_and_all_bytes_are_counted(
             assert all(map(torch.equal, outputs, wanted))
             total += counters
         experts.check_integrity()
-    # What was on its way in vain when the last step ended is counted by no step.
-    missing = sum(ahead.bytes.values()) - total.total_moved_bytes
-    assert 0 <= missing <= sum(ahead.bytes.values()) / 5
+        # What was on its way in vain when a step ended is counted by a later one, however late the
+        # threads are: all five steps' guesses may still be fetched when the last one ends.
+        sizes, deadline = RecordSizes.of(segment.manifest), time.monotonic() + WAIT_S
+        while total.total_moved_bytes < asked_bytes(ahead, sizes):
+            assert time.monotonic() < deadline
+            experts.begin(None)
+            total += experts.end().counters
+    assert total.total_moved_bytes <= sum(ahead.bytes.values())
     planned = sum(total.planned_bytes.values())
     assert total.total_moved_bytes - planned == total.ahead_bytes - total.ahead_used_bytes
     # Of a layer that is all on the device nothing is guessed.
