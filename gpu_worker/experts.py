@@ -19,6 +19,7 @@ import torch
 
 from expert_store.errors import StoreError
 from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens, RecordRequest
+from expert_store.warnings_told import WarningsTold
 from gpu_worker.combine import Part, combine
 from gpu_worker.config import WorkerConfig
 from gpu_worker.costing import Costing
@@ -118,7 +119,8 @@ class StoreExperts:
             num_threads=config.fetch_threads,
             clock=clock,
         )
-        self._device = DeviceExperts(self.cache, self.streamer, math)
+        self._told = WarningsTold(logger, clock)
+        self._device = DeviceExperts(self.cache, self.streamer, math, self._told)
         self._ahead = LookAhead(self.costing.source, config, math, clock)
         self.begin(None)
 
@@ -264,7 +266,8 @@ class StoreExperts:
         try:
             answer = near.result()
         except StoreError as error:
-            logger.warning("layer %d: near data lost, its experts are copied: %s", layer, error)
+            message = "layer %d: near data lost, its experts are copied: %s"
+            self._told.warn("near data", message, layer, error)
             on_device = self.cache.of_layer(layer)
             local.run(plan_local(remote, on_device=on_device, sizes=self._sizes))
             return []

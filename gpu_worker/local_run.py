@@ -8,7 +8,6 @@ Legend: S token rows, H hidden, P pairs of one expert.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 
 from expert_store.errors import StoreError
 from expert_store.types import Compensator, ExpertCodes, ExpertKey, RecordKind, RecordRequest
+from expert_store.warnings_told import WarningsTold
 from gpu_worker.combine import Part
 from gpu_worker.counters import Tally
 from gpu_worker.expert_cache import ExpertCache
@@ -28,8 +28,6 @@ from gpu_worker.record_sizes import PlannedCopy
 from gpu_worker.stream import Landed, Stream
 from gpu_worker.streamer import Streamer
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceExperts:
@@ -38,6 +36,7 @@ class DeviceExperts:
     cache: ExpertCache
     streamer: Streamer
     math: ExpertMath
+    told: WarningsTold
 
 
 _Release = Callable[[RecordRequest], None]
@@ -231,7 +230,8 @@ class LocalRun:
 
     def _miss(self, request: RecordRequest, work: ExpertWork, error: StoreError | None) -> None:
         assert error is not None, f"{request} neither landed nor failed"
-        logger.warning("the %s of %s could not be had: %s", request.kind, request.key, error)
+        name = (request.kind, request.key)
+        self._device.told.warn(name, "the %s of %s could not be had: %s", *name, error)
         if request.kind == "codes":
             rows = {*self.failed.get(work.key, ()), *work.token_rows}
             self.failed[work.key] = tuple(sorted(rows))

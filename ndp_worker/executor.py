@@ -19,6 +19,7 @@ import torch
 from expert_store.errors import StoreError
 from expert_store.format import device_form, parse_codes, parse_factors
 from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens, Manifest, RecordRequest
+from expert_store.warnings_told import WarningsTold
 from kernels.ops import Backend, gated_mlp_many
 from kernels.types import GatedMLP, GatedRepair, MlpCall
 
@@ -53,6 +54,7 @@ class Executor:
         self._experts: dict[ExpertKey, GatedMLP] = {}
         # Of each expert the prefix that was asked for last: which one it is seldom changes.
         self._repairs: dict[ExpertKey, tuple[int | None, GatedRepair]] = {}
+        self._told = WarningsTold(logger, time.monotonic)
         self._lock = threading.Lock()
         self.busy_s = 0.0  # time spent in calls, since the start
 
@@ -130,7 +132,7 @@ class Executor:
             shape = self.manifest.model.expert
             repair = parse_factors(item.key, data, shape, form).factors
         except StoreError as error:
-            logger.warning("%s runs from codes alone: %s", item.key, error)
+            self._told.warn(item.key, "%s runs from codes alone: %s", item.key, error)
             return None
         self._repairs[item.key] = (item.num_blocks, repair)
         return repair

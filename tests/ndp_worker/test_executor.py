@@ -114,7 +114,9 @@ def test_another_prefix_of_a_compensator_gives_that_prefix(tmp_path: Path) -> No
         assert relative_error(outputs_PH, truth) < 1e-5
 
 
-def test_an_expert_without_its_factors_runs_from_codes_and_is_named(tmp_path: Path) -> None:
+def test_an_expert_without_its_factors_runs_from_codes_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     manifest = build_store(tmp_path)
     record = manifest.experts[ExpertKey(1, 2)].factors
     assert record is not None
@@ -131,6 +133,8 @@ def test_an_expert_without_its_factors_runs_from_codes_and_is_named(tmp_path: Pa
         assert outputs.degraded == (0, 2), "one damaged, one lost; the second asked for none"
         truth = reference_outputs(segment, hidden_TH, low_bit)
         assert relative_error(outputs.output_PH, truth) < 1e-5
+    told = [message for message in caplog.messages if "codes alone" in message]
+    assert len(told) == 2, "one for each expert, not for each call"
 
 
 def test_blocks_that_no_store_has_are_the_callers_mistake(tmp_path: Path) -> None:
