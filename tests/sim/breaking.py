@@ -97,9 +97,7 @@ def _begin(simulation: Simulation, fault: Fault) -> Callable[[], None] | None:
                 if replica.sim_process and replica.sim_process.host == fault.host:
                     ray.crash(replica)
         case "crash_manager":
-            # Ray ends the actors that the tier manager owns with it.
-            for actor in ray.actors:
-                ray.kill(actor)
+            # The tier actors live on: they are detached.
             ray.crash(simulation.manager)
         case "power_off":
             if not network.host(fault.host).has_power:

@@ -158,7 +158,11 @@ class Simulation:
             get_replica_context=self._context, exceptions=real_serve.exceptions
         )
         sim_ray = types.SimpleNamespace(
-            kill=self.ray.kill, exceptions=real_ray.exceptions, nodes=self.ray.live_nodes
+            kill=self.ray.kill,
+            exceptions=real_ray.exceptions,
+            nodes=self.ray.live_nodes,
+            get_actor=self.ray.get_actor,
+            util=types.SimpleNamespace(list_named_actors=self.ray.named_actors),
         )
         return {
             id(real_ray): sim_ray,
@@ -366,7 +370,9 @@ class Simulation:
     def _context(self) -> Any:
         process = current_process(self.loop)
         assert process is not None
-        return types.SimpleNamespace(replica_id=types.SimpleNamespace(unique_id=process.name))
+        return types.SimpleNamespace(
+            replica_id=types.SimpleNamespace(unique_id=process.name), app_name="simulated"
+        )
 
     def _make_ingresses(self) -> None:
         settings = HttpSettings(request_timeout_s=REQUEST_TIMEOUT_S)
