@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.autoscaling_settings import AutoscalingSettings
-from cluster.memory_scaling import MemoryScalingSettings
+from cluster.memory_scaling_settings import MemoryScalingSettings
 from cluster.strict import within
 from expert_store.redis_url import RedisAddress, parse_redis_url
 
