@@ -48,8 +48,8 @@ class NdpServer:
 
     A stream's calls are answered in order. A call that cannot be decoded or run is answered with a
     typed error and the stream goes on. Calls are idempotent: one that comes again, on this or
-    another stream, is computed again to the same bits.
-    Raises StoreError when an address cannot be listened on.
+    another stream, is computed again to the same bits. Raises StoreError when an address cannot be
+    listened on.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ def test_each_is_told_once_a_minute_with_its_count(caplog: pytest.LogCaptureFixt
     told = WarningsTold(LOGGER, clock := Clock())
     for _ in range(4):
         told.warn("a", "%s is lost", "a")
-        told.warn("b", "100% lost")
+        told.warn("b", "%d%% lost", 100)
     assert caplog.messages == ["a is lost", "100% lost"]
     clock.now_s += TELL_AGAIN_S - 1
     told.warn("a", "%s is lost", "a")
