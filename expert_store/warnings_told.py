@@ -24,7 +24,7 @@ class WarningsTold:
         self._lock = threading.Lock()
 
     def warn(self, name: Hashable, message: str, *values: object) -> None:
-        """Warn, as `Logger.warning`, unless it was told under this name in the last TELL_AGAIN_S."""
+        """Warn as `Logger.warning`, unless this name was told of in the last TELL_AGAIN_S."""
         now_s = self._clock()
         with self._lock:
             told_s, since = self._told.get(name, (None, 0))
