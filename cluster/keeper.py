@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.placement import Need, Node, Placed, PlacementError, place
 from cluster.snapshot import Role, TierStatus
-from cluster.tier_actors import Launcher, Running, TierLost, TierStartError
+from cluster.tier_actors import Found, Launcher, Running, TierLost, TierStartError
 from expert_store.holder import HolderStatus
 from gpu_worker.messages import ExpertUses
 
@@ -132,15 +132,18 @@ class Keeper:
                     self._leaving.append((self._clock() + LEAVE_S, handle))
 
     async def start(self) -> None:
-        """Place and start all, and wait until each answers.
+        """Adopt those that run already, place and start the others, and wait until each answers.
 
         Raises PlacementError at once, TierStartError when one fails or needs too long.
         """
-        placed = place([kept.need for kept in self._kept], await self._launcher.nodes())
-        for kept, where in zip(self._kept, placed, strict=True):
+        nodes = await self._launcher.nodes()
+        self._adopt(await self._launcher.find(), nodes)
+        new = [kept for kept in self._kept if kept.handle is None]
+        placed = place([kept.need for kept in new], nodes, self._homes())
+        for kept, where in zip(new, placed, strict=True):
             await self._launch(kept, where)
         try:
-            await asyncio.gather(*(self._first_answer(kept) for kept in self._kept))
+            await asyncio.gather(*(self._first_answer(kept) for kept in new))
         except TierStartError:
             await self.close()
             raise
@@ -163,6 +166,17 @@ class Keeper:
         for kept in self._kept:
             kept.handle, kept.successor, kept.problem = None, None, "stopped"
         await asyncio.gather(*(self._launcher.stop(handle) for handle in handles))
+
+    def _adopt(self, found: Sequence[Found], nodes: Sequence[Node]) -> None:
+        homes = {node.node_id: node for node in nodes}
+        by_name = {each.name: each for each in found}
+        for kept in self._kept:
+            each = by_name.get(kept.need.name)
+            node = None if each is None else homes.get(each.status.listing.node_id)
+            if each is not None and node is not None:
+                logger.info("%s runs already on %s", kept.need.name, node.address)
+                kept.handle, kept.node = each.handle, node
+                self._answered(kept, each.status)
 
     async def _first_answer(self, kept: _Kept) -> None:
         try:
@@ -203,13 +217,16 @@ class Keeper:
     async def _place(self, kept: _Kept) -> Placed:
         """A node for one, away from the others of its section. Raises PlacementError."""
         nodes = [n for n in await self._launcher.nodes() if n.node_id not in self._draining]
-        beside = [
-            (other.need.section, other.node.node_id)
-            for other in self._kept
-            if other is not kept and other.node is not None and other.handle is not None
-        ]
-        (where,) = place([kept.need], nodes, beside)
+        (where,) = place([kept.need], nodes, self._homes(but=kept))
         return where
+
+    def _homes(self, but: _Kept | None = None) -> list[tuple[str, str]]:
+        """Section and node of each that has been started."""
+        return [
+            (kept.need.section, kept.node.node_id)
+            for kept in self._kept
+            if kept is not but and kept.node is not None and kept.handle is not None
+        ]
 
     async def _move(self, kept: _Kept) -> None:
         """Off a node that is drained: the one elsewhere answers before this one is stopped."""

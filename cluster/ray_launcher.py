@@ -6,12 +6,17 @@ The one place that creates StoreActors and NdpActors.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import ray
+import ray.util
+from ray import serve
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import (
     ActorDiedError,
@@ -20,13 +25,12 @@ from ray.exceptions import (
     RayError,
     RayTaskError,
 )
+from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.placement import Node, Placed
 from cluster.settings import DirectorySettings, NdpSettings, StoreSettings, split_label
-from cluster.tier_actors import (
-    TierLost,
-)
+from cluster.tier_actors import Found, TierLost
 from cluster.tier_link import open_directory
 from expert_store.actor import StoreActor
 from expert_store.holder import HolderStatus
@@ -37,6 +41,9 @@ from ndp_worker.config import NdpConfig
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 3.0
+FIND_TIMEOUT_S = 5.0
+NAMESPACE = "moetier-tiers"
+"""Of the actors' names in Ray: application, fingerprint of store and settings, need, a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +60,44 @@ class TierSettings:
 
 
 class RayLauncher:
-    """Starts tier actors with Ray. They are owned, so they end with the tier manager's process."""
+    """Starts tier actors with Ray. They outlive the tier manager's process, so that workers go on
+    reading from them and the next manager finds them; those that no manager asks any more end
+    after `store.lease_s`.
+    """
 
     def __init__(self, settings: TierSettings, store: str) -> None:
         self._settings = settings
         self._store = store
         self._directory = open_directory(settings.directory)
+        self._prefix = f"{_application()}/{fingerprint(settings, store)}/"
 
     async def nodes(self) -> Sequence[Node]:
         return await asyncio.to_thread(live_nodes)
 
+    async def find(self) -> Sequence[Found]:
+        named = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+        names = [each["name"] for each in named if each["namespace"] == NAMESPACE]
+        found = await asyncio.gather(
+            *(self._found(name) for name in sorted(names) if name.startswith(self._prefix))
+        )
+        return [each for each in found if each is not None]
+
+    async def _found(self, name: str) -> Found | None:
+        try:
+            handle = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+            async with asyncio.timeout(FIND_TIMEOUT_S):
+                status = await self.ask(handle)
+        except (ValueError, TierLost, TimeoutError) as error:
+            # It ends by its lease, if it lives at all.
+            logger.info("%s is not taken over: %s", name, error or "no answer")
+            return None
+        return Found(name.removeprefix(self._prefix).rpartition("/")[0], handle, status)
+
     async def start(self, placed: Placed) -> Any:
         options: dict[str, Any] = {
+            "name": f"{self._prefix}{placed.need.name}/{uuid.uuid4().hex[:12]}",
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
             "num_cpus": 0,
             # Ray restarts a process that died, behind the same handle and on the same node.
             "max_restarts": -1,
@@ -78,13 +111,18 @@ class RayLauncher:
                 placed.keys,
                 ports=self._settings.store.port_range,
                 directory=self._directory,
+                lease_s=self._settings.store.lease_s,
             )
         config = NdpConfig(
             num_threads=self._settings.ndp.num_threads or "auto",
             ports=self._settings.ndp.port_range,
         )
         return ndp_actor.options(**options).remote(
-            self._store, placed.keys, config=config, directory=self._directory
+            self._store,
+            placed.keys,
+            config=config,
+            directory=self._directory,
+            lease_s=self._settings.store.lease_s,
         )
 
     async def ask(self, handle: Any) -> HolderStatus:
@@ -121,6 +159,27 @@ class RayLauncher:
         except (RayError, TimeoutError) as error:
             logger.info("an actor did not stop by itself: %s", _first_lines(error))
         ray.kill(handle)
+
+
+def fingerprint(settings: TierSettings, store: str) -> str:
+    """The same for actors that are as these settings want them, whatever their number and place."""
+    tiers, ndp = settings.store, settings.ndp
+    wanted = (
+        version("moetier"),
+        store,
+        (tiers.port_range, tiers.lease_s),
+        (ndp.num_threads, ndp.port_range),
+        settings.directory,
+    )
+    return hashlib.sha256(repr(wanted).encode()).hexdigest()[:16]
+
+
+def _application() -> str:
+    """The Serve application that this process is a replica of: two on one cluster share nothing."""
+    try:
+        return serve.get_replica_context().app_name
+    except RayServeException:
+        return "none"
 
 
 def live_nodes() -> tuple[Node, ...]:

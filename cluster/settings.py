@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.autoscaling_settings import AutoscalingSettings
-from cluster.memory_scaling import MemoryScalingSettings
+from cluster.memory_scaling_settings import MemoryScalingSettings
 from cluster.strict import within
 from expert_store.redis_url import RedisAddress, parse_redis_url
 
@@ -44,6 +44,8 @@ class StoreSettings:
       sender only once). For links under 1 Gbit/s, or where bytes are paid for.
     - label: Ray node label, "key=value", that a node must carry to hold a copy; null is any node.
     - start_timeout_s: seconds a tier actor may take until it answers, before that is an error.
+    - lease_s: seconds after which a tier actor that no tier manager asks any more ends by itself;
+      until then workers read from it, and a manager that is restarted takes it over.
     - port_range: TCP ports, "first-last", of which each actor takes the first free one to serve
       records on, so that a firewall can let them through; null is any free port.
     """
@@ -58,6 +60,7 @@ class StoreSettings:
     compression: Compression = "none"
     label: str | None = "moetier.io/store=true"
     start_timeout_s: float = 60.0
+    lease_s: float = 300.0
     port_range: str | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +81,7 @@ class StoreSettings:
         within("node_bytes", self.node_bytes, 1 << 20, 1 << 50)
         _check_label(self.label)
         within("start_timeout_s", self.start_timeout_s, 1, 3600)
+        within("lease_s", self.lease_s, 10, 86400)
         split_ports(self.port_range)
 
 

@@ -5,12 +5,15 @@ Knows no Ray; the nodes are passed in.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.placement import Need, Node, PlacementError, explain_missing
-from cluster.segments import ExpertSize, MemoryNode, NodeSegment, SegmentRules
+from cluster.segments import ExpertSize, MemoryNode, NodeSegment, SegmentRules, Segments
 from cluster.settings import NdpSettings, StoreSettings, split_label
+from cluster.tier_actors import Found
+from expert_store.types import ExpertKey
 
 ROOM_SHARE = 0.6
 """Of the memory that Ray knows of a node: actors, the object store's copies and the system's own
@@ -71,6 +74,47 @@ class SpreadRules:
 
     def _runs(self, node: Node) -> bool:
         return self.ndp.enabled and _has_label(self.ndp.label, node)
+
+
+def held(
+    found: Iterable[Found], rules: SpreadRules, places: Sequence[MemoryNode]
+) -> Segments | None:
+    """The placement that living actors have already; None unless they hold on these nodes what the
+    rules want: so many copies of every expert, and somebody to run each.
+    """
+    every = frozenset(size.key for size in rules.sizes)
+    stores: dict[str, frozenset[ExpertKey]] = {}
+    runners: dict[str, frozenset[ExpertKey]] = {}
+    for each in found:
+        of_role = stores if each.name.startswith("store-") else runners
+        of_role.setdefault(each.status.listing.node_id, keys_of(each, every))
+    copies = Counter(key for place in places for key in stores.get(place.node_id, ()))
+    run = Counter(key for place in places for key in runners.get(place.node_id, ()))
+    wanted = min(rules.store.copies, len(places))
+    if any(copies[key] < wanted for key in every):
+        return None
+    if rules.ndp.enabled and any(run[key] != 1 for key in every):
+        return None
+    return Segments(
+        {
+            place.node_id: NodeSegment(
+                codes=stores.get(place.node_id, frozenset()),
+                near_data=runners.get(place.node_id, frozenset()),
+            )
+            for place in places
+        }
+    )
+
+
+def keys_of(found: Found, every: frozenset[ExpertKey]) -> frozenset[ExpertKey]:
+    """The experts that an actor holds, or runs."""
+    keys = found.status.listing.keys
+    return every if keys is None else keys
+
+
+def keys_for(name: str, segment: NodeSegment) -> frozenset[ExpertKey]:
+    """The experts that an actor of this name holds, or runs, of a node's segment."""
+    return segment.codes if name.startswith("store-") else segment.near_data
 
 
 def wants_spread(store: StoreSettings, sizes: Sequence[ExpertSize], nodes: Iterable[Node]) -> bool:

@@ -23,12 +23,8 @@ from cluster.placement import Node, Placed, PlacementError
 from cluster.segment_placement import place_segments
 from cluster.segments import MemoryNode, NodeSegment, Segments
 from cluster.snapshot import TierStatus
-from cluster.spread import SpreadRules
-from cluster.tier_actors import (
-    Launcher,
-    Running,
-    TierStartError,
-)
+from cluster.spread import SpreadRules, held, keys_for, keys_of
+from cluster.tier_actors import Found, Launcher, Running, TierStartError
 from expert_store.holder import HolderStatus
 from gpu_worker.messages import ExpertUses
 
@@ -70,6 +66,8 @@ class SpreadKeeper:
         self._launcher, self._rules = launcher, rules
         self._start_timeout_s = start_timeout_s
         self._clock = clock
+        self._every = frozenset(size.key for size in rules.sizes)
+        self._found: Sequence[Found] = ()
         self._heat = ExpertHeat((size.key for size in rules.sizes), clock)
         self._cells: dict[str, _Cell] = {}
         self._leaving: list[tuple[float, _Cell]] = []
@@ -123,7 +121,10 @@ class SpreadKeeper:
         nodes = {node.node_id: node for node in await self._launcher.nodes()}
         places = self._rules.memory_nodes(nodes.values())
         self._rules.check_runners(places, nodes.values())
-        await self._go(nodes, places, await self._place(places))
+        self._found = await self._launcher.find()
+        segments = held(self._found, self._rules, places)
+        await self._go(nodes, places, segments or await self._place(places))
+        self._found = ()  # from now on what runs is ours already
         self._count_changes()
 
     async def tend(self) -> None:
@@ -227,12 +228,20 @@ class SpreadKeeper:
 
     def _cell(self, node: Node, segment: NodeSegment) -> _Cell:
         keeper = Keeper(
-            _Pinned(self._launcher, node.node_id, segment),
+            _Pinned(self._launcher, node.node_id, segment, self._living(node, segment)),
             self._rules.needs(node.node_id, segment),
             start_timeout_s=self._start_timeout_s,
             clock=self._clock,
         )
         return _Cell(node, segment, keeper, next(self._serials))
+
+    def _living(self, node: Node, segment: NodeSegment) -> list[Found]:
+        return [
+            each
+            for each in self._found
+            if each.status.listing.node_id == node.node_id
+            and keys_of(each, self._every) == keys_for(each.name, segment)
+        ]
 
     def _failed(self, problem: str) -> None:
         backoff_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**self._failures)
@@ -249,17 +258,24 @@ class SpreadKeeper:
 
 
 class _Pinned:
-    """A launcher for one node's actors: nowhere else, and each with its experts."""
+    """A launcher for one node's actors: nowhere else, and each with its experts. `living` are those
+    that run there already.
+    """
 
-    def __init__(self, launcher: Launcher, node_id: str, segment: NodeSegment) -> None:
+    def __init__(
+        self, launcher: Launcher, node_id: str, segment: NodeSegment, living: Sequence[Found]
+    ) -> None:
         self._launcher, self._node_id, self._segment = launcher, node_id, segment
+        self._living = living
 
     async def nodes(self) -> Sequence[Node]:
         return [node for node in await self._launcher.nodes() if node.node_id == self._node_id]
 
+    async def find(self) -> Sequence[Found]:
+        return self._living
+
     async def start(self, placed: Placed) -> Any:
-        is_store = placed.need.section == "store"
-        keys = self._segment.codes if is_store else self._segment.near_data
+        keys = keys_for(placed.need.name, self._segment)
         return await self._launcher.start(replace(placed, keys=keys))
 
     async def ask(self, handle: Any) -> HolderStatus:

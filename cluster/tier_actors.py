@@ -27,10 +27,25 @@ class TierLost(Exception):
         self.is_final = is_final
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A living actor that a tier manager before this one started: of which need, its handle, and
+    what it says of itself.
+    """
+
+    name: str
+    handle: Any
+    status: HolderStatus
+
+
 class Launcher(Protocol):
     """Whoever can start actors. `start` returns a handle that only the launcher reads."""
 
     async def nodes(self) -> Sequence[Node]: ...
+
+    async def find(self) -> Sequence[Found]:
+        """Those that were started for the same store with the same settings, and answer."""
+        ...
 
     async def start(self, placed: Placed) -> Any: ...
 

@@ -25,6 +25,7 @@ from expert_store.failover import Attempts, Copy, check_deadline
 from expert_store.fetching import Call, Fetch, lost
 from expert_store.health import CopyHealth, ReadingStatistics
 from expert_store.holder import Holder, HolderStatus, OpenDirectory
+from expert_store.lease import Lease
 from expert_store.listing import HolderLoad, Listing
 from expert_store.rpc import RecordServer
 from expert_store.segment import Segment, locate, readonly_tensor
@@ -45,6 +46,7 @@ class StoreActor:
     `tcp_address` None is the node's own address, there the first free port of `ports`
     ("20000-20031"), or any when that is None too. At most `max_put_bytes` of records
     are kept in the object store on the actor's account; the least recently asked for go first.
+    With `lease_s` it ends when nobody has called `describe` for so many seconds.
     Creating it raises StoreFormatError or ValueError as `Segment` does.
     """
 
@@ -57,6 +59,7 @@ class StoreActor:
         ports: str | None = None,
         directory: OpenDirectory | None = None,
         max_put_bytes: int = MAX_PUT_BYTES,
+        lease_s: float | None = None,
     ) -> None:
         self._segment = Segment(Path(store), keys)
         self._objects = OwnedObjects(self._segment, max_put_bytes=max_put_bytes)
@@ -70,9 +73,14 @@ class StoreActor:
             node_id=context.get_node_id(),
             directory=directory,
         )
+        self._lease = None if lease_s is None else Lease(lease_s, partial(end, self._holder))
 
     def describe(self) -> HolderStatus:
-        """Its listing (name, node, version, gRPC addresses, keys), sizes and process."""
+        """Its listing (name, node, version, gRPC addresses, keys), sizes and process. Renews the
+        lease.
+        """
+        if self._lease is not None:
+            self._lease.renew()
         return self._holder.status
 
     def load(self) -> HolderLoad:
@@ -96,7 +104,17 @@ class StoreActor:
 
     def stop(self) -> None:
         """Withdraw from the directory and stop serving; the actor can be killed afterwards."""
+        if self._lease is not None:
+            self._lease.close()
         self._holder.close()
+
+
+def end(holder: Holder) -> None:
+    """End the actor that this process is, for good. The directory may be lost: so be it."""
+    try:
+        holder.close()
+    finally:
+        ray.kill(ray.get_runtime_context().current_actor)
 
 
 class OwnedObjects:

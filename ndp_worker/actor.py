@@ -12,7 +12,9 @@ from pathlib import Path
 
 import ray
 
+from expert_store.actor import end
 from expert_store.holder import Holder, HolderStatus, OpenDirectory
+from expert_store.lease import Lease
 from expert_store.listing import HolderLoad
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey
@@ -28,7 +30,8 @@ logger = logging.getLogger(__name__)
 class NdpActor:
     """Runs the experts `keys` of the store in folder `store`, all of them when None.
 
-    Creating it raises StoreFormatError or ValueError as `Segment` does.
+    Creating it raises StoreFormatError or ValueError as `Segment` does. With `lease_s` it ends when
+    nobody has called `describe` for so many seconds.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class NdpActor:
         *,
         config: NdpConfig | None = None,
         directory: OpenDirectory | None = None,
+        lease_s: float | None = None,
     ) -> None:
         config = (config or NdpConfig()).resolve()
         assert config.num_threads != "auto", "resolve() leaves no auto"
@@ -64,9 +68,14 @@ class NdpActor:
             node_id=context.get_node_id(),
             directory=directory,
         )
+        self._lease = None if lease_s is None else Lease(lease_s, partial(end, self._holder))
 
     def describe(self) -> HolderStatus:
-        """Its listing (name, node, version, gRPC addresses, keys), sizes and process."""
+        """Its listing (name, node, version, gRPC addresses, keys), sizes and process. Renews the
+        lease.
+        """
+        if self._lease is not None:
+            self._lease.renew()
         return self._holder.status
 
     def load(self) -> HolderLoad:
@@ -75,4 +84,6 @@ class NdpActor:
 
     def stop(self) -> None:
         """Withdraw from the directory and stop serving; the actor can be killed afterwards."""
+        if self._lease is not None:
+            self._lease.close()
         self._holder.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.report.page import Picture, Section, Table, write_page
 from cluster.report.plots import Dot, scatter, timelines
-from cluster.tune.page import as_serve_yaml, as_yaml, cells, over_time, verdict
+from cluster.tune.page import as_serve_yaml, as_yaml, cells, named, over_time, verdict
 from cluster.tune.tuning import Tuning
 
 
@@ -18,8 +18,8 @@ def sections(tuning: Tuning, name: str) -> list[Section]:
         f"Promise: the first token within {promise.ttft_s:g} s, each further one in "
         f"{promise.per_token_s:g} s on average, missed by {promise.limit:.1%} at most. "
         f"{site.min_replicas} to {site.max_replicas} workers of {site.worker.slots} slots, each "
-        f"{site.start_s:g} s from order to service. Tuned on {', '.join(tuning.tuned_on)}; judged "
-        f"on {', '.join(tuning.held_out)}. Hours are of workers, for one trace; requests of its "
+        f"{site.start_s:g} s from order to service. Tuned on {named(tuning.tuned_on)}; judged "
+        f"on {named(tuning.held_out)}. Hours are of workers, for one trace; requests of its "
         f"first {promise.settle_s:g} s do not count."
     )
     return [

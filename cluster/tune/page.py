@@ -5,7 +5,7 @@ Knows no file and draws nothing: `cluster/tune/figures.py` does, since matplotli
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -56,6 +56,13 @@ def verdict(tuning: Tuning) -> str:
             f"best had {_words(judged)}, held out."
         )
     return "\n".join(lines)
+
+
+def named(traces: Sequence[str]) -> str:
+    """All of a few traces by name; of many the first and the last."""
+    if len(traces) <= 2:
+        return " and ".join(traces)
+    return f"{len(traces)} traces, {traces[0]} to {traces[-1]}"
 
 
 def _compared(ours: Score, other: Result) -> str:
@@ -110,7 +117,7 @@ def as_text(tuning: Tuning) -> str:
     ]
     return "\n".join(
         [
-            f"tuned on {', '.join(tuning.tuned_on)}; judged on {', '.join(tuning.held_out)}",
+            f"tuned on {named(tuning.tuned_on)}; judged on {named(tuning.held_out)}",
             "",
             format_table(cells(tuning)),
             "",

@@ -46,7 +46,7 @@ TARGET_AVX2 ALWAYS_INLINE void add_products(Sums<BITS, TOKENS>& sums, const Byte
 template <int BITS, int TOKENS>
 TARGET_AVX2 ALWAYS_INLINE void widen(Sums<BITS, TOKENS>&) {}
 
-// By itself: inlined beside those of other token counts it spills registers, for a tenth of its time.
+// Not inlined, as in multiply_avx2.cpp.
 template <class Form, int TOKENS>
 TARGET_AVX2 NEVER_INLINE void multiply_block(const RowBlocks& rows, FloatInputs in, float* y,
                                              int64_t row_stride) {

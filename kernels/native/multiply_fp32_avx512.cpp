@@ -60,7 +60,7 @@ struct Sums {
   }
 };
 
-// By itself: inlined beside those of other token counts it spills registers, for a tenth of its time.
+// Not inlined, as in multiply_avx2.cpp.
 template <class Form, int TOKENS>
 TARGET_AVX512 NEVER_INLINE void multiply_block(const RowBlocks& rows, FloatInputs in, float* y,
                                                int64_t row_stride) {

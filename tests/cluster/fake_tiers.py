@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from cluster.placement import Need, Node, Placed
 from cluster.tier_actors import (
+    Found,
     TierLost,
 )
 from expert_store.holder import HolderStatus
@@ -37,11 +38,24 @@ class FakeLauncher:
         self.sick: dict[int, TierLost] = {}
         self.pids: dict[int, int] = {}
         self.bad_nodes: set[str] = set()  # where nothing starts
+        self.is_found = True  # whether those that run are found by a keeper that starts
         self.loads: dict[int, HolderLoad] = {}
         self.requested: list[tuple[str | None, int]] = []
 
     async def nodes(self) -> Sequence[Node]:
         return self.live
+
+    async def find(self) -> Sequence[Found]:
+        """Those that run; what started them may be gone."""
+        living = [
+            n for n in range(1, len(self.placed) + 1) if self.is_found and n not in self.stopped
+        ]
+        return [
+            Found(self.placed[handle - 1].need.name, handle, await self.ask(handle))
+            for handle in living
+            if handle not in self.sick
+            and self.placed[handle - 1].node.node_id not in self.bad_nodes
+        ]
 
     async def start(self, placed: Placed) -> int:
         self.started.append((placed.need.name, placed.node.node_id))

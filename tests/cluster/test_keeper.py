@@ -238,3 +238,37 @@ def test_a_node_that_is_gone_is_told_as_the_problem() -> None:
         assert "no live node has the label tier=x" in status.problem
 
     run(scenario())
+
+
+def test_a_keeper_after_a_crash_takes_over_what_runs() -> None:
+    async def scenario() -> None:
+        launcher, clock = FakeLauncher(), Clock()
+        second = replace(STORE, name="store-1")
+        first = keeper_of(launcher, clock, STORE, second, NDP)
+        await first.start()
+        before = first.running()
+        launcher.sick[2] = TierLost("its process is gone", is_final=True)
+
+        keeper = keeper_of(launcher, clock, STORE, second, NDP)  # the first one is never closed
+        await keeper.start()
+        assert launcher.started[3:] == [("store-1", "b")]  # away from the one that was found
+        assert [r.handle for r in keeper.running()] == [1, 4, 3]
+        assert keeper.running()[0].status == before[0].status
+        assert launcher.stopped == []
+        assert [s.problem for s in keeper.statuses()] == [None] * 3
+        await keeper.close()
+        assert sorted(launcher.stopped) == [1, 3, 4]
+
+    run(scenario())
+
+
+def test_what_runs_on_a_node_that_is_gone_is_not_taken_over() -> None:
+    async def scenario() -> None:
+        launcher, clock = FakeLauncher(), Clock()
+        await keeper_of(launcher, clock, STORE).start()
+        launcher.live = [node for node in launcher.live if node.node_id != "a"]
+        keeper = keeper_of(launcher, clock, STORE)
+        await keeper.start()
+        assert launcher.started == [("store-0", "a"), ("store-0", "b")]
+
+    run(scenario())

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 
 from cluster.autoscaling_memory import MemoryDecision, MemoryTargets
-from cluster.memory_scaling import MemoryScaler, MemoryScalingSettings
+from cluster.memory_scaling import MemoryScaler
+from cluster.memory_scaling_settings import MemoryScalingSettings
 from expert_store.listing import HolderLoad
 from gpu_worker.messages import WorkerStats
 

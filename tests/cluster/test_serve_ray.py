@@ -36,7 +36,7 @@ START_DEADLINE_S = 180
 CONFIG = """
 model: mini
 worker: {max_sequences: 2, max_context: 1024}
-replicas: {max_waiting: 2}
+replicas: {max_waiting: 2, drain_s: 60}
 ndp: {enabled: true, num_threads: 1}
 http: {port: 0, max_body_bytes: 100000, max_queued: 2}
 """

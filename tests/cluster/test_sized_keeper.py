@@ -14,7 +14,7 @@ from cluster.autoscaling_memory import MemoryTargets
 from cluster.keeper import (
     LEAVE_S,
 )
-from cluster.memory_scaling import MemoryScalingSettings
+from cluster.memory_scaling_settings import MemoryScalingSettings
 from cluster.placement import Node
 from cluster.settings import NdpSettings, StoreSettings
 from cluster.sized_keeper import LOOK_S, SizedKeeper

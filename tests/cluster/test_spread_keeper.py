@@ -290,3 +290,33 @@ def test_heat_cools_by_half_and_workers_tell_the_hottest_now_and_then() -> None:
     assert counter.take() == (ExpertUses(0, 0, 2), ExpertUses(0, 1, 1))
     clock.now_s += TELL_INTERVAL_S
     assert counter.take() == ()
+
+
+def test_a_keeper_after_a_crash_takes_over_the_placement() -> None:
+    async def scenario() -> None:
+        bench = Bench(4)
+        await bench.keeper.start()
+        num_started = len(bench.launcher.started)
+        copies, runs = bench.copies(), bench.copies("ndp")
+
+        bench.keeper = SpreadKeeper(  # the first one is never closed
+            bench.launcher, rules(), start_timeout_s=30, clock=bench.clock
+        )
+        await bench.keeper.start()
+        assert len(bench.launcher.started) == num_started
+        assert (bench.copies(), bench.copies("ndp")) == (copies, runs)
+
+    run(scenario())
+
+
+def test_a_placement_that_lost_a_part_is_made_anew() -> None:
+    async def scenario() -> None:
+        bench = Bench(3)
+        await bench.keeper.start()
+        bench.launcher.sick[1] = TierLost("its process is gone", is_final=True)
+        bench.keeper = SpreadKeeper(bench.launcher, rules(), start_timeout_s=30, clock=bench.clock)
+        await bench.keeper.start()
+        assert set(bench.copies().values()) == {2}
+        assert bench.copies("ndp") == Counter(KEYS)
+
+    run(scenario())

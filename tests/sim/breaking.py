@@ -97,9 +97,7 @@ def _begin(simulation: Simulation, fault: Fault) -> Callable[[], None] | None:
                 if replica.sim_process and replica.sim_process.host == fault.host:
                     ray.crash(replica)
         case "crash_manager":
-            # Ray ends the actors that the tier manager owns with it.
-            for actor in ray.actors:
-                ray.kill(actor)
+            # The tier actors live on: they are detached.
             ray.crash(simulation.manager)
         case "power_off":
             if not network.host(fault.host).has_power:
@@ -107,9 +105,10 @@ def _begin(simulation: Simulation, fault: Fault) -> Callable[[], None] | None:
             ray.power_off(fault.host)
             return lambda: ray.power_on(fault.host)
         case "slow":
-            host, before = network.host(fault.host), network.host(fault.host).delay_s
-            host.delay_s = fault.amount
-            return lambda: setattr(host, "delay_s", before)
+            # Two such faults may overlap, and end in any order.
+            delays = network.host(fault.host).delays_s
+            delays.append(fault.amount)
+            return lambda: delays.remove(fault.amount)
         case "cut" | "no_heartbeat":
             link = frozenset((fault.host, fault.peer or "head"))
             if link in network.cut:

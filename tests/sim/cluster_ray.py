@@ -42,6 +42,7 @@ class SimRay:
         self.store_on = stores  # (host, path) -> the folder that the path means there
         self.node_ids: dict[str, str] = {}
         self.actors: list[SimActor] = []
+        self.named: dict[tuple[str, str], SimActor] = {}  # by namespace and name
         self.records: list[RecordServer] = []
         self._makers: dict[str, Callable[[], Any]] = {}
         self._num_actors = self._num_nodes = 0
@@ -60,7 +61,9 @@ class SimRay:
 
         def options(**said: Any) -> Any:
             node_id = said["scheduling_strategy"].node_id
-            return types.SimpleNamespace(remote=partial(self._create, role, node_id))
+            assert said["lifetime"] == "detached"
+            named = said["namespace"], said["name"]
+            return types.SimpleNamespace(remote=partial(self._create, role, node_id, named))
 
         return types.SimpleNamespace(options=options)
 
@@ -134,10 +137,29 @@ class SimRay:
             return await make()
         return await asyncio.to_thread(make)
 
-    def _create(self, role: str, node_id: str, store: str, *args: Any, **said: Any) -> SimActor:
+    def named_actors(self, *, all_namespaces: bool) -> list[dict[str, str]]:
+        """As ray.util.list_named_actors: those that are not gone for good."""
+        assert all_namespaces
+        return [
+            {"namespace": namespace, "name": name}
+            for (namespace, name), actor in self.named.items()
+            if not actor.sim_is_final
+        ]
+
+    def get_actor(self, name: str, namespace: str) -> SimActor:
+        """As ray.get_actor."""
+        actor = self.named.get((namespace, name))
+        if actor is None or actor.sim_is_final:
+            raise ValueError(f"no actor is named {name}")
+        return actor
+
+    def _create(
+        self, role: str, node_id: str, named: tuple[str, str], store: str, *args: Any, **said: Any
+    ) -> SimActor:
         self._num_actors += 1
         actor = SimActor(self.network, f"{role}-actor-{self._num_actors}")
         self.actors.append(actor)
+        self.named[named] = actor
         host = next((h for h, n in self.node_ids.items() if n == node_id), None)
         if host is None or not self.network.host(host).has_power:
             actor.sim_is_final = True

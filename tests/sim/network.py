@@ -50,7 +50,11 @@ class Host:
 
     name: str
     has_power: bool = True
-    delay_s: float = 0.0  # that each of its answers takes longer
+    delays_s: list[float] = field(default_factory=list)  # that each of its answers takes longer
+
+    @property
+    def delay_s(self) -> float:
+        return sum(self.delays_s)
 
 
 @dataclass(slots=True)

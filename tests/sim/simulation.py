@@ -11,6 +11,7 @@ import logging
 import shutil
 import tempfile
 import types
+import zlib
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -158,7 +159,11 @@ class Simulation:
             get_replica_context=self._context, exceptions=real_serve.exceptions
         )
         sim_ray = types.SimpleNamespace(
-            kill=self.ray.kill, exceptions=real_ray.exceptions, nodes=self.ray.live_nodes
+            kill=self.ray.kill,
+            exceptions=real_ray.exceptions,
+            nodes=self.ray.live_nodes,
+            get_actor=self.ray.get_actor,
+            util=types.SimpleNamespace(list_named_actors=self.ray.named_actors),
         )
         return {
             id(real_ray): sim_ray,
@@ -167,6 +172,7 @@ class Simulation:
             id(ray_launcher.NdpActor): self.ray.actor_class("ndp"),
             id(ray_launcher.live_nodes): self.ray.live_nodes,
             id(tier_link.RedisDirectory): self.redis.client,
+            id(tier_link.client_number): self._client_number,
             id(holder.SocketFolder): self.network.socket_folder,
             id(records_rpc.start_server): self.network.start_server,
             id(records_rpc.open_channel): self.network.open_channel,
@@ -366,7 +372,15 @@ class Simulation:
     def _context(self) -> Any:
         process = current_process(self.loop)
         assert process is not None
-        return types.SimpleNamespace(replica_id=types.SimpleNamespace(unique_id=process.name))
+        return types.SimpleNamespace(
+            replica_id=types.SimpleNamespace(unique_id=process.name), app_name="simulated"
+        )
+
+    def _client_number(self) -> int:
+        """Of the simulated process, not of the one that simulates: a seed replays anywhere."""
+        process = current_process(self.loop)
+        assert process is not None
+        return zlib.crc32(process.name.encode())
 
     def _make_ingresses(self) -> None:
         settings = HttpSettings(request_timeout_s=REQUEST_TIMEOUT_S)
