@@ -61,6 +61,9 @@ class WorkerConfig:
       that nothing overlaps and the order is fixed.
     - fetch_bytes: bytes asked for in one fetch, if more is missing; smaller lets computing start
       sooner, larger saves calls. None means half of max_in_flight_bytes.
+    - factor_deadline_s: seconds without any record landing after which a layer that still waits for
+      factors goes on from codes; its pairs count as degraded. None waits as long as the source
+      does. Codes are always waited for. Needs fetch_threads.
     - prefetch: fetch what the next layer will probably need once this layer's copies are here:
       always, never, or adaptive, which tries it on real steps and keeps it where they were faster.
       Needs fetch_threads.
@@ -97,6 +100,7 @@ class WorkerConfig:
     max_in_flight_bytes: int = 256 * MEBIBYTE
     fetch_threads: int = 2
     fetch_bytes: int | None = None
+    factor_deadline_s: float | None = 1.0
     prefetch: Prefetch = "adaptive"
     prefetch_share: float = 0.25
     max_sequences: int = 8
@@ -144,7 +148,7 @@ class WorkerConfig:
         _at_least("max_sequences", self.max_sequences, 1)
         _at_least("max_context", self.max_context, 1)
         _at_least("prefill_chunk", self.prefill_chunk, 1)
-        for name in ("link_bytes_per_s", "near_data_token_s", "target_step_s"):
+        for name in ("factor_deadline_s", "link_bytes_per_s", "near_data_token_s", "target_step_s"):
             _positive(name, getattr(self, name))
         _at_least("min_top_n", self.min_top_n, 0)
         _within("min_factor_share", self.min_factor_share, most=self.factor_share)

@@ -27,6 +27,7 @@ from gpu_worker.counters import StepCounters, Tally
 from gpu_worker.eviction import eviction_policy
 from gpu_worker.expert_cache import CacheBudgets, ExpertCache
 from gpu_worker.expert_math import ExpertMath, KernelMath
+from gpu_worker.late_factors import LateFactors
 from gpu_worker.local_run import DeviceExperts, LocalRun
 from gpu_worker.look_ahead import LookAhead
 from gpu_worker.model import StepReport
@@ -120,7 +121,8 @@ class StoreExperts:
             clock=clock,
         )
         self._told = WarningsTold(logger, clock)
-        self._device = DeviceExperts(self.cache, self.streamer, math, self._told)
+        self._late = LateFactors(self.streamer, self.cache, math, config.factor_deadline_s)
+        self._device = DeviceExperts(self.cache, self.streamer, math, self._late, self._told)
         self._ahead = LookAhead(self.costing.source, config, math, clock)
         self.begin(None)
 
@@ -140,6 +142,7 @@ class StoreExperts:
         self._near_bytes_at_begin = self._near_bytes()
         self._wire_bytes_at_begin = self._wire_bytes()
         self._ahead.begin(self._tally)
+        self._late.settle(self._tally)
 
     def run_layer(
         self,
@@ -212,7 +215,7 @@ class StoreExperts:
     def _is_resident(self, layer: int) -> bool:
         return len(self.cache.of_layer(layer)) == self._num_records[layer]
 
-    def _copies_for(self, guess: Guess) -> tuple[PlannedCopy, ...]:
+    def _copies_for(self, guess: Guess) -> Sequence[PlannedCopy]:
         """What a layer would have to copy if its routing were the guessed one."""
         routing = route(
             guess.layer,
@@ -222,7 +225,7 @@ class StoreExperts:
             active_T=self._active_S,
             token_tags_T=self._token_tags_S,
         )
-        return self._plan(guess.layer, routing, frozenset()).copies
+        return self._late.askable(self._plan(guess.layer, routing, frozenset()).copies)
 
     def _submit(
         self, remote: Sequence[ExpertWork], hidden_SH: torch.Tensor

@@ -10,48 +10,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
 
 from expert_store.errors import StoreError
 from expert_store.types import Compensator, ExpertCodes, ExpertKey, RecordKind, RecordRequest
-from expert_store.warnings_told import WarningsTold
 from gpu_worker.combine import Part
 from gpu_worker.counters import Tally
-from gpu_worker.expert_cache import ExpertCache
-from gpu_worker.expert_math import ExpertCall, ExpertMath, Record
+from gpu_worker.device_experts import DeviceExperts
+from gpu_worker.expert_math import ExpertCall, Record
+from gpu_worker.gathering import Gathering, Release, cut, gather
 from gpu_worker.planner import DispatchPlan, ExpertWork
 from gpu_worker.prefetch import AheadRecords
 from gpu_worker.record_sizes import PlannedCopy
 from gpu_worker.stream import Landed, Stream
-from gpu_worker.streamer import Streamer
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceExperts:
-    """What computing on the device needs, the same for every layer."""
-
-    cache: ExpertCache
-    streamer: Streamer
-    math: ExpertMath
-    told: WarningsTold
-
-
-_Release = Callable[[RecordRequest], None]
-"""Gives a record's bytes back to whoever counts them as under way."""
-
-
-@dataclass(slots=True)
-class _Gathering:
-    """An expert and the records of it that are here so far."""
-
-    work: ExpertWork
-    num_due: int
-    codes: ExpertCodes | None = None
-    factors: Compensator | None = None
-    landed: list[tuple[RecordRequest, _Release]] = field(default_factory=list)
 
 
 class LocalRun:
@@ -82,23 +55,24 @@ class LocalRun:
         `ahead` are records that the plan counts as being there; they may still be on their way.
         `on_landed` is called once all copies are here, before the last experts are computed.
         """
-        for copy in dispatch.copies:
-            self._count_copy(copy)
         device = self._device
+        copies = device.late.askable(dispatch.copies)
+        for copy in copies:
+            self._count_copy(copy)
         try:
             from_ahead, records = self._find(dispatch.hits, ahead)
-            if not from_ahead and not dispatch.copies:
+            if not from_ahead and not copies:
                 # Nothing to wait for: no stream is made and no arrival counted.
                 on_landed()
-                self._compute([_gather(work, records, num_due=0) for work in dispatch.resident])
+                self._compute([gather(work, records, num_due=0) for work in dispatch.resident])
                 return
             due = Counter(request.key for request in from_ahead)
-            due.update(copy.request.key for copy in dispatch.copies)
+            due.update(copy.request.key for copy in copies)
             gatherings = {
-                work.key: _gather(work, records, num_due=due[work.key])
+                work.key: gather(work, records, num_due=due[work.key])
                 for work in (*dispatch.resident, *dispatch.streamed)
             }
-            with device.streamer.start(dispatch.copies) as stream:
+            with device.streamer.start(copies) as stream:
                 if stream.is_whole:
                     on_landed()
                 self._run_ready(gatherings)
@@ -131,10 +105,10 @@ class LocalRun:
         return from_ahead, records
 
     def _await_ahead(
-        self, from_ahead: _Wanted, gatherings: dict[ExpertKey, _Gathering], ahead: AheadRecords
+        self, from_ahead: _Wanted, gatherings: dict[ExpertKey, Gathering], ahead: AheadRecords
     ) -> dict[PlannedCopy, RecordRequest]:
         """What is here of the records fetched ahead, then each of the others as it lands. Returns
-        those lost on their way, to be fetched like any other, and what the plan wants of each."""
+        those lost or late, to be fetched like any other, and what the plan wants of each."""
         waiting = dict(from_ahead)
         again: dict[PlannedCopy, RecordRequest] = {}
         for fetched in from_ahead:
@@ -143,7 +117,17 @@ class LocalRun:
                 self._take_ahead(landed, waiting, gatherings, ahead)
         self._run_ready(gatherings)
         while waiting:
-            landed = ahead.next(waiting)
+            patience_s = self._device.late.patience_of(waiting)
+            landed = ahead.next(waiting, patience_s)
+            if landed is None:
+                for copy in ahead.copies_due(waiting):
+                    if copy.request.kind == "factors":
+                        self._go_without(copy.request, gatherings)
+                    else:
+                        again[copy] = waiting[copy.request]
+                        self._count_copy(copy)
+                self._run_ready(gatherings)
+                break
             if landed.error is not None:
                 again[landed.copy] = waiting.pop(landed.copy.request)
                 ahead.release(landed.copy.request)
@@ -157,7 +141,7 @@ class LocalRun:
         self,
         landed: Landed,
         waiting: _Wanted,
-        gatherings: dict[ExpertKey, _Gathering],
+        gatherings: dict[ExpertKey, Gathering],
         ahead: AheadRecords,
     ) -> None:
         copy = landed.copy
@@ -167,13 +151,17 @@ class LocalRun:
 
     def _await(
         self,
-        gatherings: dict[ExpertKey, _Gathering],
+        gatherings: dict[ExpertKey, Gathering],
         stream: Stream,
         on_landed: Callable[[], None],
         wanted: Mapping[RecordRequest, RecordRequest] = MappingProxyType({}),
     ) -> None:
         try:
-            for arrived in stream.batches():
+            while not stream.is_whole:
+                patience_s = self._device.late.patience_of(stream.due)
+                arrived = stream.batch(patience_s)
+                if not arrived:
+                    break
                 for landed in arrived:
                     request = landed.copy.request
                     self._take(landed, gatherings[request.key], stream.release, wanted.get(request))
@@ -184,8 +172,38 @@ class LocalRun:
             self._tally.wait_s += stream.wait_s
             self._tally.moved_bytes.update(stream.moved_bytes)
             self._tally.device_bytes.update(stream.device_bytes)
+        if not stream.is_whole:
+            self._go_on(gatherings, stream, on_landed)
 
-    def _run_ready(self, gatherings: dict[ExpertKey, _Gathering]) -> None:
+    def _go_on(
+        self, gatherings: dict[ExpertKey, Gathering], stream: Stream, on_landed: Callable[[], None]
+    ) -> None:
+        """Go on without the factors that are due; codes that are due too are asked for alone,
+        since they may be held up by factors in the same fetch."""
+        codes, due = [], stream.copies_due
+        self._device.late.leave(stream)
+        for copy in due:
+            if copy.request.kind == "codes":
+                codes.append(copy)
+            else:
+                self._go_without(copy.request, gatherings)
+        if not codes:
+            on_landed()
+        self._run_ready(gatherings)
+        with self._device.streamer.start(codes) as again:
+            self._await(gatherings, again, on_landed)
+
+    def _go_without(self, request: RecordRequest, gatherings: dict[ExpertKey, Gathering]) -> None:
+        patience_s = self._device.late.patience_s
+        self._device.told.warn(
+            ("late", request.key),
+            "the factors of %s are late: nothing in %s s",
+            request.key,
+            patience_s,
+        )
+        gatherings[request.key].num_due -= 1
+
+    def _run_ready(self, gatherings: dict[ExpertKey, Gathering]) -> None:
         """Compute every expert that is whole, and give its bytes back."""
         ready = [gathering for gathering in gatherings.values() if gathering.num_due == 0]
         self._compute(ready)
@@ -198,8 +216,8 @@ class LocalRun:
     def _take(
         self,
         landed: Landed,
-        gathering: _Gathering,
-        release: _Release,
+        gathering: Gathering,
+        release: Release,
         wanted: RecordRequest | None = None,
     ) -> None:
         """Put one record, or its absence, where it belongs; `wanted` may be a part of it."""
@@ -213,7 +231,7 @@ class LocalRun:
         if isinstance(record, ExpertCodes):
             gathering.codes = record
         else:
-            gathering.factors = _cut(record, wanted or request)
+            gathering.factors = cut(record, wanted or request)
         if self._device.cache.put_pinned(request, record, landed.copy.device_bytes):
             self._pinned.append(request)
             release(request)
@@ -237,7 +255,7 @@ class LocalRun:
             self.failed[work.key] = tuple(sorted(rows))
             self.causes.append(error)
 
-    def _compute(self, gatherings: Sequence[_Gathering]) -> None:
+    def _compute(self, gatherings: Sequence[Gathering]) -> None:
         """Run experts whose records are here, at once; not worth it once any expert has failed."""
         if self.failed or not gatherings:
             return
@@ -274,27 +292,12 @@ class LocalRun:
     def _pin(self, request: RecordRequest) -> Record:
         record = self._device.cache.pin(request)
         self._pinned.append(request)
-        return _cut(record, request) if isinstance(record, Compensator) else record
+        return cut(record, request) if isinstance(record, Compensator) else record
 
     def _count_copy(self, copy: PlannedCopy) -> None:
         self._tally.planned_bytes[copy.request.kind] += copy.num_bytes
         self._tally.cache_misses[copy.request.kind] += 1
 
 
-def _cut(factors: Compensator, request: RecordRequest) -> Compensator:
-    """As many blocks as the plan wants: results never depend on how many are here."""
-    return factors if request.num_blocks is None else factors.prefix(request.num_blocks)
-
-
 _Wanted = dict[RecordRequest, RecordRequest]  # by what was fetched, the part the plan wants
 _Records = dict[tuple[ExpertKey, RecordKind], Record]
-
-
-def _gather(work: ExpertWork, records: _Records, *, num_due: int) -> _Gathering:
-    gathering = _Gathering(work, num_due)
-    codes, factors = records.get((work.key, "codes")), records.get((work.key, "factors"))
-    if isinstance(codes, ExpertCodes):
-        gathering.codes = codes
-    if isinstance(factors, Compensator):
-        gathering.factors = factors
-    return gathering

@@ -8,6 +8,7 @@ Legend: S token rows, K top-k.
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -50,17 +51,29 @@ class AheadRecords:
             self._use(landed.copy)
         return landed
 
-    def next(self, wanted: Iterable[RecordRequest]) -> Landed:
-        """The next of those wanted to land; waits for it, whatever lands before."""
+    def next(
+        self, wanted: Iterable[RecordRequest], patience_s: float | None = None
+    ) -> Landed | None:
+        """The next of those wanted to land; waits for it, whatever lands before. None when nothing
+        at all lands in `patience_s`."""
         assert self._stream is not None, "nothing was fetched ahead"
         wanted = frozenset(wanted)
         while True:
-            landed = self._stream.next()
+            try:
+                landed = self._stream.next(patience_s)
+            except queue.Empty:
+                return None
             if landed.copy.request in wanted:
                 if landed.data is not None:
                     self._use(landed.copy)
                 return landed
             self._arrive([landed])
+
+    def copies_due(self, wanted: Iterable[RecordRequest]) -> list[PlannedCopy]:
+        """Those wanted that are still on their way."""
+        assert self._stream is not None, "nothing was fetched ahead"
+        wanted = frozenset(wanted)
+        return [copy for copy in self._stream.copies_due if copy.request in wanted]
 
     def release(self, request: RecordRequest) -> None:
         """The record's bytes are no longer under way."""

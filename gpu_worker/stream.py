@@ -42,6 +42,7 @@ class Stream:
 
     Every record is given back with `release` once its bytes are used or accounted for elsewhere.
     `close`, or leaving a `with`, waits for what is being fetched, drops the rest and releases all.
+    A stream that was left is not waited for: what is still due lands for whoever keeps it.
     One thread only. `release` and `withdraw` are the streamer's: a record's bytes are free again;
     drop what was not started, and say what that is.
     """
@@ -55,7 +56,7 @@ class Stream:
         clock: Callable[[], float],
     ) -> None:
         self._tier = tier
-        self._due = {copy.request for copy in copies}
+        self._due = {copy.request: copy for copy in copies}
         self._give_back, self._drop = release, withdraw
         self._clock = clock
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
@@ -63,6 +64,7 @@ class Stream:
         self.moved_bytes: Counter[tuple[str, RecordKind]] = Counter()
         self.device_bytes: Counter[RecordKind] = Counter()
         self.wait_s = 0.0
+        self.is_left = False
 
     def __enter__(self) -> Stream:
         return self
@@ -81,6 +83,11 @@ class Stream:
         return frozenset(self._due)
 
     @property
+    def copies_due(self) -> tuple[PlannedCopy, ...]:
+        """The copies that have not landed yet."""
+        return tuple(self._due.values())
+
+    @property
     def is_whole(self) -> bool:
         """Whether all that was asked for has landed or was withdrawn."""
         return not self._due
@@ -94,9 +101,17 @@ class Stream:
         while self._due:
             yield [self.next(), *self.landed()]
 
-    def next(self) -> Landed:
-        """The record that lands next; waits for it."""
-        arrival = self._take()
+    def batch(self, patience_s: float | None) -> list[Landed]:
+        """Waits for one record and gives all that are here; none if so many seconds bring none."""
+        try:
+            first = self.next(patience_s)
+        except queue.Empty:
+            return []
+        return [first, *self.landed()]
+
+    def next(self, patience_s: float | None = None) -> Landed:
+        """The record that lands next; waits for it. Raises queue.Empty after so many seconds."""
+        arrival = self._take(patience_s)
         if arrival.bug is not None:
             raise arrival.bug
         return arrival.landed
@@ -114,11 +129,24 @@ class Stream:
 
     def withdraw(self) -> None:
         """Drop what was not started; what is being fetched still lands."""
-        self._due.difference_update(copy.request for copy in self._drop(self))
+        for copy in self._drop(self):
+            del self._due[copy.request]
+
+    def leave(self, release: Callable[[PlannedCopy], None]) -> list[PlannedCopy]:
+        """Wait no longer: what is being fetched still lands, and is released by `release`.
+
+        The counts begin anew. Returns what is due or not yet given back.
+        """
+        self.is_left = True
+        self._give_back = release
+        self.moved_bytes.clear()
+        self.device_bytes.clear()
+        self.wait_s = 0.0
+        return [*self._due.values(), *self._held.values()]
 
     def close(self) -> None:
         self.withdraw()
-        while self._due:
+        while self._due and not self.is_left:
             self._take()
         for request in list(self._held):
             self.release(request)
@@ -127,12 +155,14 @@ class Stream:
         """Hand a record over; called by the streamer's threads."""
         self._arrivals.put(arrival)
 
-    def _take(self) -> Arrival:
+    def _take(self, patience_s: float | None = None) -> Arrival:
         start_s = self._clock()
-        arrival = self._arrivals.get()
-        self.wait_s += self._clock() - start_s
+        try:
+            arrival = self._arrivals.get(timeout=patience_s)
+        finally:
+            self.wait_s += self._clock() - start_s
         landed = arrival.landed
-        self._due.remove(landed.copy.request)
+        del self._due[landed.copy.request]
         self._held[landed.copy.request] = landed.copy
         kind = landed.copy.request.kind
         if landed.moved_bytes:

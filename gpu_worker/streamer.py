@@ -29,10 +29,11 @@ class Streamer:
     A batch has `fetch_bytes` at most, or one expert that is larger; an expert is never cut.
     Without threads the one that asks fetches: nothing overlaps, and the order is fixed.
     At most `max_in_flight_bytes` are fetched, or fetched and not yet released, at any time. What
-    does not fit waits in the order it was asked for. `decode` makes of the bytes that came those
-    that go to the device, on the thread that fetched them. On a CPU that memory is used as it is;
-    on a GPU it goes through a ring of pinned memory, made once (a source whose memory is pinned
-    skips that), and a copy stream of its own.
+    does not fit waits in the order it was asked for. One stream may be left to itself, with its
+    threads: its bytes count apart, so that at worst twice the limit is under way.
+    `decode` makes of the bytes that came those that go to the device, on the thread that fetched
+    them. On a CPU that memory is used as it is; on a GPU it goes through a ring of pinned memory,
+    made once (a source whose memory is pinned skips that), and a copy stream of its own.
 
     Raises ValueError when the largest expert does not fit into `max_in_flight_bytes`.
     """
@@ -69,20 +70,30 @@ class Streamer:
         self._waiting: deque[tuple[Stream, tuple[PlannedCopy, ...]]] = deque()
         self._in_flight: Counter[RecordRequest] = Counter()
         self._in_flight_bytes = 0
+        self._left: Counter[RecordRequest] = Counter()
         self._moved_bytes: Counter[tuple[str, RecordKind]] = Counter()
         self._closed = False
-        name = "moetier-fetch"
-        self._pool = (
-            ThreadPoolExecutor(num_threads, thread_name_prefix=name) if num_threads else None
-        )
+        self._num_threads = num_threads
+        self._pool = _new_pool(num_threads) if num_threads else None
+        self._left_pool: ThreadPoolExecutor | None = None
 
     @property
     def tier(self) -> str:
         return self._source.tier
 
     @property
+    def has_threads(self) -> bool:
+        return self._pool is not None
+
+    @property
     def in_flight_bytes(self) -> int:
         return self._in_flight_bytes
+
+    @property
+    def left_bytes(self) -> int:
+        """Bytes of the stream that was left: still under way, or landed and not yet taken."""
+        with self._lock:
+            return sum(self._left.values())
 
     @property
     def moved_bytes(self) -> Counter[tuple[str, RecordKind]]:
@@ -101,6 +112,25 @@ class Streamer:
             self._admit()
         return stream
 
+    def leave(self, stream: Stream) -> None:
+        """Let a stream's fetches run on unawaited; others start as if they were not there.
+
+        Drops what the stream has not started. Only when no other stream is open, and the last one
+        that was left is whole.
+        """
+        assert self._pool is not None, "without threads nothing is under way"
+        stream.withdraw()
+        with self._lock:
+            assert not self._left, f"{len(self._left)} records of an earlier stream are still left"
+            for copy in stream.leave(self._release_left):
+                self._uncount(copy)
+                self._left[copy.request] += copy.held_bytes
+            # Its threads may hang for as long as the source waits: what follows has its own.
+            self._pool.shutdown(wait=False)
+            self._left_pool = self._pool
+            self._pool = _new_pool(self._num_threads)
+            self._admit()
+
     def check_integrity(self, *, idle: bool = False) -> None:
         """AssertionError naming every term when the bytes under way do not add up."""
         with self._lock:
@@ -109,6 +139,10 @@ class Streamer:
             assert in_flight == self._in_flight_bytes <= self._max_bytes, (
                 f"streamer: records under way hold {in_flight} bytes, the count says "
                 f"{self._in_flight_bytes}, the limit is {self._max_bytes}"
+            )
+            left = sum(self._left.values())
+            assert left <= self._max_bytes, (
+                f"streamer: records left behind hold {left} bytes, the limit is {self._max_bytes}"
             )
             assert not idle or (in_flight == 0 and waiting == 0), (
                 f"streamer: {in_flight} bytes under way and {waiting} records waiting while idle"
@@ -126,8 +160,9 @@ class Streamer:
             for copy in batch:
                 error = ExpertUnavailableError(f"{copy.request.key}: the streamer was closed")
                 stream.deliver(Arrival(Landed(copy, None, error), None))
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
+        for pool in (self._left_pool, self._pool):
+            if pool is not None:
+                pool.shutdown(wait=True)
 
     def _batches(self, copies: Sequence[PlannedCopy]) -> Iterator[tuple[PlannedCopy, ...]]:
         """Cut a step's copies into fetches; an expert's records stay together."""
@@ -160,11 +195,19 @@ class Streamer:
 
     def _release(self, copy: PlannedCopy) -> None:
         with self._lock:
-            self._in_flight[copy.request] -= copy.held_bytes
-            if self._in_flight[copy.request] == 0:
-                del self._in_flight[copy.request]
-            self._in_flight_bytes -= copy.held_bytes
+            self._uncount(copy)
             self._admit()
+
+    def _uncount(self, copy: PlannedCopy) -> None:
+        """A record is no longer under way. The lock is held."""
+        self._in_flight[copy.request] -= copy.held_bytes
+        if self._in_flight[copy.request] == 0:
+            del self._in_flight[copy.request]
+        self._in_flight_bytes -= copy.held_bytes
+
+    def _release_left(self, copy: PlannedCopy) -> None:
+        with self._lock:
+            del self._left[copy.request]
 
     def _withdraw(self, stream: Stream) -> list[PlannedCopy]:
         """Drop what a stream still waits to start."""
@@ -178,20 +221,20 @@ class Streamer:
         """One fetch, on a pool thread; when it fails, each record alone, to find the bad ones."""
         handed = 0
         try:
-            for arrival in self._fetch(batch):
+            for arrival in self._fetch(stream, batch):
                 stream.deliver(arrival)
                 handed += 1
         except BaseException as bug:  # noqa: BLE001 - raised again on the thread that waits
             for copy in batch[handed:]:
                 stream.deliver(Arrival(Landed(copy, None, None), None, bug))
 
-    def _fetch(self, batch: tuple[PlannedCopy, ...]) -> list[Arrival]:
+    def _fetch(self, stream: Stream, batch: tuple[PlannedCopy, ...]) -> list[Arrival]:
         try:
             datas = self._source.fetch([copy.request for copy in batch])
         except StoreError as error:
-            if len(batch) == 1:
-                return [Arrival(Landed(batch[0], None, error), None)]
-            return [arrival for copy in batch for arrival in self._fetch((copy,))]
+            if len(batch) == 1 or stream.is_left:  # nobody waits: not worth finding the bad ones
+                return [Arrival(Landed(copy, None, error), None) for copy in batch]
+            return [arrival for copy in batch for arrival in self._fetch(stream, (copy,))]
         with self._lock:
             for copy, data in zip(batch, datas, strict=True):
                 self._moved_bytes[self._source.tier, copy.request.kind] += data.numel()
@@ -218,3 +261,7 @@ class Streamer:
             ready.record(self._copy_stream)
             staged.done = ready
         return Arrival(Landed(copy, on_device, None, moved_bytes), ready)
+
+
+def _new_pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="moetier-fetch")
