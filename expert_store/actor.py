@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -127,11 +127,21 @@ class OwnedObjects:
         self._max_put_bytes = max_put_bytes
         self._put: OrderedDict[RecordRequest, ray.ObjectRef] = OrderedDict()
         self._put_bytes = 0
+        self._stale: deque[ExpertKey] = deque()  # told while the lock may be held
         self._lock = threading.Lock()
+        segment.watch(self._stale.append)
 
     def refs(self, requests: Sequence[RecordRequest]) -> list[ray.ObjectRef]:
         with self._lock:
+            self._drop_stale()
             return [self._ref(request) for request in requests]
+
+    def _drop_stale(self) -> None:
+        """Let go of objects of experts with a record newly quarantined or repaired."""
+        stale = {self._stale.popleft() for _ in range(len(self._stale))}
+        for request in [each for each in self._put if each.key in stale] if stale else []:
+            del self._put[request]
+            self._put_bytes -= locate(self._segment.manifest, request).num_bytes
 
     def _ref(self, request: RecordRequest) -> ray.ObjectRef:
         if request in self._put:

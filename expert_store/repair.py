@@ -13,13 +13,15 @@ from typing import Protocol
 import torch
 
 from expert_store.errors import StoreError
-from expert_store.segment import Segment
+from expert_store.segment import Segment, locate
 from expert_store.types import RecordRequest
 
 logger = logging.getLogger(__name__)
 
 MAX_REPAIRED = 4096
 """Records kept in memory at most: a segment damaged worse than that is to be restored."""
+MAX_REPAIRED_BYTES = 2 * 2**30
+"""Memory that they take at most, on top of what the node was sized for."""
 
 
 class OtherCopies(Protocol):
@@ -33,9 +35,16 @@ class OtherCopies(Protocol):
 class Repairer:
     """Looks for quarantined records every `interval_s` until closed; closes the source too."""
 
-    def __init__(self, segment: Segment, others: OtherCopies, *, interval_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        others: OtherCopies,
+        *,
+        interval_s: float = 1.0,
+        max_bytes: int = MAX_REPAIRED_BYTES,
+    ) -> None:
         self._segment, self._others = segment, others
-        self._interval_s = interval_s
+        self._interval_s, self._max_bytes = interval_s, max_bytes
         self._failed: set[RecordRequest] = set()  # told already
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="repairer", daemon=True)
@@ -50,9 +59,12 @@ class Repairer:
         """Repair what can be; how many records were."""
         done = 0
         for key, kind in sorted(self._segment.quarantined):
-            if self._segment.num_repaired >= MAX_REPAIRED or self._stopped.is_set():
-                break
             request = RecordRequest(key, kind)
+            size = locate(self._segment.manifest, request).num_bytes
+            full = self._segment.num_repaired >= MAX_REPAIRED
+            full |= self._segment.repaired_bytes + size > self._max_bytes
+            if full or self._stopped.is_set():
+                break
             try:
                 (data,) = self._others.fetch([request])
                 self._segment.repair(request, data)

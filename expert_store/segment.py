@@ -10,7 +10,7 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +56,7 @@ class Segment:
         self._checked: set[tuple[ExpertKey, RecordKind]] = set()
         self._damaged: dict[tuple[ExpertKey, RecordKind], str] = {}
         self._repaired: dict[tuple[ExpertKey, RecordKind], torch.Tensor] = {}
+        self._watchers: list[Callable[[ExpertKey], None]] = []
         self._lock = threading.Lock()
         self._served_bytes = 0
 
@@ -108,6 +109,20 @@ class Segment:
         """Records served from repaired bytes."""
         return len(self._repaired)
 
+    @property
+    def repaired_bytes(self) -> int:
+        """Memory that the repaired records take."""
+        with self._lock:
+            return sum(data.numel() for data in self._repaired.values())
+
+    def watch(self, tell: Callable[[ExpertKey], None]) -> None:
+        """From now on `tell` hears of each expert with a record newly quarantined or repaired.
+
+        It is called from the thread that found out, which may be inside a `fetch` of the watcher's
+        own: it must take no lock that is held there.
+        """
+        self._watchers.append(tell)
+
     def recheck(self, request: RecordRequest) -> bool:
         """Hash a record anew, because somebody got it damaged; whether it is sound."""
         name = (request.key, request.kind)
@@ -135,6 +150,7 @@ class Segment:
         with self._lock:
             self._repaired[name] = data
             self._damaged.pop(name, None)
+        self._tell(request.key)
         logger.warning(
             "%s record of %s in %s is served from another copy's bytes; restore the file",
             request.kind,
@@ -146,6 +162,10 @@ class Segment:
         """Refuse further reads. Views that are still held stay valid."""
         with self._lock:
             self._files = {}
+
+    def _tell(self, key: ExpertKey) -> None:
+        for tell in self._watchers:
+            tell(key)
 
     def _records(self) -> Iterable[RecordInfo]:
         for key in self._keys:
@@ -203,6 +223,7 @@ class Segment:
         )
         if is_new:
             logger.error("%s", message)
+            self._tell(request.key)
         raise CorruptRecordError(message)
 
 

@@ -194,13 +194,9 @@ class LocalRun:
             self._await(gatherings, again, on_landed)
 
     def _go_without(self, request: RecordRequest, gatherings: dict[ExpertKey, Gathering]) -> None:
-        patience_s = self._device.late.patience_s
-        self._device.told.warn(
-            ("late", request.key),
-            "the factors of %s are late: nothing in %s s",
-            request.key,
-            patience_s,
-        )
+        message = "the factors of %s are late: nothing in %s s"
+        told = request.key, self._device.late.patience_s
+        self._device.told.warn(("late", request.key), message, *told)
         gatherings[request.key].num_due -= 1
 
     def _run_ready(self, gatherings: dict[ExpertKey, Gathering]) -> None:

@@ -52,6 +52,7 @@ class NdpActor:
             )
         segment = Segment(Path(store), keys)
         self._executor = Executor(segment, num_threads=config.num_threads, backend=config.backend)
+        segment.watch(self._executor.forget)
         context = ray.get_runtime_context()
         self._holder = Holder(
             segment,

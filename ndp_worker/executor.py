@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -55,6 +56,7 @@ class Executor:
         # Of each expert the prefix that was asked for last: which one it is seldom changes.
         self._repairs: dict[ExpertKey, tuple[int | None, GatedRepair]] = {}
         self._told = WarningsTold(logger, time.monotonic)
+        self._stale: deque[ExpertKey] = deque()
         self._lock = threading.Lock()
         self.busy_s = 0.0  # time spent in calls, since the start
 
@@ -76,6 +78,10 @@ class Executor:
         """
         check_work(hidden_TH, work, self.manifest.model.expert.hidden)
         with self._lock, self._busy():
+            while self._stale:
+                key = self._stale.popleft()
+                self._experts.pop(key, None)
+                self._repairs.pop(key, None)
             experts = self._parsed([item.key for item in work])
             repairs = [self._repair(item) for item in work]
             calls = [
@@ -93,6 +99,13 @@ class Executor:
             if item.restored and repair is None
         ]
         return ExpertOutputs(output_PH, tuple(degraded))
+
+    def forget(self, key: ExpertKey) -> None:
+        """The next call reads this expert's records anew: they were damaged, or are repaired.
+
+        Takes no lock: a call of `run` may be what found the damage.
+        """
+        self._stale.append(key)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:

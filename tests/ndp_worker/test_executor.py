@@ -282,3 +282,23 @@ def test_config_names_the_wrong_field(fields: dict[str, object], message: str) -
     with pytest.raises(ValueError, match=message):
         NdpConfig(**fields)
     assert NdpConfig().resolve().num_threads >= 1
+
+
+def test_kept_views_go_when_their_record_is_quarantined_or_repaired(tmp_path: Path) -> None:
+    manifest = build_store(tmp_path)
+    segment = Segment(tmp_path)
+    executor = Executor(segment, backend="cpu_fp32")
+    segment.watch(executor.forget)
+    hidden_TH, work = torch.randn(5, HIDDEN), work_of((0, (0, 1)))
+    before_PH = executor.run(hidden_TH, work).output_PH
+    request = RecordRequest(ExpertKey(1, 0), "codes")
+    good = segment.fetch([request])[0].clone()
+    record = manifest.experts[request.key].codes
+    with (tmp_path / record.file).open("r+b") as file:  # the mapped pages change with it
+        file.seek(record.offset)
+        file.write(bytes([int(good[0]) ^ 1]))
+    assert not segment.recheck(request)
+    with pytest.raises(CorruptRecordError):
+        executor.run(hidden_TH, work)
+    segment.repair(request, good)
+    assert torch.equal(executor.run(hidden_TH, work).output_PH, before_PH)
