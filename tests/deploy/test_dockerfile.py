@@ -161,6 +161,7 @@ def test_python_and_cache_agree_with_the_code() -> None:
     assert "MOETIER_CACHE" in (environment.__doc__ or "")
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.slow
 def test_build_steps_give_a_working_command(tmp_path: Path) -> None:
     """The build stage's inputs and command in a clean folder, the wheel in a fresh environment.
