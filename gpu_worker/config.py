@@ -61,9 +61,10 @@ class WorkerConfig:
       that nothing overlaps and the order is fixed.
     - fetch_bytes: bytes asked for in one fetch, if more is missing; smaller lets computing start
       sooner, larger saves calls. None means half of max_in_flight_bytes.
-    - factor_deadline_s: seconds without any record landing after which a layer that still waits for
-      factors goes on from codes; its pairs count as degraded. None waits as long as the source
-      does. Codes are always waited for. Needs fetch_threads.
+    - factor_deadline_s: seconds without any record landing, and as long as the bytes under way take
+      at 0.2 Gbit/s, after which a layer that still waits for factors goes on from codes; its pairs
+      count as degraded. None waits as long as the source does. Codes are always waited for. Needs
+      fetch_threads.
     - prefetch: fetch what the next layer will probably need once this layer's copies are here:
       always, never, or adaptive, which tries it on real steps and keeps it where they were faster.
       Needs fetch_threads.

@@ -121,8 +121,8 @@ class StoreExperts:
             clock=clock,
         )
         self._told = WarningsTold(logger, clock)
-        self._late = LateFactors(self.streamer, self.cache, math, config.factor_deadline_s)
-        self._device = DeviceExperts(self.cache, self.streamer, math, self._late, self._told)
+        self.late_factors = LateFactors(self.streamer, self.cache, math, config.factor_deadline_s)
+        self._device = DeviceExperts(self.cache, self.streamer, math, self.late_factors, self._told)
         self._ahead = LookAhead(self.costing.source, config, math, clock)
         self.begin(None)
 
@@ -142,7 +142,7 @@ class StoreExperts:
         self._near_bytes_at_begin = self._near_bytes()
         self._wire_bytes_at_begin = self._wire_bytes()
         self._ahead.begin(self._tally)
-        self._late.settle(self._tally)
+        self.late_factors.settle(self._tally)
 
     def run_layer(
         self,
@@ -225,7 +225,7 @@ class StoreExperts:
             active_T=self._active_S,
             token_tags_T=self._token_tags_S,
         )
-        return self._late.askable(self._plan(guess.layer, routing, frozenset()).copies)
+        return self.late_factors.askable(self._plan(guess.layer, routing, frozenset()).copies)
 
     def _submit(
         self, remote: Sequence[ExpertWork], hidden_SH: torch.Tensor

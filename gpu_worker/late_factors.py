@@ -6,10 +6,10 @@ that one hanging copy costs one wait, and not one for every layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from expert_store.errors import StoreError
-from expert_store.types import Compensator, RecordRequest
+from expert_store.types import Compensator
 from gpu_worker.counters import Tally
 from gpu_worker.expert_cache import ExpertCache
 from gpu_worker.expert_math import ExpertMath
@@ -17,10 +17,13 @@ from gpu_worker.record_sizes import PlannedCopy
 from gpu_worker.stream import Landed, Stream
 from gpu_worker.streamer import Streamer
 
+SLOWEST_BYTES_PER_S = 25e6
+"""A record is not late while a link of 0.2 Gbit/s would still be bringing what is under way."""
+
 
 class LateFactors:
-    """`patience_s`: seconds without any record landing that a layer waits for factors; None waits
-    for as long as the source does. One thread only."""
+    """`patience_s`: seconds without any record landing that a layer waits for factors, on top of
+    what their bytes take; None waits for as long as the source does. One thread only."""
 
     def __init__(
         self,
@@ -34,11 +37,13 @@ class LateFactors:
         self.patience_s = patience_s if streamer.has_threads else None
         self._stream: Stream | None = None
 
-    def patience_of(self, due: Iterable[RecordRequest]) -> float | None:
+    def patience_of(self, due: Sequence[PlannedCopy]) -> float | None:
         """Seconds to wait for the next of these; None where only codes are due, or where factors
         are late already and no second stream can be left."""
-        has_factors = any(request.kind == "factors" for request in due)
-        return self.patience_s if has_factors and self._stream is None else None
+        has_factors = any(copy.request.kind == "factors" for copy in due)
+        if self.patience_s is None or self._stream is not None or not has_factors:
+            return None
+        return self.patience_s + sum(copy.num_bytes for copy in due) / SLOWEST_BYTES_PER_S
 
     def askable(self, copies: Sequence[PlannedCopy]) -> Sequence[PlannedCopy]:
         """The copies without those of factors, while earlier factors are late."""

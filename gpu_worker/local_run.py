@@ -117,7 +117,7 @@ class LocalRun:
                 self._take_ahead(landed, waiting, gatherings, ahead)
         self._run_ready(gatherings)
         while waiting:
-            patience_s = self._device.late.patience_of(waiting)
+            patience_s = self._device.late.patience_of(ahead.copies_due(waiting))
             landed = ahead.next(waiting, patience_s)
             if landed is None:
                 for copy in ahead.copies_due(waiting):
@@ -158,7 +158,7 @@ class LocalRun:
     ) -> None:
         try:
             while not stream.is_whole:
-                patience_s = self._device.late.patience_of(stream.due)
+                patience_s = self._device.late.patience_of(stream.copies_due)
                 arrived = stream.batch(patience_s)
                 if not arrived:
                     break

@@ -16,7 +16,8 @@ import torch
 from expert_store.segment import Segment
 from expert_store.types import RecordKind, RecordRequest
 from gpu_worker.experts import StoreExperts
-from gpu_worker.record_sizes import largest_expert_bytes
+from gpu_worker.late_factors import SLOWEST_BYTES_PER_S
+from gpu_worker.record_sizes import PlannedCopy, largest_expert_bytes
 from tests.gpu_worker.sources import CountingSource
 from tests.gpu_worker.steps import HIDDEN, NUM_EXPERTS, Step, running
 from tests.hand_store import build_store
@@ -92,6 +93,18 @@ def test_a_layer_goes_on_from_codes_and_is_whole_again_once_factors_come(
         if cache_bytes and experts_in_flight > 1:
             assert again.total_moved_bytes == 0, "late factors were not kept"
         experts.check_integrity()
+
+
+def test_large_records_are_given_the_time_that_a_slow_link_takes(segment: Segment) -> None:
+    key = min(segment.keys)
+    factors = PlannedCopy(RecordRequest(key, "factors"), num_bytes=10_000_000)
+    codes = PlannedCopy(RecordRequest(key, "codes"), num_bytes=40_000_000)
+    with running(segment, factor_deadline_s=1.0) as experts:
+        late = experts.late_factors
+        assert late.patience_of([codes, factors]) == 1.0 + 50_000_000 / SLOWEST_BYTES_PER_S
+        assert late.patience_of([codes]) is None, "codes are waited for"
+    with running(segment, factor_deadline_s=None) as experts:
+        assert experts.late_factors.patience_of([factors]) is None
 
 
 def test_one_hanging_copy_costs_one_wait_and_no_second_ask(
