@@ -65,21 +65,17 @@ class MemoryTargets:
     - use: share of a link, or of a near-data worker's time, that should be in use at most.
     - wait: part of the GPU workers' time that may go into waiting before more is added.
     - calm_margin: less is kept only where the rest would be used for this part of `use` at most.
-    - skew: where the busiest has so many times the mean use, heat is badly spread: copies of what
-      is hot help, more of everything does not.
     """
 
     use: float = 0.7
     wait: float = 0.15
     calm_margin: float = 0.8
-    skew: float = 1.5
 
     def __post_init__(self) -> None:
         for name, least, most in (
             ("use", 0.05, 1.0),
             ("wait", 0.0, 1.0),
             ("calm_margin", 0.05, 1.0),
-            ("skew", 1.0, 100.0),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not least <= value <= most:
@@ -88,15 +84,10 @@ class MemoryTargets:
 
 @dataclass(frozen=True, slots=True)
 class MemoryDecision:
-    """What the tier should have, and what the next decision must know.
-
-    `hot_copies` is how many times the hottest experts should be held for their heat to be spread;
-    1 where it is spread well enough.
-    """
+    """What the tier should have, and what the next decision must know."""
 
     store: int
     ndp: int
-    hot_copies: int
     memory: tuple[Memory, Memory]
 
 
@@ -112,7 +103,8 @@ def decide_memory(
 
     Of n that are used for u on average, n u / target are needed. More are added only while someone
     waits for them: a busy link that nobody waits for is a well used one. Nothing is added where the
-    mean is within the target and only the busiest is over it: that is a matter of heat.
+    mean is within the target and only the busiest is over it: that is a matter of heat, which
+    `cluster/segment_placement.py` spreads.
     """
     targets, delays = targets or MemoryTargets(), delays or Delays()
     store, store_memory = _settled(
@@ -121,20 +113,7 @@ def decide_memory(
     ndp, ndp_memory = _settled(
         load.ndp, load.ndp_use, load.ndp_wait, memory[1], now_s, targets, delays
     )
-    return MemoryDecision(
-        store, ndp, hot_copies(load.link_use, store, targets), (store_memory, ndp_memory)
-    )
-
-
-def hot_copies(use: tuple[float, ...], num: int, targets: MemoryTargets) -> int:
-    """How often the hottest experts should be held, at most once on each of `num` nodes.
-
-    The busiest node's use falls with the copies that share its heat, until it is like the others'.
-    """
-    mean = sum(use) / len(use) if use else 0.0
-    if not mean or max(use) <= targets.use or max(use) / mean < targets.skew:
-        return 1
-    return max(1, min(num, math.ceil(max(use) / mean - 1e-9)))
+    return MemoryDecision(store, ndp, (store_memory, ndp_memory))
 
 
 def _settled(

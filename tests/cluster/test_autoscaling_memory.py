@@ -18,7 +18,6 @@ from cluster.autoscaling_memory import (
     MemoryLoad,
     MemoryTargets,
     decide_memory,
-    hot_copies,
 )
 
 FRESH = (Memory(), Memory())
@@ -52,15 +51,10 @@ def test_near_data_is_decided_by_its_own_use() -> None:
     assert decide(load(link=(0.1,), ndp=(0.0, 0.0))).ndp == 0
 
 
-def test_a_hot_node_is_a_matter_of_copies() -> None:
+def test_a_hot_node_is_no_reason_for_more_than_the_mean_needs() -> None:
     hot = load(link=(0.9, 0.2, 0.1, 0.0), link_wait=0.4)
     decision = decide(hot)
     assert decision.store == 3  # 1.2 links' worth, at half use
-    assert decision.hot_copies == 3  # three times the mean of 0.3
-    assert hot_copies((0.9, 0.8), 4, TARGETS) == 1  # spread well: a matter of size
-    assert hot_copies((0.3, 0.0), 4, TARGETS) == 1  # uneven, and nobody is busy
-    assert hot_copies((), 4, TARGETS) == 1
-    assert hot_copies((0.9, 0.0, 0.0, 0.0), 2, TARGETS) == 2  # at most one on each node
 
 
 def test_down_only_after_calm() -> None:
@@ -80,7 +74,7 @@ def test_down_only_after_calm() -> None:
 def test_nothing_known_changes_nothing() -> None:
     unknown = dataclasses.replace(load(), store=Extent(3, 1, 9), ndp=Extent(2, 0, 9))
     decision = decide(unknown)
-    assert (decision.store, decision.ndp, decision.hot_copies) == (3, 2, 1)
+    assert (decision.store, decision.ndp) == (3, 2)
 
 
 shares = st.lists(st.floats(0, 1), min_size=1, max_size=8).map(tuple)
@@ -94,7 +88,6 @@ def test_within_limits_and_enough_for_who_waits(link, ndp, link_wait, ndp_wait, 
     assert 0 <= decision.ndp <= most
     if link_wait > TARGETS.wait:
         assert decision.store == most or sum(link) / decision.store <= TARGETS.use + 1e-6
-    assert 1 <= decision.hot_copies <= max(decision.store, 1)
 
 
 def test_nonsense_is_refused() -> None:
@@ -103,6 +96,6 @@ def test_nonsense_is_refused() -> None:
             load(link=(wrong,))
     with pytest.raises(ValueError, match="expected 0 <= least <= most"):
         Extent(1, 3, 2)
-    for change in ({"use": 0}, {"wait": 2}, {"calm_margin": True}, {"skew": 0.5}):
+    for change in ({"use": 0}, {"wait": 2}, {"calm_margin": True}):
         with pytest.raises(ValueError, match=f"{next(iter(change))}: got"):
             MemoryTargets(**change)

@@ -52,8 +52,10 @@ def test_every_command_is_understood() -> None:
 
 
 def test_every_key_of_set_is_one() -> None:
-    for text in re.findall(r"--set (\w+=\w+)", PAGE):
-        parse_settings([text])
+    found = re.findall(r"--set (\w+=\w+)", PAGE)
+    assert found
+    for text in found:
+        assert parse_settings([text])
 
 
 def test_every_metric_is_told() -> None:
