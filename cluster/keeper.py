@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
+from cluster.backoff import Backoff
+from cluster.kept_actor import KeptActor
 from cluster.placement import Need, Node, Placed, PlacementError, place
-from cluster.snapshot import Role, TierStatus
+from cluster.snapshot import TierStatus
 from cluster.tier_actors import Found, Launcher, Running, TierLost, TierStartError
 from expert_store.holder import HolderStatus
 from gpu_worker.messages import ExpertUses
@@ -24,28 +26,6 @@ logger = logging.getLogger(__name__)
 ASK_TIMEOUT_S = 5.0
 LEAVE_S = 10.0
 """An actor that is one too many serves on for so long: by then the workers know, and are done."""
-FIRST_BACKOFF_S = 0.5
-MAX_BACKOFF_S = 30.0
-
-
-@dataclass(slots=True)
-class _Kept:
-    """One actor that should run. `silent_since` is when it stopped answering, or began to start."""
-
-    need: Need
-    node: Node | None = None
-    handle: Any = None
-    status: HolderStatus | None = None
-    problem: str | None = "not started"
-    restarts: int = 0
-    failures: int = 0
-    retry_at: float = 0.0
-    silent_since: float | None = None
-    successor: _Kept | None = None  # of one whose node is drained
-
-    @property
-    def role(self) -> Role:
-        return "store" if self.need.section == "store" else "ndp"
 
 
 class Keeper:
@@ -66,7 +46,8 @@ class Keeper:
         first_generation: int = 0,
     ) -> None:
         self._launcher = launcher
-        self._kept = [_Kept(need) for need in needs]
+        self._kept = [KeptActor(need, Backoff(clock)) for need in needs]
+        self._nodes: frozenset[str] | None = None  # while something waits to be tried again
         self._leaving: list[tuple[float, Any]] = []  # when to stop an actor that is one too many
         self._start_timeout_s = start_timeout_s
         self._clock = clock
@@ -75,24 +56,11 @@ class Keeper:
 
     def running(self) -> tuple[Running, ...]:
         """The actors that have answered and were not given up."""
-        return tuple(
-            Running(kept.role, kept.handle, kept.status)
-            for kept in self._kept
-            if kept.handle is not None and kept.status is not None
-        )
+        return tuple(each for kept in self._kept if (each := kept.running) is not None)
 
     def statuses(self) -> tuple[TierStatus, ...]:
         """How each actor was in the last round."""
-        return tuple(
-            TierStatus(
-                name=kept.need.name,
-                role=kept.role,
-                node=kept.node.address if kept.node else "",
-                restarts=kept.restarts,
-                problem=kept.problem,
-            )
-            for kept in self._kept
-        )
+        return tuple(kept.told for kept in self._kept)
 
     def add_uses(self, uses: Iterable[ExpertUses]) -> None:
         """What a worker asked of the tier: nothing to do here, every actor holds all."""
@@ -120,7 +88,8 @@ class Keeper:
         names = {each.need.name for each in kept}
         free = (name for i in count() if (name := f"{section}-{i}") not in names)
         for _ in range(num - len(kept)):
-            self._kept.append(_Kept(replace(kept[0].need, name=next(free))))
+            need = replace(kept[0].need, name=next(free))
+            self._kept.append(KeptActor(need, Backoff(self._clock)))
         kept.sort(key=lambda each: (each.problem is not None, each.need.name), reverse=True)
         for each in kept[: max(0, len(kept) - num)]:
             self._kept.remove(each)
@@ -150,6 +119,7 @@ class Keeper:
 
     async def tend(self) -> None:
         """One round over all actors."""
+        await self._look_for_room()
         await asyncio.gather(*(self._tend(kept) for kept in self._kept))
         now = self._clock()
         done = [handle for at, handle in self._leaving if at <= now]
@@ -167,6 +137,15 @@ class Keeper:
             kept.handle, kept.successor, kept.problem = None, None, "stopped"
         await asyncio.gather(*(self._launcher.stop(handle) for handle in handles))
 
+    async def _look_for_room(self) -> None:
+        """What could not be placed is tried at once when nodes have come or gone."""
+        waiting = [kept for kept in self._kept if not kept.retries.is_due]
+        before, self._nodes = self._nodes, None
+        if waiting:
+            self._nodes = frozenset(node.node_id for node in await self._launcher.nodes())
+            for kept in waiting if before is not None and self._nodes != before else []:
+                kept.retries.hurry()
+
     def _adopt(self, found: Sequence[Found], nodes: Sequence[Node]) -> None:
         homes = {node.node_id: node for node in nodes}
         by_name = {each.name: each for each in found}
@@ -178,7 +157,7 @@ class Keeper:
                 kept.handle, kept.node = each.handle, node
                 self._answered(kept, each.status)
 
-    async def _first_answer(self, kept: _Kept) -> None:
+    async def _first_answer(self, kept: KeptActor) -> None:
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 self._answered(kept, await self._launcher.ask(kept.handle))
@@ -189,9 +168,9 @@ class Keeper:
                 f"{kept.need.name} did not start on {kept.node.address}: {cause}"
             ) from error
 
-    async def _tend(self, kept: _Kept) -> None:
+    async def _tend(self, kept: KeptActor) -> None:
         if kept.handle is None:
-            if self._clock() >= kept.retry_at:
+            if kept.retries.is_due:
                 await self._replace(kept)
             return
         if kept.node is not None and kept.node.node_id in self._draining:
@@ -206,7 +185,7 @@ class Keeper:
         else:
             self._answered(kept, status)
 
-    async def _replace(self, kept: _Kept) -> None:
+    async def _replace(self, kept: KeptActor) -> None:
         try:
             where = await self._place(kept)
         except PlacementError as error:
@@ -214,13 +193,13 @@ class Keeper:
             return
         await self._launch(kept, where)
 
-    async def _place(self, kept: _Kept) -> Placed:
+    async def _place(self, kept: KeptActor) -> Placed:
         """A node for one, away from the others of its section. Raises PlacementError."""
         nodes = [n for n in await self._launcher.nodes() if n.node_id not in self._draining]
         (where,) = place([kept.need], nodes, self._homes(but=kept))
         return where
 
-    def _homes(self, but: _Kept | None = None) -> list[tuple[str, str]]:
+    def _homes(self, but: KeptActor | None = None) -> list[tuple[str, str]]:
         """Section and node of each that has been started."""
         return [
             (kept.need.section, kept.node.node_id)
@@ -228,17 +207,17 @@ class Keeper:
             if kept is not but and kept.node is not None and kept.handle is not None
         ]
 
-    async def _move(self, kept: _Kept) -> None:
+    async def _move(self, kept: KeptActor) -> None:
         """Off a node that is drained: the one elsewhere answers before this one is stopped."""
         if kept.successor is None:
-            if self._clock() < kept.retry_at:
+            if not kept.retries.is_due:
                 return
             try:
                 where = await self._place(kept)
             except PlacementError as error:
                 self._cannot_move(kept, str(error))
                 return
-            kept.successor = _Kept(kept.need)
+            kept.successor = KeptActor(kept.need, Backoff(self._clock))
             await self._launch(kept.successor, where)
         successor = kept.successor
         try:
@@ -257,24 +236,27 @@ class Keeper:
         self._answered(kept, status)
         await self._launcher.stop(before)
 
-    def _cannot_move(self, kept: _Kept, problem: str) -> None:
-        kept.retry_at = self._clock() + MAX_BACKOFF_S
-        logger.warning("%s cannot leave its node: %s", kept.need.name, problem)
+    def _cannot_move(self, kept: KeptActor, problem: str) -> None:
+        seconds = kept.retries.failed()
+        logger.warning(
+            "%s cannot leave its node: %s; trying again in %g s", kept.need.name, problem, seconds
+        )
 
-    async def _launch(self, kept: _Kept, where: Placed) -> None:
+    async def _launch(self, kept: KeptActor, where: Placed) -> None:
         kept.handle = await self._launcher.start(where)
         kept.node, kept.problem, kept.silent_since = where.node, "starting", self._clock()
         logger.info("starting %s on %s", kept.need.name, where.node.address)
 
-    def _answered(self, kept: _Kept, status: HolderStatus) -> None:
+    def _answered(self, kept: KeptActor, status: HolderStatus) -> None:
         if status != kept.status:
             self.generation += 1
             if kept.status is not None:
                 kept.restarts += 1
+            kept.retries.succeeded()
             logger.info("%s answers: %s", kept.need.name, status)
-        kept.status, kept.problem, kept.silent_since, kept.failures = status, None, None, 0
+        kept.status, kept.problem, kept.silent_since = status, None, None
 
-    async def _silent(self, kept: _Kept, problem: str, *, is_final: bool) -> None:
+    async def _silent(self, kept: KeptActor, problem: str, *, is_final: bool) -> None:
         if kept.problem is None:
             logger.warning("%s: %s", kept.need.name, problem)
         kept.problem = problem
@@ -286,9 +268,7 @@ class Keeper:
             self._failed(kept, problem)
             await self._launcher.stop(handle)
 
-    def _failed(self, kept: _Kept, problem: str) -> None:
-        backoff_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**kept.failures)
-        kept.failures += 1
-        kept.retry_at = self._clock() + backoff_s
+    def _failed(self, kept: KeptActor, problem: str) -> None:
         kept.problem = problem
-        logger.warning("%s: %s; trying again in %g s", kept.need.name, problem, backoff_s)
+        seconds = kept.retries.failed()
+        logger.warning("%s: %s; trying again in %g s", kept.need.name, problem, seconds)

@@ -221,6 +221,12 @@ def _tiers(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     yield "moetier_tier_up", "gauge", "1 while a store or NDP actor answers.", up
     restarts = samples(lambda tier: tier.restarts)
     yield "moetier_tier_restarts_total", "counter", "Times a tier actor was replaced.", restarts
+    damaged = samples(lambda tier: tier.quarantined)
+    help_text = "Records found damaged and refused; readers take another copy's."
+    yield "moetier_quarantined_records", "gauge", help_text, damaged
+    repaired = samples(lambda tier: tier.repaired)
+    help_text = "Records served from memory with another copy's bytes: restore the file."
+    yield "moetier_repaired_records", "gauge", help_text, repaired
 
 
 def _mapping(counters: Mapping[str, Any], field: str) -> Mapping[str, float]:

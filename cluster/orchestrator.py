@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.placement import MAX_NODES_TOLD
-from cluster.ray_launcher import RayLauncher, TierSettings, live_nodes
+from cluster.ray_launcher import RayLauncher, TierSettings, acquaint, live_nodes
 from cluster.segments import expert_sizes
 from cluster.sized_keeper import SizedKeeper
 from cluster.snapshot import ClusterSnapshot, IngressStats, Reports
@@ -52,6 +52,7 @@ class TierManager:
         self._settings = settings
         self._sets = TierSets(self._keeper, clock=time.monotonic)
         self._models: dict[str, ModelDescription] = {}  # by store
+        self._acquainted: dict[str, int] = {}  # store -> generation whose actors know each other
         self._workers = Reports[WorkerStats](WORKER_EXPIRY_S, time.monotonic)
         self._ingresses = Reports[IngressStats](INGRESS_EXPIRY_S, time.monotonic)
         self._tending: asyncio.Task[None] | None = None
@@ -146,8 +147,12 @@ class TierManager:
     async def _tend(self) -> None:
         while True:
             await self._sets.tend()
-            gone = self._models.keys() - set(self._sets.stores)
-            self._models = {s: model for s, model in self._models.items() if s not in gone}
+            keepers = self._sets.keepers
+            self._models = {s: model for s, model in self._models.items() if s in keepers}
+            for store, keeper in keepers.items():
+                if self._acquainted.get(store) != keeper.generation:
+                    acquaint(keeper.running())
+            self._acquainted = {store: keeper.generation for store, keeper in keepers.items()}
             await asyncio.sleep(TEND_INTERVAL_S)
 
     async def _keeper(self, store: str) -> TierKeeper:

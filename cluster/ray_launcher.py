@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.placement import Node, Placed
 from cluster.settings import DirectorySettings, NdpSettings, StoreSettings, split_label
-from cluster.tier_actors import Found, TierLost
+from cluster.tier_actors import Found, Running, TierLost
 from cluster.tier_link import open_directory
 from expert_store.actor import StoreActor
 from expert_store.holder import HolderStatus
@@ -112,6 +112,7 @@ class RayLauncher:
                 ports=self._settings.store.port_range,
                 directory=self._directory,
                 lease_s=self._settings.store.lease_s,
+                scrub_bytes_per_s=self._settings.store.scrub_mb_per_s * 1e6,
             )
         config = NdpConfig(
             num_threads=self._settings.ndp.num_threads or "auto",
@@ -123,6 +124,7 @@ class RayLauncher:
             config=config,
             directory=self._directory,
             lease_s=self._settings.store.lease_s,
+            scrub_bytes_per_s=self._settings.store.scrub_mb_per_s * 1e6,
         )
 
     async def ask(self, handle: Any) -> HolderStatus:
@@ -161,13 +163,23 @@ class RayLauncher:
         ray.kill(handle)
 
 
+def acquaint(running: Sequence[Running]) -> None:
+    """Tell every actor who holds records: it repairs damaged ones from the others' copies.
+
+    Does not wait: one that is lost meanwhile is another holder when it comes back, and told then.
+    """
+    listings = [each.status.listing for each in running if each.role == "store"]
+    for each in running:
+        each.handle.know.remote(listings)
+
+
 def fingerprint(settings: TierSettings, store: str) -> str:
     """The same for actors that are as these settings want them, whatever their number and place."""
     tiers, ndp = settings.store, settings.ndp
     wanted = (
         version("moetier"),
         store,
-        (tiers.port_range, tiers.lease_s),
+        (tiers.port_range, tiers.lease_s, tiers.scrub_mb_per_s),
         (ndp.num_threads, ndp.port_range),
         settings.directory,
     )

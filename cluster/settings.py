@@ -46,6 +46,8 @@ class StoreSettings:
     - start_timeout_s: seconds a tier actor may take until it answers, before that is an error.
     - lease_s: seconds after which a tier actor that no tier manager asks any more ends by itself;
       until then workers read from it, and a manager that is restarted takes it over.
+    - scrub_mb_per_s: MB of records that each tier actor hashes anew a second, over and over, to
+      find damage that came after a record was first read; 0 leaves that out.
     - port_range: TCP ports, "first-last", of which each actor takes the first free one to serve
       records on, so that a firewall can let them through; null is any free port.
     """
@@ -61,6 +63,7 @@ class StoreSettings:
     label: str | None = "moetier.io/store=true"
     start_timeout_s: float = 60.0
     lease_s: float = 300.0
+    scrub_mb_per_s: float = 4.0
     port_range: str | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +85,7 @@ class StoreSettings:
         _check_label(self.label)
         within("start_timeout_s", self.start_timeout_s, 1, 3600)
         within("lease_s", self.lease_s, 10, 86400)
+        within("scrub_mb_per_s", self.scrub_mb_per_s, 0, 10_000)
         split_ports(self.port_range)
 
 

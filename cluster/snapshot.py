@@ -16,13 +16,17 @@ Stats = TypeVar("Stats")
 
 @dataclass(frozen=True, slots=True)
 class TierStatus:
-    """One store or NDP actor. `problem` is None while it answers."""
+    """One store or NDP actor. `problem` is None while it answers. Of its records some may be
+    damaged and refused (`quarantined`), or served from another copy's bytes (`repaired`).
+    """
 
     name: str
     role: Role
     node: str
     restarts: int = 0
     problem: str | None = None
+    quarantined: int = 0
+    repaired: int = 0
 
 
 @dataclass(frozen=True, slots=True)

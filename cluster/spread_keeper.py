@@ -13,12 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster.backoff import Backoff
 from cluster.expert_heat import ExpertHeat
-from cluster.keeper import (
-    FIRST_BACKOFF_S,
-    MAX_BACKOFF_S,
-    Keeper,
-)
+from cluster.keeper import Keeper
 from cluster.placement import Node, Placed, PlacementError
 from cluster.segment_placement import place_segments
 from cluster.segments import MemoryNode, NodeSegment, Segments
@@ -78,9 +75,8 @@ class SpreadKeeper:
         self._placed_on: tuple[MemoryNode, ...] = ()
         self._move: asyncio.Task[None] | None = None
         self._problem: str | None = None
-        self._failures = 0
+        self._retries = Backoff(clock)
         self._place_at = 0.0  # for the heat's sake
-        self._retry_at = 0.0
         self._seen: tuple[tuple[int, int], ...] = ()
         self.generation = first_generation
 
@@ -132,7 +128,7 @@ class SpreadKeeper:
         await asyncio.gather(*(cell.keeper.tend() for cell in self._cells.values()))
         if self._move is not None and self._move.done():
             self._move = None
-        if self._move is None and self._clock() >= self._retry_at:
+        if self._move is None and self._retries.is_due:
             await self._look()
         due = [cell for at, cell in self._leaving if self._clock() >= at]
         self._leaving = [(at, cell) for at, cell in self._leaving if self._clock() < at]
@@ -217,7 +213,8 @@ class SpreadKeeper:
         gone = [cell for name, cell in self._cells.items() if cells.get(name) is not cell]
         self._leaving += [(self._clock() + LINGER_S, cell) for cell in gone]
         self._cells, self._segments, self._placed_on = cells, segments, places
-        self._problem, self._failures = None, 0
+        self._problem = None
+        self._retries.succeeded()
 
     async def _open(self, cell: _Cell) -> None:
         try:
@@ -244,9 +241,7 @@ class SpreadKeeper:
         ]
 
     def _failed(self, problem: str) -> None:
-        backoff_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**self._failures)
-        self._failures += 1
-        self._retry_at = self._clock() + backoff_s
+        self._retries.failed()
         if problem != self._problem:
             logger.warning("the store cannot be placed anew: %s; trying again", problem)
         self._problem = problem

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Protocol
 
-from cluster.keeper import (
-    FIRST_BACKOFF_S,
-    MAX_BACKOFF_S,
-)
+from cluster.backoff import Backoff
 from cluster.snapshot import TierStatus
 from cluster.tier_actors import (
     Running,
@@ -68,14 +65,6 @@ class _Set:
     needed_until: float
 
 
-@dataclass(slots=True)
-class _Failure:
-    """How often a store's tiers did not start, and when that may be tried unasked again."""
-
-    count: int
-    retry_at: float
-
-
 class TierSets:
     """Which stores have tiers, since when nobody uses them. Used by one event loop.
 
@@ -92,14 +81,18 @@ class TierSets:
         self._make_keeper = make_keeper
         self._clock = clock
         self._sets: dict[str, _Set] = {}
-        self._failures: dict[str, _Failure] = {}
+        self._retries: dict[str, Backoff] = {}  # of stores whose tiers did not start
         self._draining: set[str] = set()
         self.configured: str | None = None
 
     @property
-    def stores(self) -> tuple[str, ...]:
-        """The stores whose tiers answered once and are kept, in the order of their starts."""
-        return tuple(self._keepers())
+    def keepers(self) -> Mapping[str, TierKeeper]:
+        """Of the stores whose tiers answered once and are kept, in the order of their starts."""
+        return {
+            store: kept.starting.result()
+            for store, kept in self._sets.items()
+            if kept.starting.done() and not kept.starting.cancelled()
+        }
 
     async def configure(self, store: str) -> None:
         """From now on `store` is the one that is always wanted.
@@ -137,29 +130,29 @@ class TierSets:
             return None
         # A worker that reports has loaded its model: what it was given for that ends here.
         kept.needed_until = self._clock() + UNUSED_S
-        return self._keepers().get(store)
+        return self.keepers.get(store)
 
     def drain(self, node_id: str) -> None:
         """Let every store's actors on a node run elsewhere, then stop there."""
         self._draining.add(node_id)
-        for keeper in self._keepers().values():
+        for keeper in self.keepers.values():
             keeper.drain(node_id)
 
     def is_drained(self, node_id: str) -> bool:
         """Whether no store's actor runs on the node any more."""
-        return all(keeper.is_drained(node_id) for keeper in self._keepers().values())
+        return all(keeper.is_drained(node_id) for keeper in self.keepers.values())
 
     def statuses(self) -> tuple[TierStatus, ...]:
         """Of all tiers; those of a store that is not the configured one say so in their names."""
         return tuple(
             status if store == self.configured else _of_store(status, store)
-            for store, keeper in self._keepers().items()
+            for store, keeper in self.keepers.items()
             for status in keeper.statuses()
         )
 
     async def tend(self) -> None:
         """One round: look after all tiers, stop those of stores that nobody uses any more."""
-        keepers = self._keepers()
+        keepers = self.keepers
         await asyncio.gather(*(keeper.tend() for keeper in keepers.values()))
         wanted = self.configured
         if wanted is not None and wanted not in self._sets and self._may_retry(wanted):
@@ -173,20 +166,12 @@ class TierSets:
 
     async def close(self) -> None:
         """Stop all tiers, those that are starting too."""
-        keepers, sets = self._keepers(), self._sets
+        keepers, sets = self.keepers, self._sets
         self._sets, self.configured = {}, None
         for each in sets.values():
             each.starting.cancel()
         await asyncio.gather(*(each.starting for each in sets.values()), return_exceptions=True)
         await asyncio.gather(*(keeper.close() for keeper in keepers.values()))
-
-    def _keepers(self) -> dict[str, TierKeeper]:
-        """Of the stores whose tiers have answered."""
-        return {
-            store: kept.starting.result()
-            for store, kept in self._sets.items()
-            if kept.starting.done() and not kept.starting.cancelled()
-        }
 
     def _begin(self, store: str) -> _Set:
         if len(self._sets) >= MAX_STORES:
@@ -211,21 +196,18 @@ class TierSets:
                 raise
         except Exception as error:  # not kept, raised again: whoever asked is told
             self._sets.pop(store, None)
-            count = self._failures[store].count if store in self._failures else 0
-            backoff_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**count)
-            self._failures[store] = _Failure(count + 1, self._clock() + backoff_s)
+            self._retries.setdefault(store, Backoff(self._clock)).failed()
             logger.warning("the tiers of %s did not start: %s", store, error)
             raise
-        self._failures.pop(store, None)
+        self._retries.pop(store, None)
         for node_id in self._draining:
             keeper.drain(node_id)
         logger.info("the tiers of %s answer", store)
         return keeper
 
     def _may_retry(self, store: str) -> bool:
-        failure = self._failures.get(store)
-        has_room = len(self._sets) < MAX_STORES
-        return has_room and (failure is None or self._clock() >= failure.retry_at)
+        retries = self._retries.get(store)
+        return len(self._sets) < MAX_STORES and (retries is None or retries.is_due)
 
 
 def _of_store(status: TierStatus, store: str) -> TierStatus:

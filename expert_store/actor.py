@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,8 +27,10 @@ from expert_store.health import CopyHealth, ReadingStatistics
 from expert_store.holder import Holder, HolderStatus, OpenDirectory
 from expert_store.lease import Lease
 from expert_store.listing import HolderLoad, Listing
+from expert_store.mapped_file import readonly_tensor
+from expert_store.owned_objects import OwnedObjects
 from expert_store.rpc import RecordServer
-from expert_store.segment import Segment, locate, readonly_tensor
+from expert_store.segment import Segment, locate
 from expert_store.types import ExpertKey, Manifest, RecordRequest
 
 MAX_PUT_BYTES = 4 * 2**30
@@ -46,7 +48,8 @@ class StoreActor:
     `tcp_address` None is the node's own address, there the first free port of `ports`
     ("20000-20031"), or any when that is None too. At most `max_put_bytes` of records
     are kept in the object store on the actor's account; the least recently asked for go first.
-    With `lease_s` it ends when nobody has called `describe` for so many seconds.
+    With `lease_s` it ends when nobody has called `describe` for so many seconds. Records are hashed
+    again and again, `scrub_bytes_per_s` of them, and repaired from the copies it is told of.
     Creating it raises StoreFormatError or ValueError as `Segment` does.
     """
 
@@ -60,6 +63,7 @@ class StoreActor:
         directory: OpenDirectory | None = None,
         max_put_bytes: int = MAX_PUT_BYTES,
         lease_s: float | None = None,
+        scrub_bytes_per_s: float = 0.0,
     ) -> None:
         self._segment = Segment(Path(store), keys)
         self._objects = OwnedObjects(self._segment, max_put_bytes=max_put_bytes)
@@ -72,6 +76,7 @@ class StoreActor:
             name=str(context.get_actor_id()),
             node_id=context.get_node_id(),
             directory=directory,
+            scrub_bytes_per_s=scrub_bytes_per_s,
         )
         self._lease = None if lease_s is None else Lease(lease_s, partial(end, self._holder))
 
@@ -82,6 +87,10 @@ class StoreActor:
         if self._lease is not None:
             self._lease.renew()
         return self._holder.status
+
+    def know(self, listings: Sequence[Listing]) -> None:
+        """Which holders of records there are now: damaged ones are repaired from their copies."""
+        self._holder.know(listings)
 
     def load(self) -> HolderLoad:
         """What it gave away since it began."""
@@ -115,46 +124,6 @@ def end(holder: Holder) -> None:
         holder.close()
     finally:
         ray.kill(ray.get_runtime_context().current_actor)
-
-
-class OwnedObjects:
-    """Records put into the object store once each, by whoever makes this: their owner."""
-
-    def __init__(self, segment: Segment, *, max_put_bytes: int) -> None:
-        if max_put_bytes < 1:
-            raise ValueError(f"max_put_bytes: got {max_put_bytes}, expected at least 1")
-        self._segment = segment
-        self._max_put_bytes = max_put_bytes
-        self._put: OrderedDict[RecordRequest, ray.ObjectRef] = OrderedDict()
-        self._put_bytes = 0
-        self._stale: deque[ExpertKey] = deque()  # told while the lock may be held
-        self._lock = threading.Lock()
-        segment.watch(self._stale.append)
-
-    def refs(self, requests: Sequence[RecordRequest]) -> list[ray.ObjectRef]:
-        with self._lock:
-            self._drop_stale()
-            return [self._ref(request) for request in requests]
-
-    def _drop_stale(self) -> None:
-        """Let go of objects of experts with a record newly quarantined or repaired."""
-        stale = {self._stale.popleft() for _ in range(len(self._stale))}
-        for request in [each for each in self._put if each.key in stale] if stale else []:
-            del self._put[request]
-            self._put_bytes -= locate(self._segment.manifest, request).num_bytes
-
-    def _ref(self, request: RecordRequest) -> ray.ObjectRef:
-        if request in self._put:
-            self._put.move_to_end(request)
-            return self._put[request]
-        (data,) = self._segment.fetch([request])
-        self._put[request] = ray.put(data.numpy())
-        self._put_bytes += data.numel()
-        while self._put_bytes > self._max_put_bytes and len(self._put) > 1:
-            # Who still holds the reference keeps the object; only our own claim goes.
-            oldest, _ = self._put.popitem(last=False)
-            self._put_bytes -= locate(self._segment.manifest, oldest).num_bytes
-        return self._put[request]
 
 
 @dataclass(frozen=True, slots=True)

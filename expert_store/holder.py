@@ -1,5 +1,5 @@
-"""What a store actor and a near-data actor have in common: a segment, where they listen, what they
-say of themselves, and their announcements. Knows no Ray.
+"""What a store actor and a near-data actor have in common: a segment and its repair, where they
+listen, what they say of themselves, and their announcements. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,8 @@ from typing import Protocol
 from expert_store.directory import Announcer, Directory
 from expert_store.errors import StoreError
 from expert_store.listing import Listing, Role
+from expert_store.repair import Repairer
+from expert_store.rpc import GrpcSource
 from expert_store.segment import Segment
 
 PREFIX = "moetier-socket-"
@@ -33,12 +35,16 @@ sent to the actor, so it must pickle."""
 
 @dataclass(frozen=True, slots=True)
 class HolderStatus:
-    """What a running holder says of itself."""
+    """What a running holder says of itself. That records were damaged or repaired makes it no other
+    holder: those numbers are not compared.
+    """
 
     listing: Listing
     num_experts: int
     num_bytes: int  # of all records of its segment
     pid: int
+    num_quarantined: int = field(default=0, compare=False)
+    num_repaired: int = field(default=0, compare=False)
 
 
 class Server(Protocol):
@@ -51,7 +57,9 @@ class Server(Protocol):
 
 
 class Holder:
-    """A segment that is served on this node and announced, until closed.
+    """A segment that is served on this node and announced, until closed. Its damaged records are
+    found and repaired as `Repairer` does, from the copies that it was told of (`know`) or that the
+    directory lists.
 
     `serve` starts the server on the addresses it is given: a unix socket, then `tcp_address`
     (host:port, 0 for a free one, or host:first-last for the first free one of these). `name` is
@@ -68,8 +76,10 @@ class Holder:
         name: str,
         node_id: str,
         directory: OpenDirectory | None,
+        scrub_bytes_per_s: float = 0.0,
     ) -> None:
         self._segment = segment
+        self._known: tuple[Listing, ...] = ()
         self._socket = SocketFolder()
         self._server = first_free(
             [partial(serve, (self._socket.address, each)) for each in each_port(tcp_address)]
@@ -89,15 +99,31 @@ class Holder:
             num_bytes=segment.num_bytes,
             directory=directory,
         )
+        others = GrpcSource(segment.manifest, self._others)
+        self._repairer = Repairer(segment, others, scrub_bytes_per_s=scrub_bytes_per_s)
 
     @property
     def status(self) -> HolderStatus:
-        return self._presence.status
+        return replace(
+            self._presence.status,
+            num_quarantined=len(self._segment.quarantined),
+            num_repaired=self._segment.num_repaired,
+        )
+
+    def know(self, listings: Sequence[Listing]) -> None:
+        """Which holders of records there are now; this one may be among them."""
+        self._known = tuple(listings)
+
+    def _others(self) -> Sequence[Listing]:
+        """Raises DirectoryError when it was told of nobody and the directory is lost."""
+        own = self._presence.status.listing.name
+        return [each for each in self._known or self._presence.listings() if each.name != own]
 
     def close(self) -> None:
         """Withdraw and stop serving. Raises DirectoryError when the directory is lost; all else is
         closed then too.
         """
+        self._repairer.close()
         try:
             self._presence.close()
         finally:
@@ -162,6 +188,10 @@ class Presence:
         self._announcer = (
             Announcer(self._directory, listing, interval_s=interval_s) if self._directory else None
         )
+
+    def listings(self) -> Sequence[Listing]:
+        """All that the directory lists; none without one. Raises DirectoryError when it is lost."""
+        return () if self._directory is None else self._directory.listings()
 
     def close(self) -> None:
         """Withdraw the listing. Raises DirectoryError when the directory is lost."""

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import mmap
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreFormatError
+from expert_store.errors import CorruptRecordError, ExpertUnavailableError
 from expert_store.format import factors_bytes, load_manifest
+from expert_store.mapped_file import map_file
 from expert_store.types import ExpertKey, Manifest, RecordInfo, RecordKind, RecordRequest
 
 logger = logging.getLogger(__name__)
@@ -124,15 +121,17 @@ class Segment:
         self._watchers.append(tell)
 
     def recheck(self, request: RecordRequest) -> bool:
-        """Hash a record anew, because somebody got it damaged; whether it is sound."""
-        name = (request.key, request.kind)
-        with self._lock:
-            self._checked.discard(name)
-        try:
-            self._view(RecordRequest(request.key, request.kind))
-        except CorruptRecordError:
-            return False
-        return True
+        """Hash a record anew that may have been sound when it was first read; whether it still is.
+
+        Reads of it go on meanwhile. Raises as `fetch`, but for damage.
+        """
+        whole = RecordRequest(request.key, request.kind)
+        name, record = (request.key, request.kind), locate(self._manifest, whole)
+        view = self._mapped(request.key, record)
+        if name in self._repaired:
+            return True
+        found = self._damaged.get(name) or hashlib.sha256(view.numpy()).hexdigest()
+        return self._judge(whole, record, found) is None
 
     def repair(self, request: RecordRequest, data: torch.Tensor) -> None:
         """Serve a quarantined record from these bytes, the whole of it, from now on.
@@ -182,38 +181,51 @@ class Segment:
 
     def _view(self, request: RecordRequest) -> torch.Tensor:
         record = locate(self._manifest, request)
-        if request.key not in self._keys:
+        view = self._mapped(request.key, record)
+        repaired = self._repaired.get((request.key, request.kind))
+        if repaired is not None:
+            return repaired[: record.num_bytes]
+        self._check(request)
+        return view
+
+    def _mapped(self, key: ExpertKey, record: RecordInfo) -> torch.Tensor:
+        """A record's part of its file, checked or not."""
+        if key not in self._keys:
             raise ExpertUnavailableError(
-                f"{request.key} of {self._store} is not in this segment, which holds "
+                f"{key} of {self._store} is not in this segment, which holds "
                 f"{len(self._keys)} of {len(self._manifest.experts)} experts; ask another copy"
             )
         with self._lock:
             data = self._files.get(record.file)
         if data is None:
             raise ExpertUnavailableError(
-                f"the segment of {self._store} is closed; {request.key} was asked of it afterwards"
+                f"the segment of {self._store} is closed; {key} was asked of it afterwards"
             )
-        repaired = self._repaired.get((request.key, request.kind))
-        if repaired is not None:
-            return repaired[: record.num_bytes]
-        whole = locate(self._manifest, RecordRequest(request.key, request.kind))
-        self._check(request, whole, data)
         return data[record.offset : record.offset + record.num_bytes]
 
-    def _check(self, request: RecordRequest, record: RecordInfo, data: torch.Tensor) -> None:
+    def _check(self, request: RecordRequest) -> None:
         name = (request.key, request.kind)
         if name in self._checked:
             return
-        found = self._damaged.get(name)
-        if found is None:
-            # Two threads may both hash a record that neither has seen: wasteful, never wrong.
-            whole = data[record.offset : record.offset + record.num_bytes]
-            found = hashlib.sha256(whole.numpy()).hexdigest()
+        record = locate(self._manifest, RecordRequest(request.key, request.kind))
+        # Two threads may both hash a record that neither has seen: wasteful, never wrong.
+        found = (
+            self._damaged.get(name)
+            or hashlib.sha256(self._mapped(request.key, record).numpy()).hexdigest()
+        )
+        problem = self._judge(request, record, found)
+        if problem is not None:
+            raise CorruptRecordError(problem)
+
+    def _judge(self, request: RecordRequest, record: RecordInfo, found: str) -> str | None:
+        """Note whether a whole record is sound, by the hash found; what is wrong with it."""
+        name = (request.key, request.kind)
         with self._lock:
             if found == record.sha256:
                 self._checked.add(name)
-                return
+                return None
             is_new = name not in self._damaged
+            self._checked.discard(name)
             self._damaged[name] = found
         message = (
             f"{request.kind} record of {request.key} in {self._store} is damaged: expected sha256 "
@@ -224,7 +236,7 @@ class Segment:
         if is_new:
             logger.error("%s", message)
             self._tell(request.key)
-        raise CorruptRecordError(message)
+        return message
 
 
 def locate(manifest: Manifest, request: RecordRequest) -> RecordInfo:
@@ -256,35 +268,3 @@ def locate(manifest: Manifest, request: RecordRequest) -> RecordInfo:
         )
     size = factors_bytes(manifest.model.expert, info.repair.prefix(request.num_blocks))
     return replace(record, num_bytes=size)
-
-
-def map_file(path: Path, min_bytes: int) -> torch.Tensor:
-    """The file as a flat uint8 tensor over a shared read-only mapping, which lives as long as it.
-
-    Raises StoreFormatError when the file is missing or shorter than `min_bytes`.
-    """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < min_bytes or size == 0:
-                raise StoreFormatError(
-                    f"{path} is truncated: expected at least {min_bytes} bytes, got {size}; "
-                    f"run `moetier verify {path.parents[1]}`, then restore the file or compress "
-                    "again"
-                )
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise StoreFormatError(
-            f"{path} cannot be mapped: {error}; the manifest names it, so restore the file or "
-            "compress again"
-        ) from error
-    return readonly_tensor(np.frombuffer(mapping, np.uint8))
-
-
-def readonly_tensor(array: npt.NDArray[np.uint8]) -> torch.Tensor:
-    """A tensor over the array's own memory, which it keeps alive. No copy, no warning.
-
-    torch has no read-only tensors and `from_numpy` warns of that; whoever writes to this one
-    writes to memory that the operating system protects.
-    """
-    return torch.from_dlpack(array)

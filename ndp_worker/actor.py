@@ -15,7 +15,7 @@ import ray
 from expert_store.actor import end
 from expert_store.holder import Holder, HolderStatus, OpenDirectory
 from expert_store.lease import Lease
-from expert_store.listing import HolderLoad
+from expert_store.listing import HolderLoad, Listing
 from expert_store.segment import Segment
 from expert_store.types import ExpertKey
 from kernels.ops import pin_threads
@@ -31,7 +31,7 @@ class NdpActor:
     """Runs the experts `keys` of the store in folder `store`, all of them when None.
 
     Creating it raises StoreFormatError or ValueError as `Segment` does. With `lease_s` it ends when
-    nobody has called `describe` for so many seconds.
+    nobody has called `describe` for so many seconds. Scrubs and repairs as `StoreActor`.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class NdpActor:
         config: NdpConfig | None = None,
         directory: OpenDirectory | None = None,
         lease_s: float | None = None,
+        scrub_bytes_per_s: float = 0.0,
     ) -> None:
         config = (config or NdpConfig()).resolve()
         assert config.num_threads != "auto", "resolve() leaves no auto"
@@ -68,6 +69,7 @@ class NdpActor:
             name=str(context.get_actor_id()),
             node_id=context.get_node_id(),
             directory=directory,
+            scrub_bytes_per_s=scrub_bytes_per_s,
         )
         self._lease = None if lease_s is None else Lease(lease_s, partial(end, self._holder))
 
@@ -78,6 +80,10 @@ class NdpActor:
         if self._lease is not None:
             self._lease.renew()
         return self._holder.status
+
+    def know(self, listings: Sequence[Listing]) -> None:
+        """Which holders of records there are now: damaged ones are repaired from their copies."""
+        self._holder.know(listings)
 
     def load(self) -> HolderLoad:
         """How long it computed since it began."""

@@ -81,7 +81,9 @@ class LocalTiers:
 
     def __init__(self, service: EngineService) -> None:
         self._service = service
-        self.tiers: tuple[TierStatus, ...] = (TierStatus("store-0", "store", "here"),)
+        self.tiers: tuple[TierStatus, ...] = (
+            TierStatus("store-0", "store", "here", quarantined=3, repaired=2),
+        )
 
     async def snapshot(self, ingress: IngressStats) -> ClusterSnapshot:
         return ClusterSnapshot(self.tiers, (self._service.load(),), (ingress,))

@@ -351,7 +351,10 @@ def test_metrics_are_prometheus_and_count(endpoint: Endpoint, http: httpx2.Clien
     after = read()
     assert after[answered] == before[answered] + 1
     assert after[moved] > before[moved]
-    assert after['moetier_tier_up{actor="store-0",role="store",node="here"}'] == 1
+    store = '{actor="store-0",role="store",node="here"}'
+    assert after[f"moetier_tier_up{store}"] == 1
+    assert after[f"moetier_quarantined_records{store}"] == 3
+    assert after[f"moetier_repaired_records{store}"] == 2
     assert after['moetier_running_sequences{replica="local"}'] == 0
 
 

@@ -163,6 +163,33 @@ def test_the_backoff_doubles_to_its_bound_and_a_success_resets_it() -> None:
     run(scenario())
 
 
+def test_what_found_no_place_is_tried_at_once_when_a_node_comes() -> None:
+    async def scenario() -> None:
+        launcher, clock = FakeLauncher(), Clock()
+        keeper = keeper_of(launcher, clock)
+        await keeper.start()
+        launcher.live = []
+        launcher.sick[1] = TierLost("its node died", is_final=True)
+        for _ in range(100):
+            await keeper.tend()
+            clock.now_s += 1.0
+        assert len(launcher.started) == 1
+        problems: list[str | None] = []
+        launcher.live = [NODES[1]]
+        for _ in range(2):
+            await keeper.tend()
+            problems += [status.problem for status in keeper.statuses()]
+            clock.now_s += 0.1
+        assert launcher.started[1:] == [("store-0", "b")]
+        assert problems[-1] is None
+        launcher.sick[2] = TierLost("crash", is_final=True)
+        for _ in range(100):
+            await keeper.tend()
+        assert len(launcher.started) == 2, "the same nodes: not before the backoff has passed"
+
+    run(scenario())
+
+
 def test_a_drained_node_is_left_once_the_actor_elsewhere_answers() -> None:
     async def scenario() -> None:
         launcher, clock = FakeLauncher(), Clock()

@@ -65,7 +65,7 @@ def test_the_configured_store_is_there_once_it_is_configured() -> None:
     async def scenario() -> None:
         bench = Bench()
         await bench.sets.configure(OLD)
-        assert bench.sets.stores == (OLD,)
+        assert tuple(bench.sets.keepers) == (OLD,)
         assert [s.name for s in bench.sets.statuses()] == ["store-0", "ndp-0"]
         keeper = await bench.sets.get(OLD)
         assert [r.role for r in keeper.running()] == ["store", "ndp"]
@@ -80,7 +80,7 @@ def test_a_first_store_that_does_not_start_is_the_callers_to_hear() -> None:
         bench.sick[OLD] = TierLost("no store there", is_final=True)
         with pytest.raises(TierStartError, match="no store there"):
             await bench.sets.configure(OLD)
-        assert bench.sets.stores == ()
+        assert tuple(bench.sets.keepers) == ()
         assert bench.sets.configured is None
 
     run(scenario())
@@ -102,10 +102,10 @@ def test_two_versions_are_served_while_the_old_one_has_workers() -> None:
             bench.clock.now_s += UNUSED_S - 1
             assert bench.sets.used(OLD) is old
             await bench.sets.tend()
-        assert bench.sets.stores == (OLD, NEW)
+        assert tuple(bench.sets.keepers) == (OLD, NEW)
         bench.clock.now_s += UNUSED_S
         await bench.sets.tend()
-        assert bench.sets.stores == (NEW,)
+        assert tuple(bench.sets.keepers) == (NEW,)
         assert bench.launchers[OLD][0].stopped == [1, 2]
         assert bench.launchers[NEW][0].stopped == []
 
@@ -118,7 +118,7 @@ def test_the_configured_store_stays_without_any_worker() -> None:
         await bench.sets.configure(OLD)
         bench.clock.now_s += 10 * LOADING_S
         await bench.sets.tend()
-        assert bench.sets.stores == (OLD,)
+        assert tuple(bench.sets.keepers) == (OLD,)
 
     run(scenario())
 
@@ -130,11 +130,11 @@ def test_a_store_that_a_worker_still_loads_is_kept_until_its_first_report() -> N
         await bench.sets.get(NEW)
         bench.clock.now_s += LOADING_S - 1
         await bench.sets.tend()
-        assert NEW in bench.sets.stores
+        assert NEW in bench.sets.keepers
         assert bench.sets.used(NEW) is not None
         bench.clock.now_s += UNUSED_S
         await bench.sets.tend()
-        assert bench.sets.stores == (OLD,)
+        assert tuple(bench.sets.keepers) == (OLD,)
 
     run(scenario())
 
@@ -151,7 +151,7 @@ def test_rolling_back_finds_the_old_tiers_still_there() -> None:
         assert bench.starts(OLD) == 1
         bench.clock.now_s += LOADING_S
         await bench.sets.tend()
-        assert bench.sets.stores == (OLD,)
+        assert tuple(bench.sets.keepers) == (OLD,)
 
     run(scenario())
 
@@ -181,7 +181,7 @@ def test_a_new_store_that_does_not_start_leaves_the_old_one_serving() -> None:
         with pytest.raises(TierStartError, match="damaged"):
             await bench.sets.get(NEW)
         assert bench.sets.used(OLD) is not None
-        assert bench.sets.stores == (OLD,)
+        assert tuple(bench.sets.keepers) == (OLD,)
         # It is tried again, ever less often, until it works.
         starts: list[float] = []
         for _ in range(1000):
@@ -226,7 +226,7 @@ def test_stores_have_a_limit_that_says_what_is_served() -> None:
         assert bench.sets.used("/s/x") is None
         bench.clock.now_s += LOADING_S
         await bench.sets.tend()
-        assert bench.sets.stores == (OLD,)
+        assert tuple(bench.sets.keepers) == (OLD,)
         await bench.sets.get("/s/x")
 
     run(scenario())
@@ -238,7 +238,7 @@ def test_closing_stops_everything() -> None:
         await bench.sets.configure(OLD)
         await bench.sets.get(NEW)
         await bench.sets.close()
-        assert bench.sets.stores == ()
+        assert tuple(bench.sets.keepers) == ()
         for store in (OLD, NEW):
             assert bench.launchers[store][0].stopped == [1, 2]
 

@@ -17,6 +17,7 @@ from ray.serve.exceptions import BackPressureError
 
 from cluster.placement import Node
 from expert_store.holder import Holder, HolderStatus
+from expert_store.listing import Listing
 from expert_store.rpc import RecordServer
 from expert_store.segment import Segment
 from ndp_worker.executor import Executor
@@ -184,7 +185,7 @@ class StoreBody:
         keys: Sequence[Any] | None,
         directory: Any,
     ) -> None:
-        segment = Segment(ray.store_on(host, store), keys)
+        segment = self.segment = Segment(ray.store_on(host, store), keys)
         self._holder = Holder(
             segment,
             "records",
@@ -197,6 +198,9 @@ class StoreBody:
 
     def describe(self) -> HolderStatus:
         return self._holder.status
+
+    def know(self, listings: Sequence[Listing]) -> None:
+        self._holder.know(listings)
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._holder.close)
@@ -215,8 +219,9 @@ class NdpBody(StoreBody):
         keys: Sequence[Any] | None,
         directory: Any,
     ) -> None:
-        segment = Segment(ray.store_on(host, store), keys)
+        segment = self.segment = Segment(ray.store_on(host, store), keys)
         executor = Executor(segment)
+        segment.watch(executor.forget)
         self._holder = Holder(
             segment,
             "near_data",

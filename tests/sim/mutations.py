@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from expert_store.failover import ListedCopies
+from expert_store.repair import Repairer
 from expert_store.segment import Segment
 from gpu_worker.engine import Engine
 from gpu_worker.experts import StoreExperts
@@ -55,6 +56,10 @@ def _trusts_the_disk(right: Any) -> Any:
     return lambda self, *args: None
 
 
+def _repairs_nothing(right: Any) -> Any:
+    return lambda self: 0
+
+
 def _keeps_bytes(right: Any) -> Any:
     def release(self: Any, copy: Any) -> None:
         if copy.request.kind == "codes":
@@ -78,6 +83,7 @@ MUTATIONS = (
     Mutation("a cancelled sequence keeps its slot", Scheduler, "finish", _leaks_a_slot),
     Mutation("a degraded answer is not flagged", Engine, "_event", _hides_degradation),
     Mutation("a damaged record is not noticed", Segment, "_check", _trusts_the_disk),
+    Mutation("a damaged record is not repaired", Repairer, "repair_all", _repairs_nothing),
     Mutation("bytes in flight are not given back", Streamer, "_release", _keeps_bytes),
     Mutation("lost near data loses its part", StoreExperts, "_collect", _gives_up_with_near_data),
 )

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import types
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -35,6 +36,8 @@ from cluster.ray_launcher import TierSettings
 from cluster.routes import create_app
 from cluster.settings import DirectorySettings, HttpSettings, NdpSettings, StoreSettings
 from cluster.snapshot import IngressStats
+from expert_store.segment import Segment
+from expert_store.types import RecordRequest
 from gpu_worker.actor import GpuWorker, WorkerSettings
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine, StepOutput
@@ -67,6 +70,8 @@ STEP_S = 0.02
 REQUEST_TIMEOUT_S = 20.0
 MAX_WAITING = 2
 UP_S = 30.0
+REPAIRED_S = 30.0
+"""A record found damaged by the last request of all is repaired by then."""
 SETTLED_S = 22.0
 """After the last fault's end everything has been started again, announced and followed."""
 PROBE_S = 15.0
@@ -205,6 +210,7 @@ class Simulation:
         await self._check_tiers()
         looking.cancel()
         self._check_idle()
+        await self._check_repairs()
         await self._shut_down()
 
     async def _until_up(self) -> None:
@@ -280,6 +286,23 @@ class Simulation:
         for listener in self.network.listeners.values():
             if listener.most_calls > listener.max_calls:
                 self.problems.append(f"{listener.process}: {listener.most_calls} calls at once")
+
+    async def _check_repairs(self) -> None:
+        """Whatever is damaged on one host is repaired from the other, where that is sound."""
+        end_s = self.loop.time() + REPAIRED_S
+        while (problems := list(self._unrepaired())) and self.loop.time() < end_s:
+            await asyncio.sleep(1.0)
+        self.problems += problems
+
+    def _unrepaired(self) -> Iterator[str]:
+        for actor in self.ray.actors:
+            if actor.sim_process is None or actor.sim_body is None:
+                continue
+            host = actor.sim_process.host
+            others = {self.store_on(h, str(self.assets.store)) for h in MEMORY_HOSTS if h != host}
+            for key, kind in actor.sim_body.segment.quarantined:
+                if any(Segment(store).recheck(RecordRequest(key, kind)) for store in others):
+                    yield f"{host} has not repaired the {kind} of {key}"
 
     async def _shut_down(self) -> None:
         """As Serve does: workers first, then the tiers. It comes to an end."""
