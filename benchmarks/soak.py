@@ -146,8 +146,10 @@ def page(run: Run) -> str:
         f"Of every process that lived 1/{LIVED} of the run after its start-up (1/{SETTLED} of the "
         f"run, {SETTLE_S:g} s at least): anonymous memory and the slope of a least-squares line "
         "with its standard error (samples of one process follow each other, so the true error is "
-        "larger); descriptors and threads at both ends. Flat is below "
-        f"{GROWS_MB_PER_H:g} MB/h or twice the error.",
+        "larger), over all of that and over its second half; descriptors and threads at both ends. "
+        "Threads are started as calls first need that many at once, and each keeps about a MB: "
+        "memory that grows until then is no leak. So it grows if both slopes are above "
+        f"{GROWS_MB_PER_H:g} MB/h and twice their errors.",
         *([TOO_SHORT] if run.seconds < LONG_S else []),
         "",
         _trend_table(run.trends),
@@ -167,7 +169,10 @@ def page(run: Run) -> str:
 
 
 def _trend_table(found: Sequence[Trend]) -> str:
-    head = ("process", "host", "minutes", "MB", "MB/h", "+-", "files", "threads", "memory")
+    head = (
+        *("process", "host", "minutes", "MB", "MB/h", "+-", "2nd half, MB/h", "+-"),
+        *("files", "threads", "memory"),
+    )
     return table(
         head,
         [
@@ -178,6 +183,8 @@ def _trend_table(found: Sequence[Trend]) -> str:
                 f"{trend.own_bytes / MB:.0f}",
                 f"{trend.bytes_per_h / MB:+.1f}",
                 f"{trend.error_bytes_per_h / MB:.1f}",
+                f"{trend.late_bytes_per_h / MB:+.1f}",
+                f"{trend.late_error_bytes_per_h / MB:.1f}",
                 f"{trend.num_files[0]} -> {trend.num_files[1]}",
                 f"{trend.num_threads[0]} -> {trend.num_threads[1]}",
                 "grows" if grows(trend) else "flat",
@@ -189,9 +196,14 @@ def _trend_table(found: Sequence[Trend]) -> str:
 
 
 def grows(trend: Trend) -> bool:
-    """Whether its memory rises by more than noise and more than is worth a word."""
-    least = max(GROWS_MB_PER_H * MB, 2 * trend.error_bytes_per_h)
-    return trend.bytes_per_h > least
+    """Whether its memory rises by more than noise and more than is worth a word, to the end."""
+    return all(
+        per_h > max(GROWS_MB_PER_H * MB, 2 * error)
+        for per_h, error in (
+            (trend.bytes_per_h, trend.error_bytes_per_h),
+            (trend.late_bytes_per_h, trend.late_error_bytes_per_h),
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -136,7 +136,13 @@ class Routes:
         if problems:
             message = "; ".join(problems)
             raise ApiError(503, message, code="unavailable", retry_after_s=again)
-        tiers = [{"name": t.name, "role": t.role, "node": t.node} for t in snapshot.tiers]
+        tiers = [
+            {
+                **{"name": t.name, "role": t.role, "node": t.node},
+                **{"quarantined": t.quarantined, "repaired": t.repaired},
+            }
+            for t in snapshot.tiers
+        ]
         workers = [worker.replica for worker in snapshot.workers]
         body = {"status": "ok", "model": model.name, "workers": workers, "tiers": tiers}
         return JSONResponse(body)

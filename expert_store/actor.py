@@ -66,7 +66,7 @@ class StoreActor:
         scrub_bytes_per_s: float = 0.0,
     ) -> None:
         self._segment = Segment(Path(store), keys)
-        self._objects = OwnedObjects(self._segment, max_put_bytes=max_put_bytes)
+        self._objects = OwnedObjects(self._segment, ray.put, max_put_bytes=max_put_bytes)
         context = ray.get_runtime_context()
         self._holder = Holder(
             self._segment,

@@ -5,6 +5,10 @@ Every message says what, where (store, layer, expert), expected, got, and what t
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+Kind = TypeVar("Kind", bound=BaseException)
+
 
 class StoreError(Exception):
     """The world's fault: a store that cannot be read, reached or trusted."""
@@ -32,3 +36,14 @@ class StoreWriteError(StoreError):
 
 class DirectoryError(StoreError):
     """The directory of who holds what cannot be reached or read."""
+
+
+def without_frames(error: Kind) -> Kind:
+    """The error and all that caused it, without their tracebacks, whose frames keep alive what they
+    worked on: for an error that is kept, not raised on.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error

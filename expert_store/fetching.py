@@ -13,7 +13,12 @@ from queue import Empty, SimpleQueue
 
 import torch
 
-from expert_store.errors import CorruptRecordError, ExpertUnavailableError
+from expert_store.errors import (
+    CorruptRecordError,
+    ExpertUnavailableError,
+    StoreError,
+    without_frames,
+)
 from expert_store.failover import Attempts, Batch, Copy
 from expert_store.health import CopyHealth
 
@@ -127,6 +132,9 @@ class Fetch:
     def _run(self, call: Call, left_s: float) -> None:
         try:
             self._outcomes.put(_Outcome(call, self._ask(call, left_s), None))
+        except StoreError as error:
+            # Kept by this fetch, which its frames keep: a circle around all records of the fetch.
+            self._outcomes.put(_Outcome(call, None, without_frames(error)))
         except BaseException as error:  # noqa: BLE001 - raised again on the thread that waits
             self._outcomes.put(_Outcome(call, None, error))
 

@@ -266,14 +266,14 @@ class StoreExperts:
         waited_s = self._clock() - start_s
         self._tally.wait_s += waited_s
         self._tally.near_wait_s += waited_s
-        try:
-            answer = near.result()
-        except StoreError as error:
+        # Not raised: its traceback would keep this frame, and so activations, in a circle.
+        if isinstance(error := near.exception(), StoreError):
             message = "layer %d: near data lost, its experts are copied: %s"
             self._told.warn("near data", message, layer, error)
             on_device = self.cache.of_layer(layer)
             local.run(plan_local(remote, on_device=on_device, sizes=self._sizes))
             return []
+        answer = near.result()
         counts = [len(work.token_rows) for work in remote]
         for place, work in enumerate(remote):
             self._tally.near_data_pairs += len(work.token_rows)

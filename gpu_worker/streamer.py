@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from expert_store.errors import ExpertUnavailableError, StoreError
+from expert_store.errors import ExpertUnavailableError, StoreError, without_frames
 from expert_store.types import RecordKind, RecordRequest
 from gpu_worker.protocols import ExpertSource
 from gpu_worker.record_sizes import PlannedCopy, by_expert, largest_expert_bytes
@@ -233,7 +233,8 @@ class Streamer:
             datas = self._source.fetch([copy.request for copy in batch])
         except StoreError as error:
             if len(batch) == 1 or stream.is_left:  # nobody waits: not worth finding the bad ones
-                return [Arrival(Landed(copy, None, error), None) for copy in batch]
+                kept = without_frames(error)
+                return [Arrival(Landed(copy, None, kept), None) for copy in batch]
             return [arrival for copy in batch for arrival in self._fetch(stream, (copy,))]
         with self._lock:
             for copy, data in zip(batch, datas, strict=True):
@@ -245,7 +246,7 @@ class Streamer:
         try:
             data = self._decode(copy.request, data)
         except StoreError as error:
-            return Arrival(Landed(copy, None, error, moved_bytes), None)
+            return Arrival(Landed(copy, None, without_frames(error), moved_bytes), None)
         if self._copy_stream is None:
             return Arrival(Landed(copy, data, None, moved_bytes), None)
         assert self._staging is not None

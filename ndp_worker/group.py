@@ -21,7 +21,12 @@ from typing import Protocol
 
 import torch
 
-from expert_store.errors import CorruptRecordError, ExpertUnavailableError, StoreError
+from expert_store.errors import (
+    CorruptRecordError,
+    ExpertUnavailableError,
+    StoreError,
+    without_frames,
+)
 from expert_store.types import ExpertKey, ExpertOutputs, ExpertTokens
 from ndp_worker.health import NearDataStatistics, WorkerHealth
 from ndp_worker.timers import Later, Timers
@@ -276,7 +281,9 @@ class _GroupCall:
         with self._lock:
             is_first, self._is_over = not self._is_over, True
         if is_first:
-            self._future.set_exception(error)
+            # Frames would keep this call, which keeps the error, and so activations in a circle.
+            is_known = isinstance(error, StoreError)
+            self._future.set_exception(without_frames(error) if is_known else error)
 
 
 def _weakly(method: Callable[[_Ask], None], ask: _Ask) -> Callable[[], None]:

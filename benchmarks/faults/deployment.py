@@ -63,6 +63,7 @@ class Deployment:
         self.folder = folder
         self.network = Network(NAMES, folder)
         self._supervised: set[str] = set()
+        self.repaired: dict[str, int] = {}  # records, by tier actor, at the last look
         self._ended = threading.Event()
         self._kubelet = threading.Thread(target=self._supervise, daemon=True)
 
@@ -161,6 +162,8 @@ class Deployment:
                 since = since if seen else now
                 seen += 1
                 if seen == times:
+                    if self.repaired:
+                        logger.info("repaired records: %s", self.repaired)
                     return since
             time.sleep(0.3)
         return None
@@ -241,6 +244,10 @@ class Deployment:
                 continue
             if len(health["workers"]) != WANTED["GPU worker"]:
                 yield f"{door}: {len(health['workers'])} GPU workers report"
+            damaged = {t["name"]: t["quarantined"] for t in health["tiers"] if t["quarantined"]}
+            if damaged:
+                yield f"damaged records: {damaged}"
+            self.repaired = {t["name"]: t["repaired"] for t in health["tiers"] if t["repaired"]}
 
     def _supervise(self) -> None:
         ended_at: dict[str, float] = {}

@@ -47,6 +47,8 @@ class Trend:
     own_bytes: float  # median
     bytes_per_h: float
     error_bytes_per_h: float  # standard error of the slope
+    late_bytes_per_h: float  # of the second half alone: a pool that fills up has ended by then
+    late_error_bytes_per_h: float
     num_files: tuple[int, int]  # at the beginning, at the end: medians of a fifth of the samples
     num_threads: tuple[int, int]
 
@@ -138,18 +140,24 @@ def slope(times_s: Sequence[float], values: Sequence[float]) -> tuple[float, flo
 
 
 def _trend(seen: Sequence[Sample]) -> Trend:
-    times_s = [s.time_s for s in seen]
-    per_s, error = slope(times_s, [float(s.own_bytes) for s in seen])
+    per_s, error = _growth(seen)
+    late_per_s, late_error = _growth(seen[len(seen) // 2 :] if len(seen) >= 6 else seen)
     return Trend(
         role=seen[-1].role,
         host=seen[-1].host,
-        seconds=times_s[-1] - times_s[0],
+        seconds=seen[-1].time_s - seen[0].time_s,
         own_bytes=statistics.median(s.own_bytes for s in seen),
         bytes_per_h=per_s * 3600,
         error_bytes_per_h=error * 3600,
+        late_bytes_per_h=late_per_s * 3600,
+        late_error_bytes_per_h=late_error * 3600,
         num_files=_ends([s.num_files for s in seen]),
         num_threads=_ends([s.num_threads for s in seen]),
     )
+
+
+def _growth(seen: Sequence[Sample]) -> tuple[float, float]:
+    return slope([s.time_s for s in seen], [float(s.own_bytes) for s in seen])
 
 
 def _ends(values: Sequence[int]) -> tuple[int, int]:

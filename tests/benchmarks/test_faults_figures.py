@@ -160,6 +160,15 @@ def test_a_leak_is_told_from_noise() -> None:
     assert growing.bytes_per_h == pytest.approx(leaks * 3600, rel=0.1)
     assert grows(growing)
     assert growing.num_files == (5, 8)
+    full = samples(2 * leaks, 1e4, 600)
+    most = full[-1].own_bytes
+    filled = [
+        *full,
+        *(dataclasses.replace(s, time_s=s.time_s + 600, own_bytes=most) for s in full),
+    ]
+    (steady,) = trends(filled, least_s=600)
+    assert steady.bytes_per_h > GROWS_MB_PER_H * 1e6
+    assert not grows(steady), "a pool that filled up"
     (steady,) = trends(samples(0.0, 1e6, 1200), least_s=600)
     assert not grows(steady)
     assert not trends(samples(leaks, 0.0, 300), least_s=600), "too short to say"

@@ -19,9 +19,10 @@ import ray
 import torch
 from ray.exceptions import ActorUnavailableError
 
-from expert_store.actor import ObjectStoreSource, OwnedObjects, StoreActor, StoreHandle
+from expert_store.actor import ObjectStoreSource, StoreActor, StoreHandle
 from expert_store.errors import CorruptRecordError, ExpertUnavailableError
 from expert_store.holder import HolderStatus, OpenDirectory
+from expert_store.owned_objects import OwnedObjects
 from expert_store.rpc import GrpcSource
 from expert_store.segment import Segment, locate
 from expert_store.types import ExpertKey, RecordRequest
@@ -243,7 +244,7 @@ def test_the_object_store_is_filled_only_up_to_the_limit(cluster: None, store: P
     segment = Segment(store)
     keys = sorted(segment.manifest.experts)
     size = locate(segment.manifest, CODES).num_bytes
-    objects = OwnedObjects(segment, max_put_bytes=2 * size)
+    objects = OwnedObjects(segment, ray.put, max_put_bytes=2 * size)
     asked = [objects.refs([RecordRequest(key, "codes")])[0] for key in keys]
     again = objects.refs([RecordRequest(key, "codes") for key in (keys[-1], keys[-2], keys[0])])
     assert again[:2] == [asked[-1], asked[-2]]
@@ -252,7 +253,7 @@ def test_the_object_store_is_filled_only_up_to_the_limit(cluster: None, store: P
         torch.tensor(ray.get(asked[0])), segment.fetch([RecordRequest(keys[0], "codes")])[0]
     )
     with pytest.raises(ValueError, match="max_put_bytes"):
-        OwnedObjects(segment, max_put_bytes=0)
+        OwnedObjects(segment, ray.put, max_put_bytes=0)
 
 
 def test_it_announces_itself_where_it_is_told_to(
