@@ -118,9 +118,10 @@ class Routes:
         return JSONResponse(model_object(await self._named(name)))
 
     async def health(self) -> Response:
-        """GET /health: 200 only when a GPU worker has reported within the last 3 s (it does so
-        every second, busy or not) and every tier answered when it was last asked. Where none is
-        needed, because autoscaling may end the last one, the tiers alone count.
+        """GET /health: 200 when a GPU worker has reported within the last 3 s (it does so every
+        second, busy or not) and some copy of the store answered when it was last asked. The status
+        is "degraded", with the problems, while a tier actor does not answer that others stand in
+        for. Where no worker is needed, because autoscaling may end the last one, tiers alone count.
         """
         again = self._settings.retry_after_s
         try:
@@ -133,8 +134,8 @@ class Routes:
         # A worker that is busy reports all the same, so load alone never looks like an illness.
         is_missing = self._needs_worker and not snapshot.workers
         problems = [*snapshot.problems, *(["no GPU worker reports"] if is_missing else [])]
-        if problems:
-            message = "; ".join(problems)
+        if is_missing or not snapshot.has_store:
+            message = "; ".join(problems) or "no tier actor reports"
             raise ApiError(503, message, code="unavailable", retry_after_s=again)
         tiers = [
             {
@@ -144,7 +145,10 @@ class Routes:
             for t in snapshot.tiers
         ]
         workers = [worker.replica for worker in snapshot.workers]
-        body = {"status": "ok", "model": model.name, "workers": workers, "tiers": tiers}
+        body = {
+            "status": "degraded" if problems else "ok",
+            **{"problems": problems, "model": model.name, "workers": workers, "tiers": tiers},
+        }
         return JSONResponse(body)
 
     async def metrics(self) -> Response:

@@ -79,6 +79,17 @@ class SizedKeeper(Keeper):
         self._look_at = 0.0
         self._requested = 0
 
+    async def start(self) -> None:
+        """As `Keeper.start`, with as many actors as a manager before this one found needed."""
+        scaling = self._store.autoscaling
+        if scaling is not None:
+            names = {each.name for each in await self._sizing.find()}
+            for section, most in (("store", scaling.max_replicas), ("ndp", scaling.max_ndp)):
+                living = sum(name.startswith(f"{section}-") for name in names)
+                if living and self.num_of(section):
+                    self.resize(section, min(living, most))
+        await super().start()
+
     async def tend(self) -> None:
         """One round over all actors, and now and then over how many there should be."""
         await super().tend()

@@ -53,6 +53,11 @@ class ClusterSnapshot:
         """What does not answer, one line each; empty when all is well."""
         return tuple(f"{tier.name}: {tier.problem}" for tier in self.tiers if tier.problem)
 
+    @property
+    def has_store(self) -> bool:
+        """Whether some store actor answers."""
+        return any(tier.role == "store" and tier.problem is None for tier in self.tiers)
+
 
 class Reports(Generic[Stats]):
     """The last report of each replica. One that is older than `expiry_s` does not count any more.

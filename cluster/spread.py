@@ -5,6 +5,7 @@ Knows no Ray; the nodes are passed in.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from expert_store.types import ExpertKey
 ROOM_SHARE = 0.6
 """Of the memory that Ray knows of a node: actors, the object store's copies and the system's own
 take the rest."""
+LINK_LABEL = "moetier.io/link-gbps"
+"""Node label: Gbit/s of its link. Hot experts go rather to nodes with fast ones."""
+USUAL_LINK_BYTES_S = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,8 @@ class SpreadRules:
     def memory_nodes(self, nodes: Iterable[Node]) -> tuple[MemoryNode, ...]:
         """The nodes that can hold records. Only those with ndp.label run experts (`cores`).
 
-        Raises PlacementError when there is none, or one of which nobody says how much it may hold.
+        Raises PlacementError when there is none, or one of which nobody says how much it may hold,
+        or whose link label is no speed.
         """
         nodes = list(nodes)
         found = [node for node in nodes if _has_label(self.store.label, node)]
@@ -46,6 +51,7 @@ class SpreadRules:
             MemoryNode(
                 node.node_id,
                 room_bytes(self.store, node),
+                link_bytes_s=link_bytes_s(node),
                 cores=max(node.resources.get("CPU", 0.0), 1.0) if self._runs(node) else 0.0,
             )
             for node in found
@@ -74,6 +80,23 @@ class SpreadRules:
 
     def _runs(self, node: Node) -> bool:
         return self.ndp.enabled and _has_label(self.ndp.label, node)
+
+
+def link_bytes_s(node: Node) -> float:
+    """How fast a node's link is, by its label; as most are where it has none."""
+    told = node.labels.get(LINK_LABEL)
+    if told is None:
+        return USUAL_LINK_BYTES_S
+    try:
+        gbps = float(told)
+    except ValueError:
+        gbps = math.nan
+    if not 0 < gbps < math.inf:
+        raise PlacementError(
+            f"node {node.address}: label {LINK_LABEL} is {told!r}, expected Gbit/s as a positive "
+            "number; start the node with another label"
+        )
+    return gbps * 1e9 / 8
 
 
 def held(

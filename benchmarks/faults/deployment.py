@@ -242,6 +242,7 @@ class Deployment:
                 told = error.read().decode() if isinstance(error, urllib.error.HTTPError) else ""
                 yield f"{door}: {error} {told}"
                 continue
+            yield from (f"{door}: {problem}" for problem in health["problems"])
             if len(health["workers"]) != WANTED["GPU worker"]:
                 yield f"{door}: {len(health['workers'])} GPU workers report"
             damaged = {t["name"]: t["quarantined"] for t in health["tiers"] if t["quarantined"]}

@@ -336,6 +336,25 @@ def test_health_needs_the_tiers(endpoint: Endpoint, http: httpx2.Client) -> None
     assert error["message"] == "store-0: does not answer"
 
 
+def test_health_says_which_tier_others_stand_in_for(
+    endpoint: Endpoint, http: httpx2.Client
+) -> None:
+    well = endpoint.tiers.tiers
+    lost = (
+        replace(well[0], name="store-1", problem="does not answer"),
+        replace(well[0], name="ndp-0", role="ndp", problem="starting"),
+    )
+    endpoint.tiers.tiers = (*well, *lost)
+    try:
+        health = http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (200, "degraded")
+        assert health.json()["problems"] == ["store-1: does not answer", "ndp-0: starting"]
+        endpoint.tiers.tiers = lost
+        check_error(http.get("/health"), 503, code="unavailable")
+    finally:
+        endpoint.tiers.tiers = well
+
+
 def test_metrics_are_prometheus_and_count(endpoint: Endpoint, http: httpx2.Client) -> None:
     def read() -> dict[str, float]:
         response = http.get("/metrics")

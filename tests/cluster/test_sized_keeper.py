@@ -168,3 +168,28 @@ def test_of_those_too_many_the_lost_one_goes_first() -> None:
         assert sorted(world.launcher.stopped) == [1, 2, 3, 4]
 
     run(scenario())
+
+
+def test_the_next_manager_goes_on_with_as_many_as_there_are() -> None:
+    async def scenario() -> None:
+        world = World(NODES, autoscaling=SCALING)
+        await world.keeper.start()
+        world.wait = 0.5
+        for _ in range(3):
+            await world.passes(5, link=0.9)
+        assert "store-1" in world.names
+        before = [running.handle for running in world.keeper.running()]
+        num_started = len(world.launcher.started)
+        following = SizedKeeper(
+            world.launcher,
+            StoreSettings(placement="full", label=LABEL, autoscaling=SCALING),
+            NdpSettings(enabled=True, label=LABEL),
+            NODES,
+            workers=world.workers,
+            clock=world.clock,
+        )
+        await following.start()
+        assert [running.handle for running in following.running()] == before
+        assert len(world.launcher.started) == num_started
+
+    run(scenario())

@@ -17,7 +17,7 @@ from cluster.expert_heat import HALF_LIFE_S, TELL_INTERVAL_S, ExpertHeat, UseCou
 from cluster.placement import Node, PlacementError
 from cluster.segments import ExpertSize, SegmentError
 from cluster.settings import NdpSettings, StoreSettings
-from cluster.spread import SpreadRules, room_bytes, wants_spread
+from cluster.spread import LINK_LABEL, SpreadRules, room_bytes, wants_spread
 from cluster.spread_keeper import LINGER_S, REPLACE_INTERVAL_S, SHUN_S, SpreadKeeper
 from cluster.tier_actors import (
     TierLost,
@@ -242,6 +242,19 @@ def test_a_start_that_cannot_be_says_why_and_leaves_nothing() -> None:
             await Bench(3, elsewhere).keeper.start()
 
     run(scenario())
+
+
+def test_the_link_of_a_node_is_read_from_its_label() -> None:
+    """Heat goes rather to the node with the fast link; a label that is no speed is told."""
+
+    def node(n: int, gbps: str) -> Node:
+        return Node(f"node-{n}", f"10.0.0.{n}", LABELS | {LINK_LABEL: gbps}, {"CPU": 4.0})
+
+    nodes = [node(0, "25"), node(1, "1"), NODES[2]]
+    assert [m.link_bytes_s for m in rules().memory_nodes(nodes)] == [25e9 / 8, 1e9 / 8, 1e9]
+    for wrong in ("fast", "0", "-1", "inf", "nan", ""):
+        with pytest.raises(PlacementError, match=r"node 10\.0\.0\.0: label .*link-gbps"):
+            rules().memory_nodes([node(0, wrong)])
 
 
 def test_closing_in_the_middle_of_a_move_stops_everything() -> None:
