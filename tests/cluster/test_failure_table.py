@@ -13,6 +13,8 @@ import itertools
 import json
 import logging
 import shutil
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -147,16 +149,29 @@ class System:
         finally:
             self.source.gone = self.source.lost = set()
 
+    @contextmanager
+    def late(self) -> Iterator[None]:
+        """Every read of compensators hangs until the end of this."""
+        self.source.in_time.clear()
+        try:
+            yield
+        finally:
+            self.source.in_time.set()
+
 
 class FadingSource(LossySource):
-    """Loses what is `gone` from when it `is_due`."""
+    """Loses what is `gone` from when it `is_due`; compensators wait until they are `in_time`."""
 
     def __init__(self, inner: ExpertSource) -> None:
         super().__init__(inner, [])
         self.gone: set[RecordRequest] = set()
         self.is_due: Callable[[], bool] = lambda: True
+        self.in_time = threading.Event()
+        self.in_time.set()
 
     def before(self, requests: Sequence[RecordRequest]) -> None:
+        if any(request.kind == "factors" for request in requests):
+            assert self.in_time.wait(timeout=30)
         if self.gone and self.is_due():
             self.lost = self.gone
         super().before(requests)
@@ -210,6 +225,25 @@ def test_compensators_lost_in_the_midst_of_a_stream_are_told_at_its_end(
     *_, finish, done = (line.removeprefix("data: ") for line in answer.text.split("\n\n") if line)
     assert done == "[DONE]"
     assert json.loads(finish)["moetier"] == {"degraded": True, "quality": None}
+    assert system.text() == whole
+
+
+def test_compensators_late_answers_go_on_degraded_and_said(system: System, whole: str) -> None:
+    before = system.counted("moetier_degraded_requests_total")
+    with system.late():
+        started_s = time.monotonic()
+        answers = [system.ask() for _ in range(2)]
+        stream = system.ask(stream=True)
+        took_s = time.monotonic() - started_s
+    for answer in answers:
+        assert answer.status_code == 200
+        assert answer.headers["x-moetier-degraded"] == "true"
+    assert stream.headers["x-moetier-degraded"] == "true"
+    assert took_s < 15, "one wait for all, not one a layer and token"
+    assert system.counted("moetier_degraded_requests_total") == before + 3
+    end_s = time.monotonic() + 20
+    while "x-moetier-degraded" in system.ask().headers:
+        assert time.monotonic() < end_s, "full quality once they have landed"
     assert system.text() == whole
 
 
