@@ -18,6 +18,7 @@ from expert_store.types import RecordKind, RecordRequest
 from gpu_worker.experts import StoreExperts
 from gpu_worker.late_factors import SLOWEST_BYTES_PER_S
 from gpu_worker.record_sizes import PlannedCopy, largest_expert_bytes
+from tests.gpu_worker.guesses import right, told
 from tests.gpu_worker.sources import CountingSource
 from tests.gpu_worker.steps import HIDDEN, NUM_EXPERTS, Step, running
 from tests.hand_store import build_store
@@ -33,14 +34,17 @@ def segment(tmp_path_factory: pytest.TempPathFactory) -> Segment:
 
 
 class HangingSource(CountingSource):
-    """Reads with records of one kind hang until `gate` is set."""
+    """Reads with records of one kind, of all layers or one, hang until `gate` is set."""
 
-    def __init__(self, inner: Segment, kind: RecordKind) -> None:
+    def __init__(self, inner: Segment, kind: RecordKind, layer: int | None = None) -> None:
         super().__init__(inner)
-        self.kind, self.gate = kind, threading.Event()
+        self.kind, self.layer, self.gate = kind, layer, threading.Event()
 
     def before(self, requests: Sequence[RecordRequest]) -> None:
-        if any(request.kind == self.kind for request in requests):
+        if any(
+            request.kind == self.kind and self.layer in (None, request.key.layer)
+            for request in requests
+        ):
             assert self.gate.wait(timeout=8)
 
 
@@ -105,6 +109,39 @@ def test_large_records_are_given_the_time_that_a_slow_link_takes(segment: Segmen
         assert late.patience_of([codes]) is None, "codes are waited for"
     with running(segment, factor_deadline_s=None) as experts:
         assert experts.late_factors.patience_of([factors]) is None
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_what_was_fetched_ahead_and_hangs_is_gone_without(
+    segment: Segment, cache_bytes: int
+) -> None:
+    """An expert is one fetch ahead: its codes hang with its factors, and are asked for again."""
+    first, second = Step(2, 3), Step(2, 4, layer=1)
+    with running(segment, top_n=0) as low_bit, running(segment) as calm:
+        from_codes, restored = second.run(low_bit), second.run(calm)
+        full = calm.end().counters.restored_pairs
+        first_restored = first.run(calm)
+    source = HangingSource(segment, "factors", layer=1)
+    options = {"prefetch": "always", "cache_bytes": cache_bytes}
+    with running(source, factor_deadline_s=PATIENCE_S, **options) as experts:
+        experts.predict_with(told(second, right))
+        experts.begin(None)
+        assert torch.equal(first.run(experts), first_restored)
+        assert torch.equal(second.run(experts), from_codes)
+        report = experts.end()
+        experts.check_integrity()
+        assert report.counters.guessed_pairs == report.counters.right_pairs > 0
+        assert report.counters.degraded_pairs == full
+        source.gate.set()
+        end_s = time.monotonic() + 20
+        while True:
+            experts.begin(None)
+            assert torch.equal(first.run(experts), first_restored)
+            output = second.run(experts)
+            if not experts.end().counters.degraded_pairs:
+                break
+            assert time.monotonic() < end_s, "what was late never came"
+        assert torch.equal(output, restored)
 
 
 def test_one_hanging_copy_costs_one_wait_and_no_second_ask(

@@ -8,7 +8,7 @@ and sources that count, lose and hold records back.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -23,13 +23,13 @@ from gpu_worker.prefetch import Prefetcher
 from gpu_worker.record_sizes import RecordSizes, largest_expert_bytes
 from gpu_worker.router_guess import Guess, RouterGuess
 from gpu_worker.streamer import Streamer
+from tests.gpu_worker.guesses import Oracle, Routing, half_right, right, told, wrong
 from tests.gpu_worker.sources import CountingSource, LossySource
 from tests.gpu_worker.steps import NUM_EXPERTS, TOP_K, Step, running
 from tests.hand_store import build_store
 
 LAYERS = (0, 1)
 WAIT_S = 60.0
-Routing = Callable[[Step], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -37,41 +37,6 @@ def segment(tmp_path_factory: pytest.TempPathFactory) -> Segment:
     folder = tmp_path_factory.mktemp("store")
     build_store(folder, layers=LAYERS, experts=NUM_EXPERTS, hidden=64, ffn=64)
     return Segment(folder)
-
-
-def right(step: Step) -> torch.Tensor:
-    return step.ids
-
-
-def wrong(step: Step) -> torch.Tensor:
-    """The experts that no row of a one-row step is sent to."""
-    others = [e for e in range(NUM_EXPERTS) if e not in step.ids[0].tolist()]
-    return torch.tensor([others[:TOP_K]] * len(step.ids))
-
-
-def half_right(step: Step) -> torch.Tensor:
-    ids = wrong(step)
-    ids[:, 0] = step.ids[:, 0]
-    return ids
-
-
-class Oracle:
-    """A guess that is told what the next layer will do."""
-
-    def __init__(self, second: Step, say: Routing) -> None:
-        self._second, self._say = second, say
-        self.num_guesses = 0
-
-    def guess(self, layer: int, hidden: torch.Tensor) -> Guess | None:
-        self.num_guesses += 1
-        return Guess(layer + 1, self._say(self._second), self._second.weights)
-
-    def next_layer(self, layer: int) -> int | None:
-        return None if layer == LAYERS[-1] else layer + 1
-
-
-def told(second: Step, say: Routing) -> RouterGuess:
-    return cast(RouterGuess, Oracle(second, say))
 
 
 def asked_bytes(source: CountingSource, sizes: RecordSizes) -> int:
