@@ -25,15 +25,21 @@ from gpu_worker.streamer import Streamer
 class AheadRecords:
     """What was fetched ahead for the layer at hand: here, or still on its way.
 
+    Of what no thread has begun to fetch only that of the experts `wanted` is still fetched.
     `take` gives what is here, `next` waits for one more; each record is given back with `release`.
     `close` gives back the rest, and counts what nobody used.
     """
 
-    def __init__(self, stream: Stream | None, tally: Tally) -> None:
+    def __init__(
+        self,
+        stream: Stream | None,
+        tally: Tally,
+        wanted: frozenset[ExpertKey] = frozenset(),
+    ) -> None:
         self._stream, self._tally = stream, tally
         self._here: dict[RecordRequest, Landed] = {}
         if stream is not None:
-            stream.withdraw()
+            stream.withdraw(keep=wanted)
             self._arrive(stream.landed())
         due = frozenset() if stream is None else stream.due
         self.requests = frozenset(self._here) | due  # records that a plan need not ask for
@@ -161,7 +167,8 @@ class Prefetcher:
             right_SK = (ids_SK[:, :, None] == guessed_SK[:, None, :]).any(dim=2)
             tally.guessed_pairs += ids_SK.numel()
             tally.right_pairs += int(right_SK.sum())
-        return AheadRecords(under_way.stream, tally)
+        wanted = frozenset(ExpertKey(layer, expert) for expert in ids_SK.unique().tolist())
+        return AheadRecords(under_way.stream, tally, wanted)
 
     def finish(self, ahead: AheadRecords) -> None:
         """The layer is done with its records."""

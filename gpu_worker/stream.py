@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 
 from expert_store.errors import StoreError
-from expert_store.types import RecordKind, RecordRequest
+from expert_store.types import ExpertKey, RecordKind, RecordRequest
 from gpu_worker.record_sizes import PlannedCopy
 
 
@@ -52,7 +52,7 @@ class Stream:
         tier: str,
         copies: Sequence[PlannedCopy],
         release: Callable[[PlannedCopy], None],
-        withdraw: Callable[[Stream], Sequence[PlannedCopy]],
+        withdraw: Callable[[Stream, frozenset[ExpertKey]], Sequence[PlannedCopy]],
         clock: Callable[[], float],
     ) -> None:
         self._tier = tier
@@ -127,9 +127,11 @@ class Stream:
         """The record's bytes are no longer under way; others may start."""
         self._give_back(self._held.pop(request))
 
-    def withdraw(self) -> None:
-        """Drop what was not started; what is being fetched still lands."""
-        for copy in self._drop(self):
+    def withdraw(self, keep: frozenset[ExpertKey] = frozenset()) -> None:
+        """Drop what was not started; what is being fetched still lands. Of what only waits for a
+        thread, `keep` is not dropped.
+        """
+        for copy in self._drop(self, keep):
             del self._due[copy.request]
 
     def leave(self, release: Callable[[PlannedCopy], None]) -> list[PlannedCopy]:

@@ -5,6 +5,7 @@ The one place of this room that waits for bytes. Knows no cache and not what a r
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from expert_store.errors import ExpertUnavailableError, StoreError, without_frames
-from expert_store.types import RecordKind, RecordRequest
+from expert_store.types import ExpertKey, RecordKind, RecordRequest
 from gpu_worker.protocols import ExpertSource
 from gpu_worker.record_sizes import PlannedCopy, by_expert, largest_expert_bytes
 from gpu_worker.staging import StagingRing
@@ -68,6 +69,9 @@ class Streamer:
         # Reentrant: without threads a fetch runs where it is admitted.
         self._lock = threading.RLock()
         self._waiting: deque[tuple[Stream, tuple[PlannedCopy, ...]]] = deque()
+        # Admitted, but no thread has begun them yet.
+        self._queued: dict[int, tuple[Stream, tuple[PlannedCopy, ...]]] = {}
+        self._numbers = itertools.count()
         self._in_flight: Counter[RecordRequest] = Counter()
         self._in_flight_bytes = 0
         self._left: Counter[RecordRequest] = Counter()
@@ -191,7 +195,9 @@ class Streamer:
             if self._pool is None:
                 self._run_batch(stream, batch)
             else:
-                self._pool.submit(self._run_batch, stream, batch)
+                number = next(self._numbers)
+                self._queued[number] = stream, batch
+                self._pool.submit(self._run_queued, number)
 
     def _release(self, copy: PlannedCopy) -> None:
         with self._lock:
@@ -209,13 +215,25 @@ class Streamer:
         with self._lock:
             del self._left[copy.request]
 
-    def _withdraw(self, stream: Stream) -> list[PlannedCopy]:
-        """Drop what a stream still waits to start."""
+    def _withdraw(self, stream: Stream, keep: frozenset[ExpertKey]) -> list[PlannedCopy]:
+        """Drop what a stream still waits to start: of what was admitted, all but `keep`."""
         with self._lock:
             mine = [batch for owner, batch in self._waiting if owner is stream]
             self._waiting = deque(pair for pair in self._waiting if pair[0] is not stream)
+            for number, (owner, batch) in list(self._queued.items()):
+                if owner is stream and not any(copy.request.key in keep for copy in batch):
+                    del self._queued[number]
+                    mine.append(batch)
+                    for copy in batch:
+                        self._uncount(copy)
             self._admit()
         return [copy for batch in mine for copy in batch]
+
+    def _run_queued(self, number: int) -> None:
+        with self._lock:
+            found = self._queued.pop(number, None)
+        if found is not None:  # else it was withdrawn
+            self._run_batch(*found)
 
     def _run_batch(self, stream: Stream, batch: tuple[PlannedCopy, ...]) -> None:
         """One fetch, on a pool thread; when it fails, each record alone, to find the bad ones."""

@@ -203,6 +203,28 @@ def test_leaving_early_waits_for_what_runs_and_drops_what_waits(segment: Segment
     streamer.close()
 
 
+@pytest.mark.parametrize("kept", [(), (2,)])
+def test_what_no_thread_has_begun_is_withdrawn_but_for_what_is_kept(
+    segment: Segment, kept: tuple[int, ...]
+) -> None:
+    """All of it was admitted: only threads are short."""
+    source = GatedSource(segment)
+    streamer = make(source, experts_per_fetch=1, threads=1)
+    keep = frozenset(ExpertKey(0, expert) for expert in kept)
+    with streamer.start(copies_of(segment)) as stream:
+        assert source.begun.wait(timeout=30)
+        stream.withdraw(keep)
+        assert {request.key.expert for request in stream.due} == {0, *kept}
+        streamer.check_integrity()
+        source.gate.set()
+        for landed in stream:
+            stream.release(landed.copy.request)
+    assert [call[0].key.expert for call in source.calls] == [0, *kept]
+    streamer.check_integrity(idle=True)
+    assert len(drain(streamer, copies_of(segment))) == 2 * NUM_EXPERTS, "and it goes on"
+    streamer.close()
+
+
 def test_close_ends_the_threads_and_fails_what_was_never_fetched(segment: Segment) -> None:
     source = GatedSource(segment)
     streamer = make(source, experts_in_flight=1, experts_per_fetch=1)
