@@ -40,6 +40,7 @@ class FakeLauncher:
         self.bad_nodes: set[str] = set()  # where nothing starts
         self.is_found = True  # whether those that run are found by a keeper that starts
         self.loads: dict[int, HolderLoad] = {}
+        self.quarantined: dict[int, int] = {}  # damaged records of a handle's actor
         self.requested: list[tuple[str | None, int]] = []
 
     async def nodes(self) -> Sequence[Node]:
@@ -70,7 +71,8 @@ class FakeLauncher:
             raise self.sick[handle]
         name, where = f"actor-{handle}", placed.node.node_id
         listing = Listing(name, "records", "v", where, ("127.0.0.1:1",), placed.keys)
-        return HolderStatus(listing, 1, 1, self.pids.get(handle, handle))
+        pid, damaged = self.pids.get(handle, handle), self.quarantined.get(handle, 0)
+        return HolderStatus(listing, 1, 1, pid, num_quarantined=damaged)
 
     async def load(self, handle: int) -> HolderLoad:
         return self.loads.get(handle, HolderLoad())

@@ -90,6 +90,21 @@ def test_a_restart_behind_the_same_handle_is_noticed() -> None:
     run(scenario())
 
 
+def test_damaged_records_are_told_and_make_it_no_other_actor() -> None:
+    async def scenario() -> None:
+        launcher, clock = FakeLauncher(), Clock()
+        keeper = keeper_of(launcher, clock)
+        await keeper.start()
+        generation = keeper.generation
+        launcher.quarantined[1] = 3
+        await keeper.tend()
+        (status,) = keeper.statuses()
+        assert (status.quarantined, status.restarts, status.problem) == (3, 0, None)
+        assert keeper.generation == generation
+
+    run(scenario())
+
+
 def test_a_dead_actor_is_replaced_on_a_live_node() -> None:
     async def scenario() -> None:
         launcher, clock = FakeLauncher(), Clock()
