@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 from cluster import cli
 from cluster.stores import bundled_store
@@ -34,3 +36,22 @@ def moetier(
         return code, captured.out, captured.err
 
     return run
+
+
+MEMORY_LABELS = {"moetier.io/store": "true", "moetier.io/ndp": "true"}
+
+
+@pytest.fixture
+def nodes() -> Iterator[Any]:
+    """A Ray cluster of this machine: a head without workloads, and three memory nodes."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(3):
+            cluster.add_node(num_cpus=1, labels=MEMORY_LABELS)
+        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

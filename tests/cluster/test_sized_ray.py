@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from cluster import keeper as keeper_module
 from cluster.autoscaling_memory import MemoryTargets
@@ -32,7 +31,6 @@ from tests.hand_store import build_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 WAIT_S = 90.0
-LABELS = {"moetier.io/store": "true"}
 SCALING = MemoryScalingSettings(
     max_replicas=3,
     link_bytes_per_s=2e3,  # a link that any reading fills
@@ -41,21 +39,6 @@ SCALING = MemoryScalingSettings(
     downscale_delay_s=3,
     targets=MemoryTargets(use=0.5, wait=0.1, calm_margin=1.0),
 )
-
-
-@pytest.fixture
-def nodes() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    try:
-        for _ in range(3):
-            cluster.add_node(num_cpus=1, labels=LABELS)
-        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 class Reader:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 
 from cluster import spread_keeper
@@ -31,21 +30,6 @@ from tests.hand_store import build_store
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 WAIT_S = 90.0
 LABELS = {"moetier.io/store": "true", "moetier.io/ndp": "true"}
-
-
-@pytest.fixture
-def nodes() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    try:
-        for _ in range(3):
-            cluster.add_node(num_cpus=1, labels=LABELS)
-        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 async def until(keeper: SpreadKeeper, condition: Callable[[], bool]) -> None:
