@@ -180,7 +180,11 @@ class StoreExperts:
         self._degraded_rows += local.degraded_rows
         if local.failed:
             raise ExpertsFailed(layer, local.failed, local.causes[0], self._freeze())
-        output_SH = combine([*local.parts, *near_parts], hidden_SH, topk_weights_SK)
+        parts = [*local.parts, *near_parts]
+        num_run = sum(len(part.work.token_rows) for part in parts)
+        # A part that is missing would be a wrong answer that nobody notices.
+        assert num_run == dispatch.num_pairs(), f"{layer=}: {num_run} of {dispatch.num_pairs()}"
+        output_SH = combine(parts, hidden_SH, topk_weights_SK)
         self.costing.end_layer(self._tally)
         return output_SH
 

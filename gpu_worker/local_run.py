@@ -61,17 +61,16 @@ class LocalRun:
             self._count_copy(copy)
         try:
             from_ahead, records = self._find(dispatch.hits, ahead)
+            works = (*dispatch.resident, *dispatch.streamed)
             if not from_ahead and not copies:
-                # Nothing to wait for: no stream is made and no arrival counted.
+                # Nothing to wait for: no stream is made and no arrival counted. What the plan would
+                # stream runs too: of its copies none may be asked for now.
                 on_landed()
-                self._compute([gather(work, records, num_due=0) for work in dispatch.resident])
+                self._compute([gather(work, records, num_due=0) for work in works])
                 return
             due = Counter(request.key for request in from_ahead)
             due.update(copy.request.key for copy in copies)
-            gatherings = {
-                work.key: gather(work, records, num_due=due[work.key])
-                for work in (*dispatch.resident, *dispatch.streamed)
-            }
+            gatherings = {work.key: gather(work, records, num_due=due[work.key]) for work in works}
             with device.streamer.start(copies) as stream:
                 if stream.is_whole:
                     on_landed()

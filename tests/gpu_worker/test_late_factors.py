@@ -111,6 +111,27 @@ def test_large_records_are_given_the_time_that_a_slow_link_takes(segment: Segmen
         assert experts.late_factors.patience_of([factors]) is None
 
 
+def test_an_expert_that_lacks_only_late_factors_is_run_all_the_same(
+    segment: Segment, hanging: HangingSource
+) -> None:
+    """Its codes are on the device, its factors may not be asked for: nothing is to be fetched."""
+    step = Step()
+    with running(segment, top_n=0) as low_bit, running(segment) as calm:
+        from_codes = step.run(low_bit)
+        step.run(calm)
+        full = calm.end().counters.restored_pairs
+    options = {"cache_bytes": 1 << 30, "prefetch": "never"}
+    with running(hanging, factor_deadline_s=PATIENCE_S, **options) as experts:
+        step.run(experts)
+        experts.end()
+        hanging.calls.clear()
+        experts.begin(None)
+        assert torch.equal(step.run(experts), from_codes)
+        assert experts.end().counters.degraded_pairs == full > 0
+        assert not hanging.calls
+        settled(experts, hanging)
+
+
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
 def test_what_was_fetched_ahead_and_hangs_is_gone_without(
     segment: Segment, cache_bytes: int
