@@ -7,7 +7,9 @@ dies is restarted by Ray behind the same handle; this finds a new place when tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
@@ -24,6 +26,8 @@ from gpu_worker.messages import ExpertUses
 logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 5.0
+SHARE_S = 10.0
+"""Between two looks at whether actors of a kind share a node though another one is free."""
 LEAVE_S = 10.0
 """An actor that is one too many serves on for so long: by then the workers know, and are done."""
 
@@ -52,6 +56,7 @@ class Keeper:
         self._start_timeout_s = start_timeout_s
         self._clock = clock
         self._draining: set[str] = set()
+        self._share_at = 0.0
         self.generation = first_generation
 
     def running(self) -> tuple[Running, ...]:
@@ -120,6 +125,7 @@ class Keeper:
     async def tend(self) -> None:
         """One round over all actors."""
         await self._look_for_room()
+        await self._part()
         await asyncio.gather(*(self._tend(kept) for kept in self._kept))
         now = self._clock()
         done = [handle for at, handle in self._leaving if at <= now]
@@ -145,6 +151,23 @@ class Keeper:
             self._nodes = frozenset(node.node_id for node in await self._launcher.nodes())
             for kept in waiting if before is not None and self._nodes != before else []:
                 kept.retries.hurry()
+
+    async def _part(self) -> None:
+        """Two copies on one node are lost together: one of them moves once another node is free,
+        for instance when one that was lost is back."""
+        homes = Counter(self._homes())
+        if self._clock() < self._share_at or max(homes.values(), default=0) < 2:
+            return
+        self._share_at = self._clock() + SHARE_S
+        for kept in reversed(self._kept):
+            section = kept.need.section
+            if kept.node is None or kept.problem or homes[section, kept.node.node_id] < 2:
+                continue
+            with contextlib.suppress(PlacementError):
+                where = await self._place(kept)
+                if not homes[section, where.node.node_id]:
+                    kept.is_to_move = True
+                    return
 
     def _adopt(self, found: Sequence[Found], nodes: Sequence[Node]) -> None:
         homes = {node.node_id: node for node in nodes}
@@ -173,7 +196,7 @@ class Keeper:
             if kept.retries.is_due:
                 await self._replace(kept)
             return
-        if kept.node is not None and kept.node.node_id in self._draining:
+        if kept.node is not None and (kept.is_to_move or kept.node.node_id in self._draining):
             await self._move(kept)
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
@@ -208,7 +231,7 @@ class Keeper:
         ]
 
     async def _move(self, kept: KeptActor) -> None:
-        """Off a node that is drained: the one elsewhere answers before this one is stopped."""
+        """Off a node that is drained or shared: the one elsewhere answers before this one stops."""
         if kept.successor is None:
             if not kept.retries.is_due:
                 return
@@ -232,12 +255,12 @@ class Keeper:
                 await self._launcher.stop(successor.handle)
             return
         before, kept.handle, kept.node = kept.handle, successor.handle, successor.node
-        kept.successor = None
+        kept.successor, kept.is_to_move = None, False
         self._answered(kept, status)
         await self._launcher.stop(before)
 
     def _cannot_move(self, kept: KeptActor, problem: str) -> None:
-        seconds = kept.retries.failed()
+        seconds, kept.is_to_move = kept.retries.failed(), False
         logger.warning(
             "%s cannot leave its node: %s; trying again in %g s", kept.need.name, problem, seconds
         )

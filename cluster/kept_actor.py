@@ -18,7 +18,7 @@ from expert_store.holder import HolderStatus
 @dataclass(slots=True)
 class KeptActor:
     """`silent_since` is when it stopped answering, or began to start; `problem` is None while it
-    answers; `successor` is that of one whose node is drained.
+    answers; `successor` is that of one that leaves its node.
     """
 
     need: Need
@@ -29,6 +29,7 @@ class KeptActor:
     problem: str | None = "not started"
     restarts: int = 0
     silent_since: float | None = None
+    is_to_move: bool = False  # off a node that it shares
     successor: KeptActor | None = None
 
     @property

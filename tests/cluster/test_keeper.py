@@ -205,6 +205,41 @@ def test_what_found_no_place_is_tried_at_once_when_a_node_comes() -> None:
     run(scenario())
 
 
+def test_copies_that_share_a_node_part_when_another_is_free() -> None:
+    """A lost node's copy is started beside the other; the node comes back, with another id."""
+
+    async def scenario() -> None:
+        launcher, clock = FakeLauncher(), Clock()
+        keeper = keeper_of(launcher, clock, STORE, replace(STORE, name="store-1"))
+        await keeper.start()
+        assert [running.status.listing.node_id for running in keeper.running()] == ["a", "b"]
+        launcher.live = [NODES[0]]
+        launcher.sick[2] = TierLost("its node died", is_final=True)
+        for _ in range(60):
+            await keeper.tend()
+            clock.now_s += 1.0
+        where = [running.status.listing.node_id for running in keeper.running()]
+        assert where == ["a", "a"]
+        launcher.live.append(replace(NODES[1], node_id="c"))
+        launcher.sick[4] = TierLost("starting", is_final=False)
+        for _ in range(15):
+            await keeper.tend()
+            clock.now_s += 1.0
+        assert [r.handle for r in keeper.running()] == [1, 3], (
+            "both serve until the new one answers"
+        )
+        del launcher.sick[4]
+        for _ in range(60):
+            await keeper.tend()
+            clock.now_s += 1.0
+        where = [running.status.listing.node_id for running in keeper.running()]
+        assert sorted(where) == ["a", "c"]
+        assert launcher.started[3:] == [("store-1", "c")]
+        assert launcher.stopped == [2, 3]
+
+    run(scenario())
+
+
 def test_a_drained_node_is_left_once_the_actor_elsewhere_answers() -> None:
     async def scenario() -> None:
         launcher, clock = FakeLauncher(), Clock()

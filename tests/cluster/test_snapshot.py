@@ -13,7 +13,7 @@ from cluster.openai_errors import ApiError
 from cluster.orchestrator import WORKER_EXPIRY_S
 from cluster.routes import Routes
 from cluster.settings import HttpSettings
-from cluster.snapshot import ClusterSnapshot, IngressStats, Reports
+from cluster.snapshot import ClusterSnapshot, IngressStats, Reports, TierStatus
 from gpu_worker.actor import REPORT_INTERVAL_S
 from gpu_worker.messages import ModelDescription, WorkerStats
 
@@ -33,7 +33,8 @@ class TiersOf:
         self._workers = workers
 
     async def snapshot(self, ingress: IngressStats) -> ClusterSnapshot:
-        return ClusterSnapshot((), self._workers.current(), (ingress,))
+        store = TierStatus("store-0", "store", "here")
+        return ClusterSnapshot((store,), self._workers.current(), (ingress,))
 
     async def describe(self) -> ModelDescription:
         return ModelDescription("mini", "mixtral", 5, 6)
